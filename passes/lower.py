@@ -1,0 +1,174 @@
+"""lower: make the graph run. Each distinct body goes through AOTAutograd and Inductor once.
+
+# Note [Where the gradient rule lives]
+No bitsandbytes op has an autograd rule, and a graph that feeds one a differentiable input loses the
+gradient there with only a warning. So the gradient rule lives in ordinary ops: ``dequantize_4bit`` reads
+frozen storage only (its inputs never require grad), and the matmul is a plain ``aten.linear`` whose
+derivative PyTorch knows. The alternative, one opaque op with ``register_autograd``, would hide the matmul
+from the compiler: siblings could not share work, the LoRA products could not fuse with it, and the saved
+tensors of the op would be invisible to the partitioner that decides what to recompute.
+
+The price is that autograd wants the dequantized weight again for ``grad @ W``. The partitioner would save
+it (16 or 32 bits per weight from forward to backward), so ``RecomputeWeights`` marks every value that is
+computed from storage alone as MUST_RECOMPUTE in the joint graph. See Note [What is recomputed].
+
+# Note [What is recomputed]
+The rule is by provenance, not by op: in the joint graph, a node of the forward all of whose inputs lead
+back to frozen placeholders (weights, absmax, maps) is a function of storage. It is always cheaper to
+keep the storage, which lives anyway, than its dense value. So such nodes are recomputed.
+
+# Note [Why not through Dynamo]
+``torch.compile(fn)`` is Dynamo (trace Python, make guards) in front of AOTAutograd and Inductor. Our graph
+is traced already. Dynamo would trace it again, guard 60 tensors for each of 30 layers at every step, and
+specialize sizes 0 and 1: a batch of one would be compiled again. Handing the captured symbolic shapes to
+the same backend compiles each body once for every batch and sequence.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._guards import TracingContext, tracing
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.utils.checkpoint import CheckpointPolicy
+
+BACKENDS = ("inductor", "aot_eager", "eager")
+
+
+class RecomputeWeights(CustomGraphPass):  # type: ignore[misc]
+    """Joint-graph pass: recompute whatever depends on frozen storage alone. Note [What is recomputed]."""
+
+    def __init__(self, frozen: frozenset[int]) -> None:
+        super().__init__()
+        self.frozen = frozen
+
+    def __call__(self, graph: fx.Graph) -> None:
+        mark_recompute(graph, self.frozen)
+
+    def uuid(self) -> Any:
+        return get_hash_for_files((__file__,), extra=str(sorted(self.frozen)))
+
+
+def mark_recompute(joint: fx.Graph, frozen: frozenset[int]) -> int:
+    """Tag forward nodes computed from frozen inputs alone; returns how many were tagged.
+
+    Args:
+        joint: AOTAutograd's joint graph; its first placeholders are the body's inputs in order.
+        frozen: positions of inputs that come from storage and need no gradient.
+    """
+    from_storage: set[fx.Node] = set()
+    tagged = 0
+    primals = [n for n in joint.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
+    for i, node in enumerate(primals):
+        if i in frozen:
+            from_storage.add(node)
+    for node in joint.nodes:
+        if node.op != "call_function" or not node.all_input_nodes:
+            continue
+        if all(n in from_storage for n in node.all_input_nodes):
+            from_storage.add(node)
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            node.meta["ac_graph_id"] = 0
+            tagged += 1
+    return tagged
+
+
+class CompiledBody(nn.Module):
+    """One body, compiled on first use for each combination of grad mode and inputs that need grad.
+
+    Shapes never cause another compilation: sizes are symbols of the capture.
+    """
+
+    def __init__(self, body: fx.GraphModule, backend: str) -> None:
+        super().__init__()
+        self.body = body
+        self.backend = backend
+        self.compiled: dict[Any, Callable[..., Any]] = {}
+        self.inputs = list(body.graph.find_nodes(op="placeholder"))
+        output = next(iter(body.graph.find_nodes(op="output")))
+        self.single = isinstance(output.args[0], fx.Node)
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        needs_grad = tuple(a.requires_grad for a in args) if torch.is_grad_enabled() else ()
+        compiled = self.compiled.get(needs_grad)
+        if compiled is None:
+            compiled = self.compiled[needs_grad] = self.compile(needs_grad)
+        outputs = compiled(*args)
+        return outputs[0] if self.single else outputs
+
+    def compile(self, needs_grad: Sequence[bool]) -> Callable[..., Any]:
+        gm = tuple_output(self.body)
+        mode = next(iter(self.inputs)).meta["val"].fake_mode
+        args = []
+        with mode:
+            for i, node in enumerate(self.inputs):
+                val = node.meta["val"].detach()
+                args.append(val.requires_grad_() if needs_grad and needs_grad[i] else val)
+        frozen = frozenset(
+            i for i, n in enumerate(self.inputs) if "stored" in n.meta and not n.meta.get("trainable")
+        )
+        with tracing(TracingContext(mode)):
+            if self.backend == "aot_eager":
+                return aot_eager(gm, args, frozen)
+            from torch._inductor.compile_fx import compile_fx
+
+            patches = {"joint_custom_pre_pass": RecomputeWeights(frozen)}
+            compiled: Callable[..., Any] = compile_fx(gm, args, config_patches=patches)
+            return compiled
+
+
+def aot_eager(gm: fx.GraphModule, args: list[Any], frozen: frozenset[int]) -> Callable[..., Any]:
+    """The same joint graph, partition and recomputation, run by PyTorch's own kernels."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._functorch.aot_autograd import aot_module_simplified
+
+    def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
+        mark_recompute(joint.graph, frozen)
+        return min_cut_rematerialization_partition(joint, inputs, **kwargs)
+
+    def run(graph: fx.GraphModule, inputs: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    compiled: Callable[..., Any] = aot_module_simplified(
+        gm, args, fw_compiler=run, bw_compiler=run, partition_fn=partition
+    )
+    return compiled
+
+
+def tuple_output(body: fx.GraphModule) -> fx.GraphModule:
+    """A copy that returns a tuple, as AOTAutograd wants it; the backend owns and changes the copy."""
+    graph = fx.Graph()
+    value = graph.graph_copy(body.graph, {})
+    graph.output(value if isinstance(value, tuple) else (value,))
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def lower(gm: fx.GraphModule, *, backend: str = "inductor") -> fx.GraphModule:
+    """The program: the outer graph with each body compiled. ``gm`` itself stays as it is.
+
+    Args:
+        gm: the pipeline's result. Without bodies it becomes one body.
+        backend: ``inductor``, ``aot_eager`` (same graphs, PyTorch's kernels) or ``eager`` (plain autograd,
+            which saves dequantized weights until backward: for debugging).
+    """
+    if backend == "eager":
+        return gm
+    if not any(True for _ in gm.graph.find_nodes(op="call_module")):
+        outer = fx.Graph()
+        inputs = []
+        for node in gm.graph.find_nodes(op="placeholder"):
+            inputs.append(outer.node_copy(node))
+        call = outer.call_module("model", tuple(inputs))
+        outer.output(call)
+        root = nn.Module()
+        root.add_module("model", CompiledBody(gm, backend))
+        return fx.GraphModule(root, outer, type(gm).__name__)
+    root = nn.Module()
+    for name, body in gm.named_children():
+        assert isinstance(body, fx.GraphModule)
+        root.add_module(name, CompiledBody(body, backend))
+    return fx.GraphModule(root, copy.copy(gm.graph), type(gm).__name__)

@@ -1,0 +1,42 @@
+"""QLoRA as a compiler pass: capture, rewrite to NF4 + LoRA, compile, train. See ``transform``."""
+
+from .config import Config
+from .errors import (
+    AdapterError,
+    CaptureError,
+    ConfigError,
+    DataError,
+    GraphError,
+    InputError,
+    ModelError,
+    QLoRAError,
+)
+from .explain import Explanation, Row
+from .model import QLoRAModel
+from .transform import graph_text, transform
+
+__version__ = "0.1.0"
+
+
+def explain(model: QLoRAModel) -> Explanation:
+    """A table of every linear: quantized or not, adapted or not, why, and its bytes before and after."""
+    return model.explain()
+
+
+__all__ = [
+    "AdapterError",
+    "CaptureError",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "Explanation",
+    "GraphError",
+    "InputError",
+    "ModelError",
+    "QLoRAError",
+    "QLoRAModel",
+    "Row",
+    "explain",
+    "graph_text",
+    "transform",
+]

@@ -1,0 +1,135 @@
+"""explain: what was quantized and adapted, what was not, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One linear operation of the model.
+
+    Attributes:
+        name: module path of its weight.
+        op: how the model spelled it.
+        shape: ``[out, in]``; empty where the operation was not recognised.
+        quantized, adapted: what was done.
+        reason: why something was not done.
+        bytes_before, bytes_after: of the weight as loaded, and as held now (without the adapter).
+        adapter_bytes: of ``lora_A`` and ``lora_B``.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    quantized: bool
+    adapted: bool
+    reason: str
+    bytes_before: int
+    bytes_after: int
+    adapter_bytes: int
+
+
+class Explanation:
+    """A printable, iterable table of ``Row``."""
+
+    def __init__(self, title: str, rows: list[Row], other_bytes: int, notes: list[str]) -> None:
+        self.title, self.rows, self.other_bytes, self.notes = title, rows, other_bytes, notes
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Rows as dicts, for ``pandas.DataFrame``."""
+        return [asdict(row) for row in self.rows]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Counts, and bytes over distinct weights (a weight read by two linears counts once)."""
+        distinct = {row.name: row for row in self.rows}.values()
+        return {
+            "linears": len(self.rows),
+            "quantized": sum(r.quantized for r in self.rows),
+            "adapted": sum(r.adapted for r in self.rows),
+            "bytes_before": sum(r.bytes_before for r in distinct),
+            "bytes_after": sum(r.bytes_after for r in distinct),
+            "adapter_bytes": sum(r.adapter_bytes for r in distinct),
+            "other_bytes": self.other_bytes,
+        }
+
+    def __str__(self) -> str:
+        header = ("name", "op", "shape", "quantized", "adapted", "before", "after", "reason")
+        body = [
+            (
+                group.name,
+                row.op,
+                "x".join(map(str, row.shape)),
+                "yes" if row.quantized else "no",
+                "yes" if row.adapted else "no",
+                size(row.bytes_before * group.count),
+                size(row.bytes_after * group.count),
+                row.reason,
+            )
+            for group, row in grouped(self.rows)
+        ]
+        widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in [header, *body]
+        ]
+        t = self.totals
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        summary = (
+            f"{t['quantized']} of {t['linears']} linears quantized, {t['adapted']} adapted; weights "
+            f"{size(t['bytes_before'])} -> {size(t['bytes_after'])}, adapters {size(t['adapter_bytes'])}, "
+            f"other tensors {size(t['other_bytes'])}"
+        )
+        return "\n".join([self.title, *self.notes, "", *lines, "", summary])
+
+
+@dataclass(frozen=True)
+class Group:
+    name: str
+    count: int
+
+
+def grouped(rows: list[Row]) -> Iterator[tuple[Group, Row]]:
+    """Rows that differ only in layer numbers, as one line: ``model.layers.{0..29}.mlp.up_proj``."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        pattern = tuple("*" if part.isdigit() else part for part in row.name.split("."))
+        key = (pattern, row.op, row.shape, row.quantized, row.adapted, row.reason, row.bytes_after)
+        groups.setdefault(key, []).append(row)
+    for (pattern, *_), members in groups.items():
+        if len(members) == 1:
+            yield Group(members[0].name, 1), members[0]
+            continue
+        parts = [m.name.split(".") for m in members]
+        shown = [
+            part if part != "*" else numbers(sorted({int(p[i]) for p in parts}))
+            for i, part in enumerate(pattern)
+        ]
+        yield Group(".".join(shown), len(members)), members[0]
+
+
+def numbers(values: list[int]) -> str:
+    if len(values) == 1:
+        return str(values[0])
+    if values == list(range(values[0], values[-1] + 1)):
+        return f"{{{values[0]}..{values[-1]}}}"
+    return "{" + ",".join(map(str, values)) + "}"
+
+
+def size(count: int) -> str:
+    """Bytes with three digits and a binary unit."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

@@ -1,0 +1,382 @@
+"""QLoRAModel: what ``transform`` returns. Behaves as the user's model; its adapters are what trains."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from . import pipeline
+from .adapter import apply_adapter, saved_config
+from .capture import BATCH, SEQUENCE, Blueprint, Capture
+from .config import Config
+from .errors import AdapterError, CaptureError, ConfigError, InputError
+from .explain import Explanation, Row
+from .inputs import bind, check_call, signature_key
+from .passes.lower import lower
+from .passes.nodes import Site, sites
+from .runtime import checkpoint
+from .runtime.dtype import ComputeDtype
+from .runtime.optimizer import paged_optimizer
+from .runtime.program import DoesNotFit, Program
+from .runtime.store import Store
+
+
+class QLoRAModel(nn.Module):
+    """A transformed model.
+
+    Call it with the model's own arguments; it returns the model's own output class. Each new set of
+    arguments (names, ranks, dtypes, flags) is captured and compiled on first use; all of them read the
+    same parameters. Batch and sequence are free: other sizes neither capture nor compile again.
+
+    Made by :func:`qlora_fx.transform`.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        config: Config,
+        compute: ComputeDtype,
+        activation_dtype: torch.dtype,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self._blueprint = blueprint
+        self._config = config
+        self._compute = compute
+        self._activation_dtype = activation_dtype
+        self._backend = backend
+        self._store = Store(self)
+        self._sites: dict[str, Site] = {}
+        self._dense_bytes: dict[str, int] = {}
+        self._programs: dict[Any, list[Program]] = {}
+        self._graphs: dict[Any, fx.GraphModule] = {}
+        self._adapter_enabled = True
+
+    # -- the model it stands for ------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config."""
+        return self._blueprint.model.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self._blueprint.model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self._blueprint.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of activations and logits."""
+        return self._activation_dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype in which the linears multiply."""
+        return self._compute.dtype
+
+    @property
+    def lora_config(self) -> Any:
+        """The ``peft.LoraConfig`` in force."""
+        return self._config.lora
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward.
+
+        Raises:
+            InputError: an unknown argument, or tensors whose shapes or devices do not fit.
+            CaptureError: a new set of arguments could not be captured.
+        """
+        values = bind(self._blueprint.signature, args, kwargs)
+        if "use_cache" in self._blueprint.signature.parameters:
+            if values.get("use_cache"):
+                raise InputError("use_cache=True is not supported; accepted: False (recompute the prefix)")
+            values["use_cache"] = False
+        if values.get("return_dict") is True:  # the default; not worth a capture of its own
+            del values["return_dict"]
+        check_call(values, self.device)
+        key = (self.training, self._adapter_enabled, signature_key(values))
+        misfits = []
+        for program in self._programs.get(key, ()):
+            try:
+                return program(values)
+            except DoesNotFit as error:
+                misfits.append(error)
+        program = self._capture(key, values)
+        try:
+            return program(values)
+        except DoesNotFit as error:
+            raise InputError(f"the tensors of this call do not fit each other: {misfits[0] if misfits else error}") from None
+
+    def _capture(self, key: Any, values: Mapping[str, Any]) -> Program:
+        """Capture a further signature over the same parameters."""
+        config = self._config.with_(
+            training=self.training,
+            adapter=self._adapter_enabled,
+            decided=self._sites,
+        )
+        try:
+            capture = self._blueprint.capture(
+                values, training=self.training, dtype=self._activation_dtype
+            )
+        except CaptureError as error:
+            if key in self._programs:
+                raise InputError(f"the tensors of this call do not fit each other: {error}") from error
+            raise
+        result = pipeline.run(capture.gm, config, title=graph_title(self.training, values))
+        return self._install(key, capture, result)
+
+    def _install(self, key: Any, capture: Capture, result: pipeline.Result) -> Program:
+        for name, tensor in capture.constants.items():
+            if name not in self._store:
+                self._store.tensors[name] = tensor.to(self.device)
+        gm = result.gm
+        program = Program(
+            lower(gm, backend=self._backend),
+            [self._store[n.meta["stored"]] for n in gm.graph.nodes if "stored" in n.meta],
+            [(n.meta["input"], n.meta["val"]) for n in gm.graph.nodes if "input" in n.meta],
+            capture.guards,
+            capture.out_spec,
+        )
+        self._programs.setdefault(key, []).append(program)
+        self._graphs[key] = gm
+        return program
+
+    # -- the graph --------------------------------------------------------------------------------
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The rewritten graph of the first capture, before compilation. ``qlora_fx.print_graph`` prints it.
+
+        Its placeholders with ``meta["stored"]`` are the parameters, by store key.
+        """
+        return next(iter(self._graphs.values()))
+
+    @property
+    def graph_modules(self) -> dict[str, fx.GraphModule]:
+        """Every captured graph, by mode and arguments."""
+        return {
+            f"{'train' if k[0] else 'eval'}{'' if k[1] else ', no adapter'}({', '.join(n for n, _ in k[2])})": g
+            for k, g in self._graphs.items()
+        }
+
+    def explain(self) -> Explanation:
+        """What was quantized and adapted, what was not, and why."""
+        rows = [self._row(site) for site in self._sites.values()]
+        counted = {site.weight for site in self._sites.values()}
+        counted |= {f"{w}.{part}" for w in counted for part in ("absmax", "nested_absmax", "offset")}
+        other = sum(
+            t.nbytes for k, t in self._store.items() if k not in counted and ".lora_" not in k
+        )
+        q = self._config.quantization
+        lora = self._config.lora
+        notes = [
+            f"storage: {q.quant_type}, blocksize {q.blocksize}, "
+            f"{'double' if q.double_quant else 'single'} quantization, held as {str(q.storage_dtype).removeprefix('torch.')}",
+            f"compute: {str(self._compute.dtype).removeprefix('torch.')} ({self._compute.reason}); "
+            f"activations {str(self.dtype).removeprefix('torch.')}",
+            f"adapters: float32, r={lora.r}, lora_alpha={lora.lora_alpha}, dropout {lora.lora_dropout}",
+        ]
+        return Explanation(f"{type(self._blueprint.model).__name__} as qlora_fx runs it", rows, other, notes)
+
+    def _row(self, site: Site) -> Row:
+        lora = [f"{site.name}.lora_{x}.weight" for x in "AB"]
+        return Row(
+            name=site.name,
+            op=site.op,
+            shape=(site.out_features, site.in_features) if site.out_features else (),
+            quantized=site.quantize,
+            adapted=site.adapt,
+            reason=site.reason,
+            bytes_before=self._dense_bytes.get(site.weight, 0),
+            bytes_after=self._store.bytes_of(site.weight) if site.weight else 0,
+            adapter_bytes=sum(self._store[k].nbytes for k in lora if k in self._store),
+        )
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """``(name, parameter)`` of every ``lora_A`` and ``lora_B``: all that trains."""
+        return ((n, p) for n, p in self.named_parameters() if ".lora_" in n)
+
+    def paged_optimizer(
+        self,
+        lr: float,
+        *,
+        optimizer: str = "PagedAdamW32bit",
+        weight_decay: float = 0.0,
+        params: Iterable[Any] | None = None,
+        **options: Any,
+    ) -> torch.optim.Optimizer:
+        """bitsandbytes' paged optimizer over the adapter parameters.
+
+        Args:
+            lr: learning rate. QLoRA uses 2e-4 up to 13B parameters, 1e-4 above.
+            optimizer: ``PagedAdamW32bit``, ``PagedAdamW8bit``, ``PagedLion``, or another paged one by name.
+            weight_decay: decoupled weight decay; 0 as in QLoRA.
+            params: parameters or group dicts, each of them an adapter parameter; default all in one group.
+            options: passed on to bitsandbytes (``betas``, ``eps``, ...).
+
+        Raises:
+            ConfigError: unknown optimizer, or a parameter that is no adapter of this model.
+        """
+        ours = {id(p): n for n, p in self.adapter_parameters()}
+        groups = list(params) if params is not None else [p for _, p in self.adapter_parameters()]
+        flat: list[Any] = []
+        for i, group in enumerate(groups):
+            if isinstance(group, dict):
+                members = group["params"]
+                members = [members] if isinstance(members, torch.Tensor) else list(members)
+                groups[i] = {**group, "params": members}
+                flat += members
+            else:
+                flat.append(group)
+        for p in flat:
+            if id(p) not in ours:
+                what = f"a tensor {list(p.shape)}" if isinstance(p, torch.Tensor) else repr(p)
+                raise ConfigError(
+                    f"{what} is not an adapter parameter of this model; accepted: parameters from "
+                    "qmodel.adapter_parameters()"
+                )
+        try:
+            return paged_optimizer(groups, optimizer, lr=lr, weight_decay=weight_decay, **options)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the quantized model without its adapter (the reference model of preference training)."""
+        before, self._adapter_enabled = self._adapter_enabled, False
+        try:
+            yield
+        finally:
+            self._adapter_enabled = before
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QLoRAModel:
+        """``.to``, ``.half``, ``.cuda``: allowed where they change nothing, else refused."""
+        for name, tensor in self._store.items():
+            new = fn(tensor)
+            if new.device != tensor.device or new.dtype != tensor.dtype:
+                raise ConfigError(
+                    f"{name} cannot move from {tensor.dtype} on {tensor.device} to {new.dtype} on {new.device}: "
+                    "the captured graph is for that dtype and device. Move the model, then transform it"
+                )
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> QLoRAModel:
+        """Accepts the device and dtype the model already has; refuses others (see ``_apply``)."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and torch.device(device).type != self.device.type:
+            raise ConfigError(f"cannot move from {self.device} to {device}: move the model, then transform it")
+        if dtype is not None and dtype != self.dtype:
+            raise ConfigError(f"cannot cast from {self.dtype} to {dtype}: pass compute_dtype= to transform")
+        return self
+
+    # -- adapters ---------------------------------------------------------------------------------
+
+    def adapter_state_dict(self) -> dict[str, torch.Tensor]:
+        """``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]``, float32, under PEFT's saved keys."""
+        return {checkpoint.PREFIX + n: p.detach() for n, p in self.adapter_parameters()}
+
+    def load_adapter_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy adapter values in.
+
+        Raises:
+            AdapterError: a key is missing, unknown, or of another shape; nothing was changed.
+        """
+        apply_adapter({checkpoint.PREFIX + n: p for n, p in self.adapter_parameters()}, state)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT does."""
+        config = saved_config(self._config.lora, self._sites, self.config)
+        checkpoint.save(folder, self.adapter_state_dict(), config)
+
+    def load_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Load an adapter folder written here or by PEFT.
+
+        Raises:
+            AdapterError: it cannot be read or does not fit this model's adapter; nothing was changed.
+        """
+        tensors, config = checkpoint.load(folder)
+        self._check_saved(config, os.fspath(folder))
+        self.load_adapter_state_dict(tensors)
+
+    def _check_saved(self, config: dict[str, Any], folder: str) -> None:
+        from peft import LoraConfig
+
+        from .config import check_lora
+
+        try:
+            theirs = check_lora(LoraConfig.from_peft_type(**config))
+        except (ConfigError, TypeError, ValueError) as error:
+            raise AdapterError(f"{folder}: {error}") from error
+        saved = Config(lora=theirs)
+        for site in self._sites.values():
+            if not site.adapt:
+                continue
+            new = (saved.rank(site.name), saved.scaling(site.name))
+            if new != (site.r, site.scaling):
+                raise AdapterError(
+                    f"{folder}: {site.name} has rank {new[0]} and scaling {new[1]:g} there, rank {site.r} and "
+                    f"scaling {site.scaling:g} here. Transform the model with "
+                    f"lora=peft.LoraConfig.from_pretrained({folder!r}) to take them over"
+                )
+
+    # -- generation -------------------------------------------------------------------------------
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``generate`` over this model, without a key/value cache.
+
+        Runs in eval mode under ``no_grad`` and puts the mode back. Each new token computes the whole prefix
+        again.
+        """
+        kwargs["use_cache"] = False
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return self._generator().generate(*args, **kwargs)
+        finally:
+            self.train(was_training)
+
+    def _generator(self) -> Any:
+        """The model's own class with our forward, so that all of transformers' generation applies."""
+        model = self._blueprint.model
+        if not hasattr(model, "generate"):
+            raise InputError(f"{type(model).__name__} has no generate")
+        ours = self
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return ours(*args, **kwargs)
+
+        forward.__signature__ = type(model).forward.__signature__ if hasattr(  # type: ignore[attr-defined]
+            type(model).forward, "__signature__"
+        ) else __import__("inspect").signature(type(model).forward)
+        members = {
+            "forward": forward,
+            "device": property(lambda _: ours.device),
+            "dtype": property(lambda _: ours.dtype),
+        }
+        twin = copy.copy(model)
+        twin.__class__ = type(type(model).__name__, (type(model),), members)
+        return twin
+
+
+def graph_title(training: bool, values: Mapping[str, Any]) -> str:
+    return f"{'train' if training else 'eval'}-{'-'.join(sorted(n for n, v in values.items() if isinstance(v, torch.Tensor)))}"
+
+
+def decide(flat: fx.GraphModule) -> dict[str, Site]:
+    """The verdicts of the first capture, by weight (or by name where the weight is computed)."""
+    return {n.meta["site"].weight or n.meta["site"].name: n.meta["site"] for n in sites(flat.graph)}
+
+
+__all__ = ["BATCH", "SEQUENCE", "QLoRAModel", "decide"]

@@ -1,0 +1,260 @@
+"""The door: ``transform(model)``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import fx, nn
+from transformers import BitsAndBytesConfig
+
+from . import pipeline
+from .capture import Blueprint, named_tensors
+from .config import Config, check_compute_dtype, check_lora, check_quantization
+from .errors import ConfigError, ModelError
+from .inputs import bind, example_inputs, signature_key
+from .model import QLoRAModel, decide, graph_title
+from .passes.lower import BACKENDS
+from .passes.nodes import Site
+from .passes.adapt import lora_keys
+from .runtime.dtype import ComputeDtype, fastest
+from .runtime.storage import layout, quantize_weight
+from .runtime.store import QuantizedShape
+
+
+def transform(
+    model: nn.Module,
+    lora: LoraConfig | None = None,
+    quantization: BitsAndBytesConfig | None = None,
+    *,
+    compute_dtype: torch.dtype | str | None = None,
+    blocksize: int = 64,
+    example_inputs: Mapping[str, Any] | None = None,
+    backend: str = "inductor",
+) -> QLoRAModel:
+    """Compile a Hugging Face model into its QLoRA form.
+
+    Captures the forward on fake weights, rewrites each linear to 4-bit storage and a
+    dequantize-matmul-LoRA subgraph, verifies the graph, and only then moves the weights: each dense weight
+    of a rewritten linear is released as it is quantized, one at a time. On success ``model`` is used up
+    (calling it says so); on an error it is as it was.
+
+    Args:
+        model: a ``transformers.PreTrainedModel`` with real 16- or 32-bit weights on one device.
+        lora: a ``peft.LoraConfig``. Default: r=16, lora_alpha=16, all linears but the output head. Adapters
+            are float32. ``target_modules=None`` means "all-linear".
+        quantization: a ``transformers.BitsAndBytesConfig(load_in_4bit=True, ...)``. Default: NF4 with double
+            quantization.
+        compute_dtype: dtype in which linears multiply; "auto" measures which of bfloat16 and float32 is
+            faster here. Default: ``quantization.bnb_4bit_compute_dtype``, or "auto" where no
+            ``quantization`` is given. Activations have the wider of it and the model's dtype.
+        blocksize: weights per absmax: 32, 64, 128, ... 4096.
+        example_inputs: arguments of one call, by name; only their shapes and dtypes are used. Default: made
+            from the model's signature.
+        backend: "inductor", "aot_eager" (same graphs, PyTorch's kernels), or "eager" (plain autograd for
+            debugging; it keeps dequantized weights until backward).
+
+    Returns:
+        The model in training mode; compiled on its first call.
+
+    Raises:
+        ConfigError: a field or argument that cannot be honoured, or a target that matches nothing.
+        ModelError: weights that are quantized already, not finite, not there (meta), or on several devices.
+        CaptureError: the model's Python cannot be captured.
+    """
+    lora = check_lora(lora)
+    storage, asked = check_quantization(quantization, blocksize)
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend={backend!r}; accepted: {', '.join(BACKENDS)}")
+    check_model(model)
+    blueprint = Blueprint(model)
+    compute = choose_compute_dtype(compute_dtype, asked, blueprint.device)
+    activations = torch.promote_types(blueprint.dtype, compute.dtype)
+    config = Config(lora, storage, compute.dtype, output_heads(model, blueprint))
+
+    values = example_values(model, blueprint, example_inputs)
+    capture = blueprint.capture(values, training=True, dtype=activations)
+    result = pipeline.run(capture.gm, config, title=graph_title(True, values))
+    decided = decide(result.flat)
+    check_layouts(decided, config)
+
+    qmodel = QLoRAModel(blueprint, config, compute, activations, backend)
+    qmodel._sites = decided
+    move_weights(model, qmodel, config)
+    add_adapters(qmodel, config)
+    qmodel._install((True, True, signature_key(values)), capture, result)
+    mark_used_up(model)
+    return qmodel
+
+
+def check_model(model: Any) -> None:
+    """Refuse what cannot be transformed, before anything is changed.
+
+    Raises:
+        ModelError: saying what is wrong and what to do.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise ModelError(
+            f"model is a {type(model).__name__}; accepted: a transformers model (with a .config)"
+        )
+    if getattr(model, "_qlora_fx_used_up", False):
+        raise ModelError(USED_UP)
+    if hasattr(model, "peft_config"):
+        raise ModelError(
+            "the model already has PEFT adapters; pass the base model, and afterwards qmodel.load_adapter(folder)"
+        )
+    tensors = dict(named_tensors(model))
+    if not any(t.is_floating_point() for t in tensors.values()):
+        raise ModelError(f"{type(model).__name__} has no floating-point parameter")
+    devices: dict[torch.device, str] = {}
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "quant_state") or not (tensor.is_floating_point() or name_is_buffer(model, name)):
+            raise ModelError(
+                f"{name} is already quantized ({type(tensor).__name__}, {tensor.dtype}); load the model "
+                "without quantization_config and let transform quantize it"
+            )
+        devices.setdefault(tensor.device, name)
+    if torch.device("meta") in devices:
+        raise ModelError(
+            f"{devices[torch.device('meta')]} is on the meta device and has no values; load the model with "
+            "from_pretrained first"
+        )
+    if len(devices) > 1:
+        where = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ModelError(f"the model is on several devices ({where}); accepted: one device")
+    for name, tensor in dict(model.named_parameters()).items():
+        if not torch.isfinite(tensor.detach().sum()):
+            bad = int((~torch.isfinite(tensor.detach())).sum())
+            if bad:
+                raise ModelError(
+                    f"{name} {list(tensor.shape)} has {bad} values that are NaN or infinite; quantizing would "
+                    "spread them over whole blocks. Check the checkpoint"
+                )
+
+
+def name_is_buffer(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf in model.get_submodule(path)._buffers
+
+
+def choose_compute_dtype(
+    argument: Any, asked: torch.dtype | None, device: torch.device
+) -> ComputeDtype:
+    """The argument wins over the config; without either, the fastest is measured."""
+    if argument is not None:
+        dtype = check_compute_dtype(argument)
+        if dtype is not None:
+            return ComputeDtype(dtype, "as asked for by compute_dtype")
+    elif asked is not None:
+        dtype = check_compute_dtype(asked)
+        assert dtype is not None
+        return ComputeDtype(dtype, "as asked for by bnb_4bit_compute_dtype")
+    return fastest(str(device))
+
+
+def output_heads(model: Any, blueprint: Blueprint) -> frozenset[str]:
+    """Store keys of the output embeddings' tensors."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Module):
+        return frozenset()
+    wanted = {id(p) for p in head.parameters()}
+    return frozenset(
+        blueprint.keys[name] for name, t in named_tensors(model) if id(t) in wanted
+    )
+
+
+def example_values(
+    model: Any, blueprint: Blueprint, given: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    if given is None:
+        given = example_inputs(model, blueprint.signature)
+    values = bind(blueprint.signature, (), dict(given))
+    if "use_cache" in blueprint.signature.parameters:
+        values["use_cache"] = False
+    return values
+
+
+def check_layouts(decided: Mapping[str, Site], config: Config) -> None:
+    for site in decided.values():
+        if site.quantize:
+            try:
+                layout((site.out_features, site.in_features), config.quantization)
+            except ValueError as error:
+                raise ConfigError(f"{site.name}: {error}") from None
+
+
+def move_weights(model: nn.Module, qmodel: QLoRAModel, config: Config) -> None:
+    """Move every tensor of ``model`` to the store; quantize selected weights one at a time.
+
+    Nothing here keeps a reference to a dense weight once its storage exists.
+    """
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    for name, key in qmodel._blueprint.keys.items():
+        path, _, leaf = name.rpartition(".")
+        places.setdefault(key, []).append((model.get_submodule(path), leaf))
+    for key, where in places.items():
+        module, leaf = where[0]
+        site = qmodel._sites.get(key)
+        tensor = getattr(module, leaf)
+        qmodel._dense_bytes[key] = tensor.nbytes
+        if site is not None and site.quantize:
+            dense = tensor.detach().T if site.transposed else tensor.detach()
+            parts = quantize_weight(dense, config.quantization)
+            shape = (site.out_features, site.in_features)
+            qmodel._store.add_quantized(
+                key, parts, QuantizedShape(shape, tensor.dtype, config.quantization)
+            )
+            for owner, name in where:
+                owner._parameters[name] = nn.Parameter(
+                    torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), requires_grad=False
+                )
+            del tensor, dense, parts
+        elif isinstance(tensor, nn.Parameter):
+            qmodel._store.add(key, tensor.requires_grad_(False))
+        else:
+            persistent = leaf not in module._non_persistent_buffers_set
+            qmodel._store.add(key, tensor, persistent=persistent)
+
+
+def add_adapters(qmodel: QLoRAModel, config: Config) -> None:
+    """Make ``lora_A`` and ``lora_B`` of each adapted site, initialized as PEFT does.
+
+    ``init_lora_weights=True``: A Kaiming-uniform with a = sqrt(5), B zero. ``"gaussian"``: A normal with
+    standard deviation 1/r, B zero. ``False``: both Kaiming-uniform, so that the adapter is not a no-op.
+    """
+    init = config.lora.init_lora_weights
+    for site in qmodel._sites.values():
+        key_a, key_b = lora_keys(site)
+        if not site.adapt or key_a in qmodel._store:
+            continue
+        a = torch.empty(site.r, site.in_features, device=qmodel.device)
+        b = torch.zeros(site.out_features, site.r, device=qmodel.device)
+        if init == "gaussian":
+            nn.init.normal_(a, std=1 / site.r)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if init is False:
+            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+        qmodel._store.add(key_a, nn.Parameter(a))
+        qmodel._store.add(key_b, nn.Parameter(b))
+
+
+USED_UP = "this model's weights were moved into the QLoRAModel that transform returned; call that one"
+
+
+def mark_used_up(model: Any) -> None:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        raise ModelError(USED_UP)
+
+    model.forward = forward
+    model._qlora_fx_used_up = True
+
+
+def graph_text(qmodel: QLoRAModel | fx.GraphModule) -> str:
+    """The rewritten graph as text (the first capture's)."""
+    from .printer import text
+
+    return text(qmodel if isinstance(qmodel, fx.GraphModule) else qmodel.graph_module)

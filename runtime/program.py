@@ -1,0 +1,70 @@
+"""One captured signature, ready to run: checks a call against the capture, feeds the graph, rebuilds the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+class DoesNotFit(Exception):
+    """The call's tensors are outside of what this program was captured for."""
+
+
+class Program:
+    """A callable for one signature.
+
+    Args:
+        run: the lowered graph; takes the stored tensors, then the inputs, in order.
+        stored: the stored tensors, in the graph's order.
+        inputs: name, fake value (dtype and symbolic shape) of each input, in the graph's order.
+        guards: Python expressions over ``L[name]`` that the capture relied on.
+        out_spec: pytree spec of the model's output class.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        stored: list[torch.Tensor],
+        inputs: list[tuple[str, torch.Tensor]],
+        guards: list[str],
+        out_spec: pytree.TreeSpec,
+    ) -> None:
+        self.run = run
+        self.stored = stored
+        self.inputs = inputs
+        self.guards = [(g, compile(g, "<guard>", "eval")) for g in guards]
+        self.out_spec = out_spec
+
+    def __call__(self, values: Mapping[str, Any]) -> Any:
+        """Run on the call's arguments.
+
+        Raises:
+            DoesNotFit: a size, dtype or device is not what was captured; nothing was run.
+        """
+        tensors = self.fit(values)
+        outputs = self.run(*self.stored, *tensors)
+        return pytree.tree_unflatten(list(outputs), self.out_spec)
+
+    def fit(self, values: Mapping[str, Any]) -> list[torch.Tensor]:
+        sizes: dict[Any, tuple[int, str]] = {}
+        tensors = []
+        for name, expected in self.inputs:
+            tensor = values[name]
+            for dim, (size, want) in enumerate(zip(tensor.shape, expected.shape, strict=True)):
+                where = f"{name}.shape[{dim}]"
+                if not isinstance(want, torch.SymInt):
+                    if size != want:
+                        raise DoesNotFit(f"{where} is {size}, captured as {want}")
+                    continue
+                known, first = sizes.setdefault(want.node.expr, (size, where))
+                if known != size:
+                    raise DoesNotFit(f"{where} is {size}, but {first} is {known}")
+            tensors.append(tensor.contiguous())
+        scope = {"L": values, "torch": torch}
+        for text, code in self.guards:
+            if not eval(code, scope):
+                raise DoesNotFit(f"the capture relied on {text}")
+        return tensors

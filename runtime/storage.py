@@ -1,0 +1,108 @@
+"""4-bit storage of one weight, byte for byte bitsandbytes' own layout.
+
+Layout (bitsandbytes 0.50, ``functional.quantize_4bit``): the weight ``[out, in]`` is flattened row-major,
+two values per byte, the even element in the high nibble, ``packed`` of shape ``[ceil(n / 2), 1]``
+(viewed as ``quant_storage``); one float32 ``absmax`` per block of ``blocksize`` values. With double
+quantization (QLoRA, arXiv:2305.14314, section 3) ``offset = mean(absmax)`` and ``absmax - offset`` is
+stored in 8 bits in blocks of 256, each with a float32 ``nested_absmax``, under the signed dynamic map
+``nested_quant_map`` of 256 float32, which is the same for every weight and held once.
+
+At 64 values per block this is 4 + 32/64 = 4.5 bits per weight, or 4 + 8/64 + 32/(64*256) = 4.127 with
+double quantization.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+
+NESTED_BLOCKSIZE = 256
+NESTED_QUANT_MAP = "nested_quant_map"
+"""Store key of the one shared map of the nested absmax."""
+
+
+def layout(
+    shape: tuple[int, int], quantization: Any
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every stored part of a weight, without any data.
+
+    Raises:
+        ValueError: if the packed bytes do not fill whole elements of the storage dtype.
+    """
+    n = shape[0] * shape[1]
+    packed, itemsize = (n + 1) // 2, quantization.storage_dtype.itemsize
+    if packed % itemsize:
+        raise ValueError(
+            f"{packed} packed bytes of a weight {list(shape)} do not divide into "
+            f"{quantization.storage_dtype} elements; accepted: bnb_4bit_quant_storage='uint8'"
+        )
+    blocks = -(-n // quantization.blocksize)
+    parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "packed": ((packed // itemsize, 1), quantization.storage_dtype)
+    }
+    if not quantization.double_quant:
+        return parts | {"absmax": ((blocks,), torch.float32)}
+    return parts | {
+        "absmax": ((blocks,), torch.uint8),
+        "nested_absmax": ((-(-blocks // NESTED_BLOCKSIZE),), torch.float32),
+        "offset": ((), torch.float32),
+        "nested_quant_map": ((256,), torch.float32),
+    }
+
+
+def quantize_weight(weight: torch.Tensor, quantization: Any) -> dict[str, torch.Tensor]:
+    """The stored parts of a dense ``[out, in]`` weight, with the keys of ``layout``."""
+    packed, state = bnb.quantize_4bit(
+        weight.contiguous(),
+        blocksize=quantization.blocksize,
+        compress_statistics=quantization.double_quant,
+        quant_type=quantization.quant_type,
+        quant_storage=quantization.storage_dtype,
+    )
+    parts = {"packed": packed, "absmax": state.absmax}
+    if quantization.double_quant:
+        parts["nested_absmax"] = state.state2.absmax
+        parts["offset"] = state.offset
+        parts["nested_quant_map"] = state.state2.code
+    return parts
+
+
+def quant_state(
+    parts: dict[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype, quantization: Any
+) -> bnb.QuantState:
+    """bitsandbytes' own description of stored parts, for its functions and for checkpoints.
+
+    Args:
+        parts: what ``quantize_weight`` returned.
+        shape: ``[out, in]`` of the dense weight.
+        dtype: dtype to dequantize to.
+    """
+    q = quantization
+    nested = None
+    if q.double_quant:
+        nested = bnb.QuantState(
+            absmax=parts["nested_absmax"],
+            code=parts["nested_quant_map"],
+            blocksize=NESTED_BLOCKSIZE,
+            dtype=torch.float32,
+        )
+    return bnb.QuantState(
+        absmax=parts["absmax"],
+        shape=torch.Size(shape),
+        code=bnb.get_4bit_type(q.quant_type, device=parts["packed"].device),
+        blocksize=q.blocksize,
+        quant_type=q.quant_type,
+        dtype=dtype,
+        offset=parts.get("offset"),
+        state2=nested,
+    )
+
+
+def dequantize_weight(
+    parts: dict[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype, quantization: Any
+) -> torch.Tensor:
+    """The dense ``[out, in]`` weight in ``dtype`` that the stored parts stand for."""
+    state = quant_state(parts, shape, dtype, quantization)
+    return bnb.dequantize_4bit(parts["packed"], state)
