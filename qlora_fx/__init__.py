@@ -11,9 +11,9 @@ from .errors import (
     ModelError,
     QLoRAError,
 )
-from .explain import Explanation, Row
+from .report import Explanation, Row
 from .model import QLoRAModel
-from .transform import graph_text, transform
+from .entry import graph_text, transform
 
 __version__ = "0.1.0"
 

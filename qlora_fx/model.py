@@ -16,7 +16,7 @@ from .adapter import apply_adapter, saved_config
 from .capture import BATCH, SEQUENCE, Blueprint, Capture
 from .config import Config
 from .errors import AdapterError, CaptureError, ConfigError, InputError
-from .explain import Explanation, Row
+from .report import Explanation, Row
 from .inputs import bind, check_call, signature_key
 from .passes.lower import lower
 from .passes.nodes import Site, sites
