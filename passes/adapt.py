@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .nodes import Site, add_stored, aten, call, fake_mode, sites
+from .nodes import Site, StoredInputs, aten, call, fake_mode, sites
 from .quantize import cast
 
 ADAPTER_DTYPE = torch.float32
@@ -31,8 +31,9 @@ def adapt(gm: fx.GraphModule, *, config: Any) -> PassResult:
         %q_proj_adapted: f32[B, S, 6] = aten.add(%q_proj, %q_proj_scaled)
     """
     todo = [n for n in sites(gm.graph) if n.meta["site"].adapt and not has_branch(n)]
+    inputs = StoredInputs(gm.graph)
     for node in todo:
-        add_branch(gm.graph, node, config)
+        add_branch(gm.graph, node, inputs, config)
     return PassResult(gm, bool(todo))
 
 
@@ -53,7 +54,7 @@ def result_of(linear: fx.Node) -> fx.Node:
     return linear
 
 
-def add_branch(graph: fx.Graph, linear: fx.Node, config: Any) -> None:
+def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: Any) -> None:
     site: Site = linear.meta["site"]
     result = result_of(linear)
     x: Any = linear.args[0]
@@ -65,7 +66,7 @@ def add_branch(graph: fx.Graph, linear: fx.Node, config: Any) -> None:
         a_val = torch.empty(site.r, site.in_features, dtype=ADAPTER_DTYPE, device=device)
         b_val = torch.empty(site.out_features, site.r, dtype=ADAPTER_DTYPE, device=device)
     lora_a, lora_b = (
-        add_stored(graph, key, val)
+        inputs.add(key, val)
         for key, val in zip(lora_keys(site), (a_val, b_val), strict=True)
     )
     for node in (lora_a, lora_b):

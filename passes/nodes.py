@@ -86,34 +86,41 @@ def call(
     return node
 
 
-def stored(graph: fx.Graph, key: str) -> fx.Node | None:
-    """The placeholder that reads ``key`` from the parameter store, if the graph has one."""
-    for node in placeholders(graph):
-        if node.meta.get("stored") == key:
-            return node
-    return None
+class StoredInputs:
+    """The placeholders of a graph that read the parameter store, by key and format.
 
-
-def add_stored(graph: fx.Graph, key: str, val: torch.Tensor) -> fx.Node:
-    """The placeholder for ``key``, added behind the other stored tensors if there is none yet.
-
-    ``val`` is a fake tensor of the stored shape and dtype.
+    Made once per pass: looking a key up in the graph each time is quadratic in the number of layers.
     """
-    found = stored(graph, key)
-    if found is not None:
-        return found
-    nodes = list(placeholders(graph))
-    first_input = next((n for n in nodes if "input" in n.meta), None)
-    if first_input is not None:
-        context = graph.inserting_before(first_input)
-    elif nodes:
-        context = graph.inserting_after(nodes[-1])
-    else:
-        context = graph.inserting_before(None)
-    with context:
-        node = graph.create_node("placeholder", identifier(key), name=identifier(key))
-    node.meta.update(val=val, stored=key)
-    return node
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.nodes: dict[tuple[str, str], fx.Node] = {}
+        self.last: fx.Node | None = None
+        for node in placeholders(graph):
+            if "stored" in node.meta:
+                self.nodes[node.meta["stored"], node.meta.get("format", "")] = node
+                self.last = node
+
+    def add(self, key: str, val: torch.Tensor, *, name: str = "", format: str = "") -> fx.Node:
+        """The placeholder for ``key``, made behind the other stored ones if there is none yet.
+
+        ``val`` is a fake tensor of the stored shape and dtype.
+        """
+        found = self.nodes.get((key, format))
+        if found is not None:
+            return found
+        name = name or identifier(key)
+        if self.last is not None:
+            context = self.graph.inserting_after(self.last)
+        else:
+            context = self.graph.inserting_before(next(iter(self.graph.nodes)))
+        with context:
+            node = self.graph.create_node("placeholder", name, name=name)
+        node.meta.update(val=val, stored=key)
+        if format:
+            node.meta["format"] = format
+        self.nodes[key, format] = self.last = node
+        return node
 
 
 def placeholders(graph: fx.Graph) -> Iterator[fx.Node]:

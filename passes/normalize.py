@@ -32,12 +32,12 @@ def normalize(gm: fx.GraphModule, *, config: Any) -> PassResult:
 
         _ = aten._assert_tensor_metadata(%h, dtype=f32)
         %h_f32: f32[B, S, 8] = aten.to.dtype(%h, f32)
-        %y: f32[B*S, 24] = aten.addmm(%c_attn_bias, %x, %c_attn_weight)
+        %c_attn_addmm: f32[B*S, 24] = aten.addmm(%c_attn_bias, %x, %c_attn_weight)
 
     After::
 
         %c_attn_weight_t: f32[24, 8] = aten.t(%c_attn_weight)
-        %y: f32[B*S, 24] = aten.linear(%x, %c_attn_weight_t, %c_attn_bias)
+        %c_attn: f32[B*S, 24] = aten.linear(%x, %c_attn_weight_t, %c_attn_bias)
     """
     graph = gm.graph
     modified = False
@@ -98,15 +98,12 @@ def is_weight_matmul(node: fx.Node) -> bool:
 def rewrite_addmm(graph: fx.Graph, node: fx.Node) -> None:
     bias, x, weight = node.args
     assert isinstance(weight, fx.Node)
-    name = node.name
+    name = node.name.removesuffix("_addmm")
     with graph.inserting_before(node):
         weight_t = call(graph, aten.t.default, (weight,), name=f"{weight.name}_t", like=node)
-        linear = call(
-            graph, aten.linear.default, (x, weight_t, bias), name=f"{name}_linear", like=node
-        )
+        linear = call(graph, aten.linear.default, (x, weight_t, bias), name=name, like=node)
     linear.meta["op"] = "addmm"
     node.replace_all_uses_with(linear)
     graph.erase_node(node)
-    linear._rename(name)
 
 

@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..runtime.storage import NESTED_BLOCKSIZE, NESTED_QUANT_MAP, layout
-from .nodes import Site, add_stored, aten, call, fake_mode, placeholders, sites
+from .nodes import Site, StoredInputs, aten, call, fake_mode, identifier, placeholders, sites
 
 bnb = torch.ops.bitsandbytes
 
@@ -35,8 +35,9 @@ def quantize(gm: fx.GraphModule, *, config: Any) -> PassResult:
     """
     graph = gm.graph
     selected = [n for n in sites(graph) if n.meta["site"].quantize and not reads_storage(n)]
+    inputs = StoredInputs(graph)
     for node in selected:
-        quantize_site(graph, node, config)
+        quantize_site(graph, node, inputs, config)
     graph.eliminate_dead_code()
     erase_dense_placeholders(graph, {n.meta["site"].weight for n in selected})
     modified = bool(selected)
@@ -50,14 +51,14 @@ def reads_storage(linear: fx.Node) -> bool:
     return isinstance(weight, fx.Node) and weight.target is bnb.dequantize_4bit.default
 
 
-def quantize_site(graph: fx.Graph, linear: fx.Node, config: Any) -> None:
+def quantize_site(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: Any) -> None:
     site: Site = linear.meta["site"]
     x, _, *rest = linear.args
     bias = rest[0] if rest else None
     act_dtype = linear.meta["val"].dtype
     dtype = config.compute_dtype
     with graph.inserting_before(linear):
-        weight = dequantize(graph, linear, site, config)
+        weight = dequantize(graph, linear, site, inputs, config)
         new_x = cast(graph, x, dtype, f"{linear.name}_x")
         if new_x is not x:
             new_x.meta["input_of"] = site.name
@@ -79,7 +80,9 @@ def quantize_site(graph: fx.Graph, linear: fx.Node, config: Any) -> None:
         )
 
 
-def dequantize(graph: fx.Graph, linear: fx.Node, site: Site, config: Any) -> fx.Node:
+def dequantize(
+    graph: fx.Graph, linear: fx.Node, site: Site, inputs: StoredInputs, config: Any
+) -> fx.Node:
     """The nodes from storage to a dense ``[out, in]`` weight in the compute dtype."""
     q = config.quantization
     shape = (site.out_features, site.in_features)
@@ -89,11 +92,12 @@ def dequantize(graph: fx.Graph, linear: fx.Node, site: Site, config: Any) -> fx.
             key: torch.empty(size, dtype=dtype, device=device)
             for key, (size, dtype) in layout(shape, q).items()
         }
-    parts = {
-        key: add_stored(graph, stored_key(site.weight, key), val) for key, val in vals.items()
-    }
-    # The dense placeholder of the same key is still there until all its readers are rewritten.
-    parts["packed"] = packed_placeholder(graph, site.weight, vals["packed"])
+    # The dense placeholder of the same key stays until all its readers are rewritten.
+    packed = vals.pop("packed")
+    name = f"{identifier(site.weight)}_packed"
+    parts = {"packed": inputs.add(site.weight, packed, name=name, format="4bit")}
+    for key, val in vals.items():
+        parts[key] = inputs.add(stored_key(site.weight, key), val)
     name = linear.name
     if q.double_quant:
         absmax = call(
@@ -129,21 +133,7 @@ def dequantize(graph: fx.Graph, linear: fx.Node, site: Site, config: Any) -> fx.
 
 def stored_key(weight: str, part: str) -> str:
     """Store key of one part of a quantized weight; the map of the nested absmax is shared by all."""
-    if part == "packed":
-        return weight
     return NESTED_QUANT_MAP if part == "nested_quant_map" else f"{weight}.{part}"
-
-
-def packed_placeholder(graph: fx.Graph, key: str, val: torch.Tensor) -> fx.Node:
-    for node in placeholders(graph):
-        if node.meta.get("stored") == key and node.meta.get("format") == "4bit":
-            return node
-    dense = next(n for n in placeholders(graph) if n.meta.get("stored") == key)
-    name = f"{dense.name}_packed"
-    with graph.inserting_after(dense):
-        node = graph.create_node("placeholder", name, name=name)
-    node.meta.update(val=val, stored=key, format="4bit")
-    return node
 
 
 def erase_dense_placeholders(graph: fx.Graph, keys: set[str]) -> None:

@@ -32,7 +32,7 @@ def every_node_has_a_value(gm: fx.GraphModule, config: Any) -> Iterator[Violatio
 def graph_holds_no_tensor(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:
     """Weights come in through placeholders; the graph module itself owns none."""
     for node in gm.graph.find_nodes(op="get_attr"):
-        yield node, "reads a tensor held by the graph", "use passes.nodes.add_stored"
+        yield node, "reads a tensor held by the graph", "use passes.nodes.StoredInputs"
     for name, _ in [*gm.named_parameters(), *gm.named_buffers()]:
         yield None, f"the graph module holds the tensor {name}", "keep tensors in the parameter store"
 

@@ -1,0 +1,108 @@
+"""Small models that every test builds from a config; nothing is downloaded."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from qlora_fx.capture import Blueprint, Capture
+from qlora_fx.config import Config, Quantization, default_lora
+
+VOCABULARY = 101
+
+
+def tiny_llama(layers: int = 2, **changes: Any) -> LlamaForCausalLM:
+    """Non-square linears with biases; q is 64x48, k and v 32x48, gate and up 80x48, down 48x80."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(p, std=0.1)  # zero biases would hide a lost one
+    return model
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=64,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1)
+    model = GPT2LMHeadModel(config)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+def batch(rows: int = 3, tokens: int = 21, *, padded: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random ids; the second row ends in ``padded`` masked positions."""
+    ids = torch.randint(2, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    labels = ids.clone()
+    if padded and rows > 1:
+        mask[1, -padded:] = 0
+        labels[1, -padded:] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class Toy(nn.Module):
+    """Two blocks of one linear each and a head: the smallest model with repeated blocks."""
+
+    def __init__(self, blocks: int = 2, bias: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace()
+        self.layers = nn.ModuleList(ToyBlock(bias) for _ in range(blocks))
+        self.head = nn.Linear(8, 5, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        for layer in self.layers:
+            x = layer(x)
+        return {"y": self.head(x)}
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 6, bias=bias)
+        self.down = nn.Linear(6, 8, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return y
+
+
+TOY_INPUT = {"x": torch.zeros(2, 3, 8)}
+
+
+def captured(model: nn.Module | None = None, inputs: Any = None, **options: Any) -> Capture:
+    """A capture of ``model`` (default: ``Toy``) for pass tests."""
+    settings = {"training": True, "dtype": torch.float32} | options
+    return Blueprint(model or Toy()).capture(inputs or TOY_INPUT, **settings)
+
+
+@pytest.fixture
+def config() -> Config:
+    """NF4 with double quantization, r=2 on everything but ``head``."""
+    lora = default_lora()
+    lora.r, lora.lora_alpha = 2, 4
+    return Config(lora, Quantization(), torch.float32, frozenset({"head.weight"}))
