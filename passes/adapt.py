@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .nodes import Site, StoredInputs, aten, call, fake_mode, sites
-from .quantize import cast
+from .quantize import cast, replace_other_uses
 
 ADAPTER_DTYPE = torch.float32
 """Adapters are stored, and their two products computed, in float32, as PEFT does by default."""
@@ -66,8 +66,7 @@ def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: A
         a_val = torch.empty(site.r, site.in_features, dtype=ADAPTER_DTYPE, device=device)
         b_val = torch.empty(site.out_features, site.r, dtype=ADAPTER_DTYPE, device=device)
     lora_a, lora_b = (
-        inputs.add(key, val)
-        for key, val in zip(lora_keys(site), (a_val, b_val), strict=True)
+        inputs.add(key, val) for key, val in zip(lora_keys(site), (a_val, b_val), strict=True)
     )
     for node in (lora_a, lora_b):
         node.meta["trainable"] = True
@@ -87,4 +86,4 @@ def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: A
         branch = cast(graph, branch, result.meta["val"].dtype, f"{name}_lora_result", like=linear)
         adapted = then(aten.add.Tensor, result, branch, suffix="adapted")
     adapted.meta["branch_of"] = site.name
-    result.replace_all_uses_with(adapted, delete_user_cb=lambda user: user is not adapted)
+    replace_other_uses(result, adapted)

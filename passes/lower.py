@@ -96,11 +96,11 @@ class CompiledBody(nn.Module):
         needs_grad = tuple(a.requires_grad for a in args) if torch.is_grad_enabled() else ()
         compiled = self.compiled.get(needs_grad)
         if compiled is None:
-            compiled = self.compiled[needs_grad] = self.compile(needs_grad)
+            compiled = self.compiled[needs_grad] = self.build(needs_grad)
         outputs = compiled(*args)
         return outputs[0] if self.single else outputs
 
-    def compile(self, needs_grad: Sequence[bool]) -> Callable[..., Any]:
+    def build(self, needs_grad: Sequence[bool]) -> Callable[..., Any]:
         gm = tuple_output(self.body)
         mode = next(iter(self.inputs)).meta["val"].fake_mode
         args = []
@@ -109,7 +109,9 @@ class CompiledBody(nn.Module):
                 val = node.meta["val"].detach()
                 args.append(val.requires_grad_() if needs_grad and needs_grad[i] else val)
         frozen = frozenset(
-            i for i, n in enumerate(self.inputs) if "stored" in n.meta and not n.meta.get("trainable")
+            i
+            for i, n in enumerate(self.inputs)
+            if "stored" in n.meta and not n.meta.get("trainable")
         )
         with tracing(TracingContext(mode)):
             if self.backend == "aot_eager":
@@ -117,8 +119,8 @@ class CompiledBody(nn.Module):
             from torch._inductor.compile_fx import compile_fx
 
             patches = {"joint_custom_pre_pass": RecomputeWeights(frozen)}
-            compiled: Callable[..., Any] = compile_fx(gm, args, config_patches=patches)
-            return compiled
+            compiled: Any = compile_fx(gm, args, config_patches=patches)
+            return compiled  # type: ignore[no-any-return]
 
 
 def aot_eager(gm: fx.GraphModule, args: list[Any], frozen: frozenset[int]) -> Callable[..., Any]:
@@ -130,8 +132,8 @@ def aot_eager(gm: fx.GraphModule, args: list[Any], frozen: frozenset[int]) -> Ca
         mark_recompute(joint.graph, frozen)
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
-    def run(graph: fx.GraphModule, inputs: Any) -> Any:
-        return make_boxed_func(graph.forward)
+    def run(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        return make_boxed_func(gm.forward)
 
     compiled: Callable[..., Any] = aot_module_simplified(
         gm, args, fw_compiler=run, bw_compiler=run, partition_fn=partition

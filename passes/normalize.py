@@ -66,7 +66,7 @@ def is_noop(node: fx.Node) -> bool:
     if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)):
         return False
     if node.target in CASTS:
-        copy = node.kwargs.get("copy", False) or (len(node.args) > 3 and node.args[3] is True)
+        copy = bool(node.kwargs.get("copy")) or (len(node.args) > 3 and node.args[3] is True)
         keeps_format = node.kwargs.get("memory_format") in (None, torch.preserve_format)
         return (
             not copy
@@ -78,9 +78,9 @@ def is_noop(node: fx.Node) -> bool:
         start = node.args[2] if len(node.args) > 2 else None
         end = node.args[3] if len(node.args) > 3 else None
         step = node.args[4] if len(node.args) > 4 else 1
-        return start in (None, 0) and end in (None, FULL_SLICE_END) and step == 1
+        return bool(start in (None, 0) and end in (None, FULL_SLICE_END) and step == 1)
     if node.target is aten.dropout.default:
-        return node.args[1] == 0.0 or node.args[2] is False
+        return bool(node.args[1] == 0.0) or node.args[2] is False
     return False
 
 
@@ -105,5 +105,3 @@ def rewrite_addmm(graph: fx.Graph, node: fx.Node) -> None:
     linear.meta["op"] = "addmm"
     node.replace_all_uses_with(linear)
     graph.erase_node(node)
-
-

@@ -16,6 +16,9 @@ from .nodes import aten, placeholders
 
 INDEXED = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
 
+INPUT_META = frozenset({"val", "stored", "stored_dtype", "format", "trainable"})
+"""What an input of a body keeps of the node it stands for; marks such as ``site`` stay with that node."""
+
 
 @dataclass
 class Segment:
@@ -60,7 +63,8 @@ def split(graph: fx.Graph) -> list[Segment]:
     """Segments in execution order; empty if blocks depend on each other in a circle.
 
     A node outside of all blocks goes as early as its inputs allow, so that masks and rotary tables,
-    which depend on no block, are computed once before the first.
+    which depend on no block, are computed once before the first. A value computed from stored tensors
+    alone goes where it is first read instead: a dequantized weight must not be held meanwhile.
     """
     order: dict[str, int] = {}
     for node in graph.nodes:
@@ -80,11 +84,22 @@ def split(graph: fx.Graph) -> list[Segment]:
             level[node] = own
         else:
             level[node] = max(((i + 1) // 2 * 2 for i in inputs), default=0)
+    for node in reversed(graph.nodes):
+        if node in level and not block_of(node) and from_storage(node) and node.users:
+            level[node] = min(level.get(user, level[node]) for user in node.users)
     names = {2 * i + 1: block for block, i in order.items()}
     segments: dict[int, Segment] = {}
-    for node, i in level.items():
+    for node, i in level.items():  # in graph order
         segments.setdefault(i, Segment(names.get(i, ""))).nodes.append(node)
     return [segments[i] for i in sorted(segments)]
+
+
+def from_storage(node: fx.Node) -> bool:
+    """True if the value depends on stored tensors alone."""
+    inputs = node.all_input_nodes
+    return bool(inputs) and all(
+        "stored" in n.meta if n.op == "placeholder" else from_storage(n) for n in inputs
+    )
 
 
 def build(gm: fx.GraphModule, segments: list[Segment]) -> fx.GraphModule:
@@ -197,19 +212,15 @@ class Body:
         new = self.graph.create_node(
             "placeholder", self.local(node.name), name=self.local(node.name)
         )
-        new.meta = dict(node.meta)
-        new.meta.pop("input", None)
+        new.meta = {k: v for k, v in node.meta.items() if k in INPUT_META}
         if "stored" in node.meta:
             new.meta["body"] = node.meta["stored"].removeprefix(f"{self.prefix}.")
         self.env[node] = new
 
     def copy(self, node: fx.Node) -> fx.Node:
-        args, kwargs = (
-            fx.map_arg(part, self.translate) for part in (node.args, dict(node.kwargs))
-        )
-        new = self.graph.create_node(
-            node.op, node.target, args, kwargs, name=self.local(node.name)
-        )
+        args = fx.map_arg(node.args, self.translate)
+        kwargs = fx.map_arg(dict(node.kwargs), self.translate)
+        new = self.graph.create_node(node.op, node.target, args, kwargs, name=self.local(node.name))
         new.meta = dict(node.meta)
         self.env[node] = new
         return new
@@ -253,8 +264,15 @@ class Body:
         for node in self.graph.nodes:
             args = str(fx.map_arg((node.args, dict(node.kwargs)), lambda n: f"%{index[n]}"))
             role = (node.meta.get("body"), node.meta.get("trainable"))
-            rows.append((node.op, str(node.target) if node.op == "call_function" else "", args,
-                         role if node.op == "placeholder" else None, signature(node.meta.get("val"))))
+            rows.append(
+                (
+                    node.op,
+                    str(node.target) if node.op == "call_function" else "",
+                    args,
+                    role if node.op == "placeholder" else None,
+                    signature(node.meta.get("val")),
+                )
+            )
         return tuple(rows)
 
 

@@ -72,12 +72,10 @@ def quantize_site(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config
             result.meta["result_of"] = site.name
             result._rename(f"{linear.name}_result")
     if result is not linear:
-        linear.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+        replace_other_uses(linear, result)
     linear.args = (new_x, weight) if new_bias is None else (new_x, weight, new_bias)
     with fake_mode(graph):
-        linear.meta["val"] = aten.linear.default(
-            *fx.map_arg(linear.args, lambda n: n.meta["val"])
-        )
+        linear.meta["val"] = aten.linear.default(*fx.map_arg(linear.args, lambda n: n.meta["val"]))
 
 
 def dequantize(
@@ -160,7 +158,7 @@ def read_in_stored_dtype(graph: fx.Graph, placeholder: fx.Node) -> bool:
                 user.meta["val"] = user.meta["val"].to(stored_dtype)
             with graph.inserting_after(user):
                 rows = cast(graph, user, captured.dtype, f"{user.name}_rows")
-            user.replace_all_uses_with(rows, delete_user_cb=lambda u, rows=rows: u is not rows)
+            replace_other_uses(user, rows)
     rest = [u for u in users if u.target is not aten.embedding.default]
     if rest:
         with graph.inserting_before(rest[0]):
@@ -170,6 +168,11 @@ def read_in_stored_dtype(graph: fx.Graph, placeholder: fx.Node) -> bool:
         for user in rest:
             user.replace_input_with(placeholder, dense)
     return True
+
+
+def replace_other_uses(node: fx.Node, new: fx.Node) -> None:
+    """Let all users of ``node`` but ``new`` itself read ``new``."""
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
 def cast(

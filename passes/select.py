@@ -72,7 +72,7 @@ def judge_linear(node: fx.Node, config: Any) -> Site:
     op = node.meta.get("op", "linear")
     out_features, in_features = node.args[1].meta["val"].shape  # type: ignore[union-attr]
     if weight is None or isinstance(out_features, torch.SymInt):
-        name = module_path(node) or node.name
+        name = node.meta.get("module") or node.name
         return Site(name, "", op, 0, 0, reason="the weight is computed, not a parameter")
     key = weight.meta["stored"]
     name = key.removesuffix(".weight")
@@ -83,11 +83,14 @@ def judge_linear(node: fx.Node, config: Any) -> Site:
 
     if config.decided is not None:
         if key in config.decided:
-            return replace(config.decided[key], op=op)
+            decided: Site = config.decided[key]
+            return replace(decided, op=op)
         return replace(site, reason="not in the graph that transform captured")
     dense = why_dense(key, weight, config)
     bare = why_bare(key, name, config)
-    site = replace(site, quantize=not dense, adapt=not bare, reason="; ".join(filter(None, (dense, bare))))
+    site = replace(
+        site, quantize=not dense, adapt=not bare, reason="; ".join(filter(None, (dense, bare)))
+    )
     if site.adapt:
         r = config.rank(name)
         if r > min(out_features, in_features):
@@ -142,7 +145,9 @@ def is_excluded(lora: Any, name: str) -> bool:
 def reads_as_linear_weight(user: fx.Node, weight: fx.Node) -> bool:
     if user.target is aten.linear.default:
         return user.args[1] is weight and user.args[0] is not weight
-    return user.target is aten.t.default and all(reads_as_linear_weight(u, user) for u in user.users)
+    return user.target is aten.t.default and all(
+        reads_as_linear_weight(u, user) for u in user.users
+    )
 
 
 def is_plain_transpose(node: Any, weight: fx.Node) -> bool:
@@ -197,16 +202,8 @@ def near(targets: Any, names: list[str]) -> str:
     """A hint with the names closest to what was asked for."""
     leaves = sorted({n.rsplit(".", 1)[-1] for n in names})
     asked = [targets] if isinstance(targets, str) else sorted(targets or [])
-    close = {c for a in asked for c in difflib.get_close_matches(a.rsplit(".", 1)[-1], leaves, 3, 0.4)}
+    close = {
+        c for a in asked for c in difflib.get_close_matches(a.rsplit(".", 1)[-1], leaves, 3, 0.4)
+    }
     hint = f" Near names: {', '.join(sorted(close))}." if close else ""
     return f"{hint} Linears of this model: {', '.join(leaves)}; or 'all-linear'"
-
-
-def module_path(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = ""
-    for path, _ in stack.values():
-        pass
-    return path
-
-

@@ -1,6 +1,7 @@
 """QLoRA as a compiler pass: capture, rewrite to NF4 + LoRA, compile, train. See ``transform``."""
 
 from .config import Config
+from .entry import graph_text, transform
 from .errors import (
     AdapterError,
     CaptureError,
@@ -11,9 +12,8 @@ from .errors import (
     ModelError,
     QLoRAError,
 )
-from .report import Explanation, Row
 from .model import QLoRAModel
-from .entry import graph_text, transform
+from .report import Explanation, Row
 
 __version__ = "0.1.0"
 

@@ -14,9 +14,7 @@ from .errors import AdapterError
 from .passes.nodes import Site
 
 
-def apply_adapter(
-    current: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
-) -> None:
+def apply_adapter(current: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
     """Copy ``state`` into ``current``, all of it or nothing.
 
     Raises:
@@ -51,7 +49,9 @@ def saved_config(lora: LoraConfig, sites: Mapping[str, Site], config: Any) -> di
     """``adapter_config.json``: the user's config with its targets resolved to names that PEFT finds."""
     saved = copy.deepcopy(lora)
     saved.inference_mode = True
-    saved.base_model_name_or_path = saved.base_model_name_or_path or getattr(config, "_name_or_path", None) or None
+    saved.base_model_name_or_path = (
+        saved.base_model_name_or_path or getattr(config, "_name_or_path", None) or None
+    )
     if saved.target_modules in (None, "all-linear"):
         saved.target_modules = target_names(sites)
         saved.exclude_modules = None

@@ -98,9 +98,7 @@ class Blueprint:
                 memo.setdefault(id(tensor), fake)
         return copy.deepcopy(self.model, memo)  # type: ignore[no-any-return]
 
-    def capture(
-        self, inputs: Mapping[str, Any], *, training: bool, dtype: torch.dtype
-    ) -> Capture:
+    def capture(self, inputs: Mapping[str, Any], *, training: bool, dtype: torch.dtype) -> Capture:
         """Trace ``forward(**inputs)``.
 
         Args:
@@ -152,7 +150,9 @@ class Blueprint:
         stored: dict[str, str] = {}
         names: dict[str, str] = {}
         constants: dict[str, torch.Tensor] = {}
-        user = iter(program.call_spec.in_spec.children()[1].context)  # names of the keyword arguments
+        user = iter(
+            program.call_spec.in_spec.children()[1].context
+        )  # names of the keyword arguments
         for item in signature.input_specs:
             if item.kind in (InputKind.PARAMETER, InputKind.BUFFER):
                 stored[item.arg.name] = self.keys[str(item.target)]
@@ -160,7 +160,9 @@ class Blueprint:
                 key = f"constants.{item.target}"
                 value = program.constants[str(item.target)]
                 if not isinstance(value, torch.Tensor) or type(value) is not torch.Tensor:
-                    raise CaptureError(f"the model made the constant {item.target} from a traced value")
+                    raise CaptureError(
+                        f"the model made the constant {item.target} from a traced value"
+                    )
                 stored[item.arg.name] = key
                 constants[key] = value
             elif item.kind is InputKind.USER_INPUT:
@@ -231,7 +233,9 @@ class Flattener:
 
     def region(self, node: fx.Node) -> None:
         """Inline ``with torch.no_grad()`` and disabled-autocast blocks."""
-        position = next(i for i, a in enumerate(node.args) if isinstance(self.value(a), fx.GraphModule))
+        position = next(
+            i for i, a in enumerate(node.args) if isinstance(self.value(a), fx.GraphModule)
+        )
         body = self.value(node.args[position])
         for inner, outer in zip(
             body.graph.find_nodes(op="placeholder"), node.args[position + 1 :], strict=True
@@ -286,9 +290,8 @@ def is_region(node: fx.Node) -> bool:
 
 
 def module_path(node: fx.Node) -> str:
-    path = ""
-    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-        pass
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
     return "" if path.startswith("_empty_nn_module_stack") else path
 
 
@@ -409,5 +412,3 @@ def capture_error(model: Any, error: Exception, inputs: Mapping[str, Any]) -> Ca
         "torch.where or torch.cond there, or pass example_inputs= that take another path. "
         "The model is unchanged."
     )
-
-

@@ -24,13 +24,34 @@ DEFAULT_RANK = 16
 """Rank used when no ``LoraConfig`` is given; ``lora_alpha`` is then the same, a scaling of 1."""
 
 HONOURED = frozenset(
-    "r lora_alpha use_rslora lora_dropout target_modules exclude_modules rank_pattern alpha_pattern "
-    "layers_to_transform layers_pattern init_lora_weights".split()
+    [
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "layers_to_transform",
+        "layers_pattern",
+        "init_lora_weights",
+    ]
 )
 # Bookkeeping of PEFT's that changes nothing in the adapter; kept when the adapter is saved.
 CARRIED = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
-    "fan_in_fan_out runtime_config qalora_group_size".split()
+    [
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "fan_in_fan_out",
+        "runtime_config",
+        "qalora_group_size",
+    ]
 )
 
 
@@ -114,10 +135,7 @@ def check_lora(lora: LoraConfig | None) -> LoraConfig:
         if f.name in HONOURED | CARRIED:
             continue
         value = getattr(lora, f.name)
-        if f.default_factory is not MISSING:
-            default = f.default_factory()
-        else:
-            default = f.default
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
         if value != default and value not in (None, False) and value != {}:
             raise ConfigError(
                 f"LoraConfig.{f.name}={value!r} is not supported; accepted: {default!r} (its default). "
@@ -133,9 +151,7 @@ def check_lora(lora: LoraConfig | None) -> LoraConfig:
             where = "LoraConfig.r" if name == "r" else f"LoraConfig.rank_pattern[{name!r}]"
             raise ConfigError(f"{where}={rank!r}; accepted: an integer of at least 1")
     if not 0.0 <= lora.lora_dropout < 1.0:
-        raise ConfigError(
-            f"LoraConfig.lora_dropout={lora.lora_dropout!r}; accepted: 0 <= p < 1"
-        )
+        raise ConfigError(f"LoraConfig.lora_dropout={lora.lora_dropout!r}; accepted: 0 <= p < 1")
     return lora
 
 
@@ -163,7 +179,11 @@ def check_quantization(
             "accepted: load_in_4bit=True"
         )
     plain = BitsAndBytesConfig()
-    for name in ("llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight"):
+    for name in (
+        "llm_int8_threshold",
+        "llm_int8_enable_fp32_cpu_offload",
+        "llm_int8_has_fp16_weight",
+    ):
         if getattr(q, name) != getattr(plain, name):
             raise ConfigError(
                 f"BitsAndBytesConfig.{name}={getattr(q, name)!r} has no meaning in 4 bits; "

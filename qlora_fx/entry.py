@@ -17,9 +17,9 @@ from .config import Config, check_compute_dtype, check_lora, check_quantization
 from .errors import ConfigError, ModelError
 from .inputs import bind, example_inputs, signature_key
 from .model import QLoRAModel, decide, graph_title
+from .passes.adapt import lora_keys
 from .passes.lower import BACKENDS
 from .passes.nodes import Site
-from .passes.adapt import lora_keys
 from .runtime.dtype import ComputeDtype, fastest
 from .runtime.storage import layout, quantize_weight
 from .runtime.store import QuantizedShape
@@ -111,7 +111,9 @@ def check_model(model: Any) -> None:
         raise ModelError(f"{type(model).__name__} has no floating-point parameter")
     devices: dict[torch.device, str] = {}
     for name, tensor in tensors.items():
-        if hasattr(tensor, "quant_state") or not (tensor.is_floating_point() or name_is_buffer(model, name)):
+        if hasattr(tensor, "quant_state") or not (
+            tensor.is_floating_point() or name_is_buffer(model, name)
+        ):
             raise ModelError(
                 f"{name} is already quantized ({type(tensor).__name__}, {tensor.dtype}); load the model "
                 "without quantization_config and let transform quantize it"
@@ -161,9 +163,7 @@ def output_heads(model: Any, blueprint: Blueprint) -> frozenset[str]:
     if not isinstance(head, nn.Module):
         return frozenset()
     wanted = {id(p) for p in head.parameters()}
-    return frozenset(
-        blueprint.keys[name] for name, t in named_tensors(model) if id(t) in wanted
-    )
+    return frozenset(blueprint.keys[name] for name, t in named_tensors(model) if id(t) in wanted)
 
 
 def example_values(
@@ -209,7 +209,8 @@ def move_weights(model: nn.Module, qmodel: QLoRAModel, config: Config) -> None:
             )
             for owner, name in where:
                 owner._parameters[name] = nn.Parameter(
-                    torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), requires_grad=False
+                    torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"),
+                    requires_grad=False,
                 )
             del tensor, dense, parts
         elif isinstance(tensor, nn.Parameter):
@@ -242,7 +243,9 @@ def add_adapters(qmodel: QLoRAModel, config: Config) -> None:
         qmodel._store.add(key_b, nn.Parameter(b))
 
 
-USED_UP = "this model's weights were moved into the QLoRAModel that transform returned; call that one"
+USED_UP = (
+    "this model's weights were moved into the QLoRAModel that transform returned; call that one"
+)
 
 
 def mark_used_up(model: Any) -> None:

@@ -46,7 +46,9 @@ def scores_every_position(model: Any) -> bool:
     return head is not None
 
 
-def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bind(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """The call's arguments by name, without those that equal their default.
 
     Raises:
@@ -62,7 +64,9 @@ def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[st
         if kind is inspect.Parameter.VAR_KEYWORD:
             values.update(value)
         elif kind is inspect.Parameter.VAR_POSITIONAL:
-            raise InputError(f"positional arguments beyond {', '.join(signature.parameters)}: {value!r}")
+            raise InputError(
+                f"positional arguments beyond {', '.join(signature.parameters)}: {value!r}"
+            )
         else:
             default = signature.parameters[name].default
             if value is None or (not isinstance(value, torch.Tensor) and value is default):
@@ -86,18 +90,37 @@ def leaf_key(name: str, value: Any) -> Any:
     )
 
 
-def check_call(values: Mapping[str, Any], device: torch.device) -> None:
-    """Shapes and devices that no capture would accept.
+def vocabulary_size(model: Any) -> int | None:
+    """Rows of the input embedding, or None where there is none."""
+    try:
+        rows = model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        return None
+    return int(rows)
+
+
+def check_call(values: Mapping[str, Any], device: torch.device, vocabulary: int | None) -> None:
+    """Shapes, devices and, on a CPU, token ids that no graph would accept.
+
+    Compiled code on a CPU ends the process at an index out of range, so that is looked for here. On a GPU
+    the look would wait for the device; the kernel's own assertion reports it there.
 
     Raises:
-        InputError: naming both shapes or both devices.
+        InputError: naming both shapes, both devices, or the ids.
     """
     for name, value in values.items():
         if isinstance(value, torch.Tensor) and value.device != device:
-            raise InputError(f"{name} is on {value.device}, the model on {device}; move it with .to({str(device)!r})")
+            raise InputError(
+                f"{name} is on {value.device}, the model on {device}; move it with .to({str(device)!r})"
+            )
+    if device.type == "cpu" and vocabulary is not None:
+        for name in ("input_ids", "decoder_input_ids", "labels"):
+            check_ids(name, values.get(name), vocabulary)
     labels, ids = values.get("labels"), values.get("input_ids")
     if isinstance(labels, torch.Tensor) and labels.is_floating_point():
-        raise InputError(f"labels are {labels.dtype}; accepted: int64 token ids, -100 where there is no loss")
+        raise InputError(
+            f"labels are {labels.dtype}; accepted: int64 token ids, -100 where there is no loss"
+        )
     for name in ("labels", "attention_mask"):
         other = values.get(name)
         if not isinstance(other, torch.Tensor) or not isinstance(ids, torch.Tensor):
@@ -106,3 +129,15 @@ def check_call(values: Mapping[str, Any], device: torch.device) -> None:
             raise InputError(
                 f"{name} has shape {list(other.shape)}, input_ids {list(ids.shape)}; accepted: the same shape"
             )
+
+
+def check_ids(name: str, ids: Any, vocabulary: int) -> None:
+    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.numel() == 0:
+        return
+    checked = ids.masked_fill(ids == -100, 0) if name == "labels" else ids
+    low, high = (int(v) for v in torch.aminmax(checked))
+    if low < 0 or high >= vocabulary:
+        extra = ", or -100 where there is no loss" if name == "labels" else ""
+        raise InputError(
+            f"{name} has values from {low} to {high}; accepted: 0 to {vocabulary - 1}{extra}"
+        )

@@ -6,6 +6,7 @@ A check yields ``(node, fault, remedy)`` for every violation; the pipeline turns
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,7 +35,11 @@ def graph_holds_no_tensor(gm: fx.GraphModule, config: Any) -> Iterator[Violation
     for node in gm.graph.find_nodes(op="get_attr"):
         yield node, "reads a tensor held by the graph", "use passes.nodes.StoredInputs"
     for name, _ in [*gm.named_parameters(), *gm.named_buffers()]:
-        yield None, f"the graph module holds the tensor {name}", "keep tensors in the parameter store"
+        yield (
+            None,
+            f"the graph module holds the tensor {name}",
+            "keep tensors in the parameter store",
+        )
 
 
 def only_canonical_linears_multiply_by_weights(
@@ -46,7 +51,11 @@ def only_canonical_linears_multiply_by_weights(
             weight = parameter_behind(node.args[2])
             plain = all(node.kwargs.get(k, 1) == 1 for k in ("alpha", "beta"))
             if weight is not None and plain and node.args[0].meta["val"].dim() == 1:
-                yield node, f"multiplies by {weight.name} outside of aten.linear", "extend normalize"
+                yield (
+                    node,
+                    f"multiplies by {weight.name} outside of aten.linear",
+                    "extend normalize",
+                )
 
 
 def every_linear_has_a_verdict(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:
@@ -63,7 +72,12 @@ def every_linear_has_a_verdict(gm: fx.GraphModule, config: Any) -> Iterator[Viol
 
 def is_lora_product(node: fx.Node) -> bool:
     weight = parameter_behind(node.args[1])
-    return weight is not None and weight.meta.get("trainable", False)
+    return weight is not None and is_adapter(weight)
+
+
+def is_adapter(placeholder: fx.Node) -> bool:
+    key = placeholder.meta.get("stored", "")
+    return ".lora_A." in key or ".lora_B." in key
 
 
 def no_dense_copy_of_a_selected_weight(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:
@@ -74,14 +88,17 @@ def no_dense_copy_of_a_selected_weight(gm: fx.GraphModule, config: Any) -> Itera
     selected = {n.meta["site"].weight for n in sites(gm.graph) if n.meta["site"].quantize}
     for node in gm.graph.find_nodes(op="placeholder"):
         if node.meta.get("stored") in selected and node.meta.get("format") != "4bit":
-            yield node, "is a dense copy of a selected weight", "erase it once its readers are rewritten"
+            yield (
+                node,
+                "is a dense copy of a selected weight",
+                "erase it once its readers are rewritten",
+            )
 
 
 def only_adapters_are_trainable(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:
     """Only ``lora_A`` and ``lora_B`` are trainable."""
     for node in gm.graph.find_nodes(op="placeholder"):
-        is_adapter = ".lora_A." in node.meta.get("stored", "") or ".lora_B." in node.meta.get("stored", "")
-        if node.meta.get("trainable", False) != is_adapter:
+        if node.meta.get("trainable", False) != is_adapter(node):
             yield node, "is trainable but no adapter, or an adapter and frozen", "mark it in adapt"
 
 
@@ -94,7 +111,11 @@ def every_adapted_site_has_a_live_branch(gm: fx.GraphModule, config: Any) -> Ite
             yield node, "has no LoRA branch", "adapt must add it"
     for node in gm.graph.nodes:
         if "branch_of" in node.meta and not node.users:
-            yield node, "is a LoRA branch that nobody reads", "replace all uses of the site's result"
+            yield (
+                node,
+                "is a LoRA branch that nobody reads",
+                "replace all uses of the site's result",
+            )
 
 
 def each_distinct_body_occurs_once(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:
@@ -103,8 +124,15 @@ def each_distinct_body_occurs_once(gm: fx.GraphModule, config: Any) -> Iterator[
     for name, body in gm.named_children():
         if not isinstance(body, fx.GraphModule):
             continue
-        rows = [(n.op, str(n.target) if n.op == "call_function" else "", n.meta.get("body"),
-                 str(n.meta.get("val"))) for n in body.graph.nodes]
+        rows = [
+            (
+                n.op,
+                str(n.target) if n.op == "call_function" else "",
+                n.meta.get("body"),
+                str(n.meta.get("val")),
+            )
+            for n in body.graph.nodes
+        ]
         key = tuple(rows) + (body.code.split(":", 1)[1],)
         if key in seen:
             yield None, f"bodies {seen[key]} and {name} are the same", "share one body in outline"
@@ -113,12 +141,18 @@ def each_distinct_body_occurs_once(gm: fx.GraphModule, config: Any) -> Iterator[
 
 def values_match_fake_kernels(gm: fx.GraphModule) -> Iterator[Violation]:
     """Every call's ``meta["val"]`` is what its fake kernel computes now. Slow: for tests."""
-    for node in gm.graph.find_nodes(op="call_function"):
-        val = node.meta["val"]
-        if not isinstance(val, torch.Tensor):
+    for node in gm.graph.nodes:
+        val = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(val, torch.Tensor):
+            continue
+        if node.target is operator.getitem:
             continue
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         with val.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
             new = node.target(*args, **kwargs)
         if new.dtype != val.dtype or [str(s) for s in new.shape] != [str(s) for s in val.shape]:
-            yield node, f"meta['val'] is {val.dtype}{list(val.shape)}, its kernel gives {new.dtype}{list(new.shape)}", "compute metadata, never alias it"
+            yield (
+                node,
+                f"meta['val'] is {val.dtype}{list(val.shape)}, its kernel gives {new.dtype}{list(new.shape)}",
+                "compute metadata, never alias it",
+            )

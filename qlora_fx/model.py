@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,10 +17,10 @@ from .adapter import apply_adapter, saved_config
 from .capture import BATCH, SEQUENCE, Blueprint, Capture
 from .config import Config
 from .errors import AdapterError, CaptureError, ConfigError, InputError
-from .report import Explanation, Row
-from .inputs import bind, check_call, signature_key
+from .inputs import bind, check_call, signature_key, vocabulary_size
 from .passes.lower import lower
 from .passes.nodes import Site, sites
+from .report import Explanation, Row
 from .runtime import checkpoint
 from .runtime.dtype import ComputeDtype
 from .runtime.optimizer import paged_optimizer
@@ -57,6 +58,7 @@ class QLoRAModel(nn.Module):
         self._programs: dict[Any, list[Program]] = {}
         self._graphs: dict[Any, fx.GraphModule] = {}
         self._adapter_enabled = True
+        self._vocabulary = vocabulary_size(blueprint.model)
 
     # -- the model it stands for ------------------------------------------------------------------
 
@@ -98,11 +100,13 @@ class QLoRAModel(nn.Module):
         values = bind(self._blueprint.signature, args, kwargs)
         if "use_cache" in self._blueprint.signature.parameters:
             if values.get("use_cache"):
-                raise InputError("use_cache=True is not supported; accepted: False (recompute the prefix)")
+                raise InputError(
+                    "use_cache=True is not supported; accepted: False (recompute the prefix)"
+                )
             values["use_cache"] = False
         if values.get("return_dict") is True:  # the default; not worth a capture of its own
             del values["return_dict"]
-        check_call(values, self.device)
+        check_call(values, self.device, self._vocabulary)
         key = (self.training, self._adapter_enabled, signature_key(values))
         misfits = []
         for program in self._programs.get(key, ()):
@@ -114,7 +118,9 @@ class QLoRAModel(nn.Module):
         try:
             return program(values)
         except DoesNotFit as error:
-            raise InputError(f"the tensors of this call do not fit each other: {misfits[0] if misfits else error}") from None
+            raise InputError(
+                f"the tensors of this call do not fit each other: {misfits[0] if misfits else error}"
+            ) from None
 
     def _capture(self, key: Any, values: Mapping[str, Any]) -> Program:
         """Capture a further signature over the same parameters."""
@@ -129,7 +135,9 @@ class QLoRAModel(nn.Module):
             )
         except CaptureError as error:
             if key in self._programs:
-                raise InputError(f"the tensors of this call do not fit each other: {error}") from error
+                raise InputError(
+                    f"the tensors of this call do not fit each other: {error}"
+                ) from error
             raise
         result = pipeline.run(capture.gm, config, title=graph_title(self.training, values))
         return self._install(key, capture, result)
@@ -172,7 +180,9 @@ class QLoRAModel(nn.Module):
         """What was quantized and adapted, what was not, and why."""
         rows = [self._row(site) for site in self._sites.values()]
         counted = {site.weight for site in self._sites.values()}
-        counted |= {f"{w}.{part}" for w in counted for part in ("absmax", "nested_absmax", "offset")}
+        counted |= {
+            f"{w}.{part}" for w in counted for part in ("absmax", "nested_absmax", "offset")
+        }
         other = sum(
             t.nbytes for k, t in self._store.items() if k not in counted and ".lora_" not in k
         )
@@ -185,7 +195,9 @@ class QLoRAModel(nn.Module):
             f"activations {str(self.dtype).removeprefix('torch.')}",
             f"adapters: float32, r={lora.r}, lora_alpha={lora.lora_alpha}, dropout {lora.lora_dropout}",
         ]
-        return Explanation(f"{type(self._blueprint.model).__name__} as qlora_fx runs it", rows, other, notes)
+        return Explanation(
+            f"{type(self._blueprint.model).__name__} as qlora_fx runs it", rows, other, notes
+        )
 
     def _row(self, site: Site) -> Row:
         lora = [f"{site.name}.lora_{x}.weight" for x in "AB"]
@@ -275,9 +287,13 @@ class QLoRAModel(nn.Module):
         """Accepts the device and dtype the model already has; refuses others (see ``_apply``)."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and torch.device(device).type != self.device.type:
-            raise ConfigError(f"cannot move from {self.device} to {device}: move the model, then transform it")
+            raise ConfigError(
+                f"cannot move from {self.device} to {device}: move the model, then transform it"
+            )
         if dtype is not None and dtype != self.dtype:
-            raise ConfigError(f"cannot cast from {self.dtype} to {dtype}: pass compute_dtype= to transform")
+            raise ConfigError(
+                f"cannot cast from {self.dtype} to {dtype}: pass compute_dtype= to transform"
+            )
         return self
 
     # -- adapters ---------------------------------------------------------------------------------
@@ -357,9 +373,8 @@ class QLoRAModel(nn.Module):
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return ours(*args, **kwargs)
 
-        forward.__signature__ = type(model).forward.__signature__ if hasattr(  # type: ignore[attr-defined]
-            type(model).forward, "__signature__"
-        ) else __import__("inspect").signature(type(model).forward)
+        # generate looks at the signature to see which arguments the model takes.
+        forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
         members = {
             "forward": forward,
             "device": property(lambda _: ours.device),

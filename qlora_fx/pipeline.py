@@ -117,9 +117,7 @@ def run(
     return Result(gm, flat)
 
 
-def check(
-    gm: fx.GraphModule, held: list[invariants.Invariant], config: Config, stage: str
-) -> None:
+def check(gm: fx.GraphModule, held: list[invariants.Invariant], config: Config, stage: str) -> None:
     """Raise for the first broken invariant, in the outer graph or in a body it calls."""
     for graph in (gm, *(m for m in gm.children() if isinstance(m, fx.GraphModule))):
         for invariant in held:
@@ -146,10 +144,10 @@ def dump_folder() -> Path | None:
 
 def report(number: int, stage: str, title: str, before: str, after: str) -> None:
     if log.isEnabledFor(logging.DEBUG):
-        log.debug("%s: %s\n%s", title, stage, printer.diff(before, after, stage=stage) or "unchanged")
+        log.debug(
+            "%s: %s\n%s", title, stage, printer.diff(before, after, stage=stage) or "unchanged"
+        )
     folder = dump_folder()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{title}.{number}_{stage}.txt").write_text(after, encoding="ascii")
-
-

@@ -37,7 +37,9 @@ def text(gm: fx.GraphModule, *, title: str = "") -> str:
     for node in gm.graph.find_nodes(op="call_module"):
         if node.target not in seen:
             seen.add(node.target)
-            parts.append(one(gm.get_submodule(node.target), node.target, symbols))
+            body = gm.get_submodule(node.target)
+            assert isinstance(body, fx.GraphModule)
+            parts.append(one(body, node.target, symbols))
     return "\n".join(parts)
 
 
@@ -91,7 +93,11 @@ def target(node: fx.Node) -> str:
         name = str(node.target).removesuffix(".default")
         base, _, overload = name.rpartition(".")
         # aten.add.Tensor -> aten.add: the overload follows from the argument types shown.
-        return base if base.count(".") == 1 and overload in ("Tensor", "Scalar", "int", "dim") else name
+        return (
+            base
+            if base.count(".") == 1 and overload in ("Tensor", "Scalar", "int", "dim")
+            else name
+        )
     if isinstance(node.target, str):
         return node.target
     return getattr(node.target, "__name__", str(node.target))
@@ -128,7 +134,11 @@ class Symbols:
         self.names: dict[sympy.Symbol, str] = {}
         for node in gm.graph.nodes:
             val = node.meta.get("val")
-            if node.op == "placeholder" and "input" in node.meta and isinstance(val, torch.Tensor):
+            if (
+                node.op == "placeholder"
+                and "stored" not in node.meta
+                and isinstance(val, torch.Tensor)
+            ):
                 for i, size in enumerate(val.shape):
                     self.see(size, "BS"[i] if i < 2 and val.dim() <= 3 else "")
 
@@ -145,14 +155,21 @@ class Symbols:
             return str(size)
         self.see(size, "")
         expr = size.node.expr
-        renamed = expr.xreplace({s: sympy.Symbol(self.names[s]) for s in expr.free_symbols if s in self.names})
+        renamed = expr.xreplace(
+            {s: sympy.Symbol(self.names[s]) for s in expr.free_symbols if s in self.names}
+        )
         return str(renamed)
 
 
 def diff(before: str, after: str, *, stage: str) -> str:
     """A unified diff of two graph texts with one line of context."""
     lines = difflib.unified_diff(
-        before.splitlines(), after.splitlines(), f"before {stage}", f"after {stage}", lineterm="", n=1
+        before.splitlines(),
+        after.splitlines(),
+        f"before {stage}",
+        f"after {stage}",
+        lineterm="",
+        n=1,
     )
     return "\n".join(lines)
 

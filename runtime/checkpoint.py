@@ -19,7 +19,9 @@ PREFIX = "base_model.model."
 """What PEFT puts before the module path in its saved keys."""
 
 
-def save(folder: str | os.PathLike[str], tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+def save(
+    folder: str | os.PathLike[str], tensors: dict[str, torch.Tensor], config: dict[str, Any]
+) -> None:
     """Write both files, each under a temporary name first, so that a kill leaves the old or the new one."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -54,7 +56,9 @@ def load(folder: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[
     """
     path = Path(folder)
     if not path.is_dir():
-        raise AdapterError(f"{os.fspath(folder)!r} is not a folder; accepted: a folder with {CONFIG} and {WEIGHTS}")
+        raise AdapterError(
+            f"{os.fspath(folder)!r} is not a folder; accepted: a folder with {CONFIG} and {WEIGHTS}"
+        )
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             there = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"

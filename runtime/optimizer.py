@@ -19,9 +19,6 @@ PAGED = (
     "PagedLion32bit",
     "PagedLion8bit",
     "PagedLion",
-    "PagedAdEMAMix",
-    "PagedAdEMAMix32bit",
-    "PagedAdEMAMix8bit",
 )
 _warned: set[str] = set()
 
@@ -50,7 +47,9 @@ def paged_optimizer(
     optimizer: Any = getattr(bnb.optim, name)(groups, lr=lr, weight_decay=weight_decay, **options)
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     if any(p.device.type == "cpu" for p in tensors):
-        optimizer._cpu_paged_warned = True  # bitsandbytes' own warning; ours says it at the right place
+        optimizer._cpu_paged_warned = (
+            True  # bitsandbytes' own warning; ours says it at the right place
+        )
         if "cpu" not in _warned:
             _warned.add("cpu")
             warnings.warn(

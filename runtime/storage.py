@@ -105,4 +105,5 @@ def dequantize_weight(
 ) -> torch.Tensor:
     """The dense ``[out, in]`` weight in ``dtype`` that the stored parts stand for."""
     state = quant_state(parts, shape, dtype, quantization)
-    return bnb.dequantize_4bit(parts["packed"], state)
+    dense: torch.Tensor = bnb.dequantize_4bit(parts["packed"], state)
+    return dense

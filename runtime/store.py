@@ -67,7 +67,14 @@ class QuantizedNode(Node):
             destination[f"{prefix}weight.{key}"] = value
 
     def _load_from_state_dict(
-        self, state: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+        self,
+        state: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
     ) -> None:
         keys = [k for k in state if k.startswith(f"{prefix}weight.")]
         if not keys:
@@ -77,9 +84,7 @@ class QuantizedNode(Node):
             {k.removeprefix(prefix): state[k] for k in keys}, device=self.weight.device
         )
         ours = self.state()
-        mine, new = (
-            (s.quant_type, s.blocksize, tuple(s.shape), s.nested) for s in (ours, theirs)
-        )
+        mine, new = ((s.quant_type, s.blocksize, tuple(s.shape), s.nested) for s in (ours, theirs))
         if mine != new:
             errors.append(f"{prefix}weight: storage {new} does not fit {mine}")
             return

@@ -41,8 +41,18 @@ def tiny_llama(layers: int = 2, **changes: Any) -> LlamaForCausalLM:
 
 def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=64,
-                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=48,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     model = GPT2LMHeadModel(config)
     for name, p in model.named_parameters():
         if name.endswith("bias"):
@@ -50,9 +60,13 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return model
 
 
-def batch(rows: int = 3, tokens: int = 21, *, padded: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
+def batch(
+    rows: int = 3, tokens: int = 21, *, padded: int = 4, seed: int = 0
+) -> dict[str, torch.Tensor]:
     """Random ids; the second row ends in ``padded`` masked positions."""
-    ids = torch.randint(2, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(
+        2, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed)
+    )
     mask = torch.ones_like(ids)
     labels = ids.clone()
     if padded and rows > 1:

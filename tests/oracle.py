@@ -49,8 +49,12 @@ def random_adapter(
     state = {}
     for name, module in linears(model, keep).items():
         out, inn = shape(module)
-        state[f"base_model.model.{name}.lora_A.weight"] = torch.randn(r, inn, generator=generator) * scale
-        state[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, r, generator=generator) * scale
+        state[f"base_model.model.{name}.lora_A.weight"] = (
+            torch.randn(r, inn, generator=generator) * scale
+        )
+        state[f"base_model.model.{name}.lora_B.weight"] = (
+            torch.randn(out, r, generator=generator) * scale
+        )
     return state
 
 
@@ -145,7 +149,8 @@ def reference(
 
 def relative_error(value: torch.Tensor, true: torch.Tensor) -> float:
     """``|value - true| / |true|`` in the Frobenius norm, computed in float64."""
-    return float((value.double() - true.double()).norm() / true.double().norm())
+    value, true = value.detach().double(), true.detach().double()
+    return float((value - true).norm() / true.norm())
 
 
 def ours(
@@ -157,7 +162,9 @@ def ours(
     return qmodel, {f"base_model.model.{n}": p for n, p in qmodel.adapter_parameters()}
 
 
-def step(model: Any, params: Mapping[str, nn.Parameter], batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def step(
+    model: Any, params: Mapping[str, nn.Parameter], batch: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logits and every adapter's gradient of one forward and backward."""
     for p in params.values():
         p.grad = None

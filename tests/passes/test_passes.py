@@ -22,7 +22,9 @@ from qlora_fx.passes.select import select
 PASSES = (normalize, select, quantize, adapt, outline)
 
 
-def after(last: object, config: Config, model: nn.Module | None = None, **options: object) -> fx.GraphModule:
+def after(
+    last: object, config: Config, model: nn.Module | None = None, **options: object
+) -> fx.GraphModule:
     """The toy's graph after all passes up to ``last``."""
     gm = captured(model, **options).gm
     for run in PASSES:
@@ -48,7 +50,9 @@ class ConvToy(nn.Module):
 
 def test_normalize_turns_addmm_into_linear_and_drops_noops(config: Config) -> None:
     gm = after(normalize, config, ConvToy())
-    assert_expected_inline(printer.text(gm), """\
+    assert_expected_inline(
+        printer.text(gm),
+        """\
 def ConvToy(%x: f32[B, S, 8]):
     %c_attn_weight: f32[8, 24] = stored[c_attn.weight]
     %c_attn_bias: f32[24] = stored[c_attn.bias]
@@ -60,12 +64,15 @@ def ConvToy(%x: f32[B, S, 8]):
     %c_attn: f32[B*S, 24] = aten.linear(%c_attn_view, %c_attn_weight_t, %c_attn_bias)
     %c_attn_view_1: f32[B, S, 24] = aten.view(%c_attn, [%sym_size, %sym_size_1, 24])
     return (%c_attn_view_1)
-""")
+""",
+    )
 
 
 def test_select_marks_every_linear(config: Config) -> None:
     gm = after(select, config)
-    assert_expected_inline(printer.text(gm), """\
+    assert_expected_inline(
+        printer.text(gm),
+        """\
 def Toy(%x: f32[B, S, 8]):
     %layers_0_up_weight: f32[6, 8] = stored[layers.0.up.weight]
     %layers_0_down_weight: f32[8, 6] = stored[layers.0.down.weight]
@@ -80,12 +87,15 @@ def Toy(%x: f32[B, S, 8]):
     %layers_1_down: f32[B, S, 8] = aten.linear(%layers_1_relu, %layers_1_down_weight)  # site layers.1.down: quantize, adapt r=2
     %head: f32[B, S, 5] = aten.linear(%layers_1_down, %head_weight)  # site head: output head stays dense; not adapted: 'all-linear' leaves the output head out
     return (%head)
-""")
+""",
+    )
 
 
 def test_quantize_reads_selected_weights_from_storage(config: Config) -> None:
     gm = after(quantize, config, Toy(blocks=1, bias=True))
-    assert_expected_inline(printer.text(gm), """\
+    assert_expected_inline(
+        printer.text(gm),
+        """\
 def Toy(%x: f32[B, S, 8]):
     %layers_0_up_bias: f32[6] = stored[layers.0.up.bias]
     %layers_0_down_bias: f32[8] = stored[layers.0.down.bias]
@@ -110,12 +120,15 @@ def Toy(%x: f32[B, S, 8]):
     %layers_0_down: f32[B, S, 8] = aten.linear(%layers_0_relu, %layers_0_down_dequant, %layers_0_down_bias)  # site layers.0.down: quantize, adapt r=2
     %head: f32[B, S, 5] = aten.linear(%layers_0_down, %head_weight)  # site head: output head stays dense; not adapted: 'all-linear' leaves the output head out
     return (%head)
-""")
+""",
+    )
 
 
 def test_adapt_adds_a_branch_to_each_site(config: Config) -> None:
     gm = after(adapt, config, Toy(blocks=1))
-    assert_expected_inline(printer.text(gm), """\
+    assert_expected_inline(
+        printer.text(gm),
+        """\
 def Toy(%x: f32[B, S, 8]):
     %head_weight: f32[5, 8] = stored[head.weight]
     %layers_0_up_weight_packed: u8[24, 1] = stored[layers.0.up.weight]
@@ -150,12 +163,15 @@ def Toy(%x: f32[B, S, 8]):
     %layers_0_down_adapted: f32[B, S, 8] = aten.add(%layers_0_down, %layers_0_down_scaled)
     %head: f32[B, S, 5] = aten.linear(%layers_0_down_adapted, %head_weight)  # site head: output head stays dense; not adapted: 'all-linear' leaves the output head out
     return (%head)
-""")
+""",
+    )
 
 
 def test_outline_calls_one_body_per_kind_of_block(config: Config) -> None:
     gm = after(outline, config)
-    assert_expected_inline(printer.text(gm), """\
+    assert_expected_inline(
+        printer.text(gm),
+        """\
 def Toy(%x: f32[B, S, 8]):
     %head_weight: f32[5, 8] = stored[head.weight]
     %layers_0_up_weight_packed: u8[24, 1] = stored[layers.0.up.weight]
@@ -225,11 +241,14 @@ def epilogue(%layers_1_down_adapted: f32[B, S, 8]):
     %head_weight: f32[5, 8] = stored[head.weight]
     %head: f32[B, S, 5] = aten.linear(%layers_1_down_adapted, %head_weight)  # site head: output head stays dense; not adapted: 'all-linear' leaves the output head out
     return %head
-""")
+""",
+    )
 
 
 @pytest.mark.parametrize("model", [Toy, ConvToy])
-def test_a_pass_run_twice_changes_nothing_the_second_time(config: Config, model: type[nn.Module]) -> None:
+def test_a_pass_run_twice_changes_nothing_the_second_time(
+    config: Config, model: type[nn.Module]
+) -> None:
     gm = captured(model()).gm
     for run in PASSES:
         gm = run(gm, config=config).graph_module
@@ -240,7 +259,9 @@ def test_a_pass_run_twice_changes_nothing_the_second_time(config: Config, model:
 
 
 @pytest.mark.parametrize("model", [Toy, ConvToy])
-def test_modified_is_true_exactly_when_the_graph_changed(config: Config, model: type[nn.Module]) -> None:
+def test_modified_is_true_exactly_when_the_graph_changed(
+    config: Config, model: type[nn.Module]
+) -> None:
     gm = captured(model()).gm
     for run in PASSES:
         before = printer.text(gm)
@@ -271,18 +292,26 @@ def test_passes_leave_a_graph_without_linears_alone(config: Config) -> None:
 def test_compute_dtype_casts_stand_around_the_linear_only(config: Config) -> None:
     gm = after(adapt, config.with_(compute_dtype=torch.bfloat16), Toy(blocks=1, bias=True))
     text = printer.text(gm)
-    assert "%layers_0_up: bf16[B, S, 6] = aten.linear(%layers_0_up_x, %layers_0_up_dequant, %layers_0_up_bias_1)" in text
+    assert (
+        "%layers_0_up: bf16[B, S, 6] = aten.linear(%layers_0_up_x, %layers_0_up_dequant, %layers_0_up_bias_1)"
+        in text
+    )
     assert "%layers_0_up_result: f32[B, S, 6] = aten._to_copy(%layers_0_up, dtype=f32)" in text
     # The branch reads the uncast input and joins the result in the activations' dtype.
     assert "%layers_0_up_lora_a: f32[B, S, 2] = aten.linear(%x, %layers_0_up_lora_A_weight)" in text
-    assert "%layers_0_up_adapted: f32[B, S, 6] = aten.add(%layers_0_up_result, %layers_0_up_scaled)" in text
+    assert (
+        "%layers_0_up_adapted: f32[B, S, 6] = aten.add(%layers_0_up_result, %layers_0_up_scaled)"
+        in text
+    )
 
 
 def test_dropout_stands_before_lora_a_in_training_only(config: Config) -> None:
     config.lora.lora_dropout = 0.25
     trained = printer.text(after(adapt, config, Toy(blocks=1)))
     assert "%layers_0_up_lora_dropout: f32[B, S, 8] = aten.dropout(%x, 0.25, True)" in trained
-    evaluated = printer.text(after(adapt, config.with_(training=False), Toy(blocks=1), training=False))
+    evaluated = printer.text(
+        after(adapt, config.with_(training=False), Toy(blocks=1), training=False)
+    )
     assert "dropout" not in evaluated
 
 
@@ -290,7 +319,10 @@ def test_storage_without_double_quantization_has_no_nested_parts(config: Config)
     single = Config(config.lora, Quantization("fp4", 32, False), torch.float32, config.output_heads)
     text = printer.text(after(quantize, single, Toy(blocks=1)))
     assert "nested" not in text
-    assert "dequantize_4bit(%layers_0_up_weight_packed, %layers_0_up_weight_absmax, 32, fp4, [6, 8], f32)" in text
+    assert (
+        "dequantize_4bit(%layers_0_up_weight_packed, %layers_0_up_weight_absmax, 32, fp4, [6, 8], f32)"
+        in text
+    )
 
 
 class Called(nn.Module):
@@ -304,9 +336,9 @@ class Called(nn.Module):
         self.tied.weight = self.table.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.tied(self.shared(self.shared(x)) + self.table.weight[0]) + self.table(
-            torch.zeros(3, dtype=torch.int64)
-        )
+        y: torch.Tensor = self.tied(
+            self.shared(self.shared(x)) + self.table.weight[0]
+        ) + self.table(torch.zeros(3, dtype=torch.int64))
         return y
 
 
@@ -346,13 +378,19 @@ def test_a_product_nobody_handles_is_reported(config: Config) -> None:
     [
         ("target_modules", ["up"], {"layers.0.up", "layers.1.up"}),
         ("target_modules", r".*\.1\.(up|down)", {"layers.1.up", "layers.1.down"}),
-        ("target_modules", "all-linear", {"layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"}),
+        (
+            "target_modules",
+            "all-linear",
+            {"layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"},
+        ),
         ("target_modules", ["up", "head"], {"layers.0.up", "layers.1.up", "head"}),
         ("exclude_modules", ["down"], {"layers.0.up", "layers.1.up"}),
         ("exclude_modules", r".*\.0\..*", {"layers.1.up", "layers.1.down"}),
     ],
 )
-def test_targets_are_matched_as_in_peft(config: Config, field: str, value: object, adapted: set[str]) -> None:
+def test_targets_are_matched_as_in_peft(
+    config: Config, field: str, value: object, adapted: set[str]
+) -> None:
     lora = default_lora()
     lora.r = 2
     setattr(lora, field, value)
@@ -371,7 +409,12 @@ def test_layers_to_transform_limits_the_targets(config: Config) -> None:
             return y
 
     lora = default_lora()
-    lora.r, lora.target_modules, lora.layers_to_transform, lora.layers_pattern = 2, ["up"], [0, 2], "layers"
+    lora.r, lora.target_modules, lora.layers_to_transform, lora.layers_pattern = (
+        2,
+        ["up"],
+        [0, 2],
+        "layers",
+    )
     gm = after(select, Config(lora), Nested())
     adapted = {n.meta["site"].name for n in sites(gm.graph) if n.meta["site"].adapt}
     assert adapted == {"model.layers.0.up", "model.layers.2.up"}
@@ -382,7 +425,9 @@ def test_rank_and_alpha_patterns_and_rslora(config: Config) -> None:
     lora.r, lora.lora_alpha, lora.use_rslora = 4, 8, True
     lora.rank_pattern, lora.alpha_pattern = {"up": 1, "layers.1.down": 2}, {"up": 3}
     gm = after(select, Config(lora, output_heads=config.output_heads))
-    found = {n.meta["site"].name: (n.meta["site"].r, n.meta["site"].scaling) for n in sites(gm.graph)}
+    found = {
+        n.meta["site"].name: (n.meta["site"].r, n.meta["site"].scaling) for n in sites(gm.graph)
+    }
     assert found["layers.0.up"] == (1, 3.0)
     assert found["layers.0.down"] == (4, 4.0)
     assert found["layers.1.down"] == (2, 8 / 2**0.5)
@@ -405,7 +450,9 @@ def test_one_list_entry_that_matches_nothing_is_a_warning(config: Config) -> Non
 def test_a_rank_larger_than_a_dimension_names_the_site(config: Config) -> None:
     lora = default_lora()
     lora.r = 7
-    with pytest.raises(ConfigError, match=r"r=7 is larger.*layers.0.up \[6, 8\]; accepted: at most 6"):
+    with pytest.raises(
+        ConfigError, match=r"r=7 is larger.*layers.0.up \[6, 8\]; accepted: at most 6"
+    ):
         after(select, Config(lora, output_heads=config.output_heads))
 
 

@@ -1,0 +1,47 @@
+# `make demo` and `make test` do all their set-up; everything they install goes to .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: demo test test-all test-wheel lint format bench clean
+
+demo: $(INSTALLED)  ## fine-tune SmolLM2-135M and take the adapter home to PEFT; DEMO="--resume" adds flags
+	$(BIN)/python examples/finetune.py $(DEMO)
+
+test: $(INSTALLED)  ## the default suite: no GPU, no network, no model downloads
+	$(BIN)/python -m pytest -q
+
+test-all: $(INSTALLED) test-wheel  ## also what takes minutes and the demo's model
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+test-wheel: $(INSTALLED)  ## build the wheel and test what it installs, away from the sources
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(PIP) wheel --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip --quiet --disable-pip-version-check install -c constraints.txt \
+		"$$(ls build/wheel/*.whl)[demo,test]"
+	cp -r tests examples pyproject.toml build/wheel
+	cd build/wheel && venv/bin/python -m pytest -q -p no:cacheprovider --ignore tests/test_packaging.py \
+		--ignore tests/test_docs.py
+
+lint: $(INSTALLED)  ## formatting, lints and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)  ## beside PEFT + bitsandbytes; nothing else may run meanwhile
+	$(BIN)/python benchmarks/step.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt --editable ".[demo,test,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info .mypy_cache .ruff_cache .pytest_cache

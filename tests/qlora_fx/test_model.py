@@ -1,0 +1,421 @@
+"""The transformed model behaves as the user's model; compiled unless a test says otherwise."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCABULARY, batch, tiny_gpt2, tiny_llama
+from oracle import Float64, ours, random_adapter, relative_error, step, truth
+from peft import LoraConfig
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers import BitsAndBytesConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import qlora_fx
+from qlora_fx import ConfigError, InputError, ModelError
+
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
+@pytest.fixture(scope="module")
+def adapted() -> tuple[Any, qlora_fx.QLoRAModel, dict[str, torch.Tensor]]:
+    """A compiled model with a random adapter, the model it came from, and the adapter."""
+    model = tiny_llama()
+    adapter = random_adapter(model, 4, scale=0.1)
+    qmodel, _ = ours(model, adapter, LoraConfig(**LORA))
+    return model, qmodel, adapter
+
+
+def true_logits(model: nn.Module, adapter: dict[str, torch.Tensor], inputs: Any) -> torch.Tensor:
+    dense, _ = truth(model, adapter, 2.0)
+    with Float64(), torch.no_grad():
+        return dense.eval()(**inputs).logits  # type: ignore[no-any-return]
+
+
+def test_output_class_and_fields_are_the_models_own(adapted: Any) -> None:
+    model, qmodel, _ = adapted
+    out = qmodel(**batch())
+    theirs = model(**batch(), use_cache=False)
+    assert type(out) is CausalLMOutputWithPast
+    assert list(out.keys()) == list(theirs.keys())
+    assert out.logits.shape == theirs.logits.shape
+    assert qmodel.config is not None
+    assert qmodel.config.to_dict() == model.config.to_dict()
+    assert qmodel.device == torch.device("cpu")
+    assert qmodel.dtype == torch.float32
+
+
+def test_only_adapters_train_and_all_of_them_get_gradients(adapted: Any) -> None:
+    _, qmodel, _ = adapted
+    trainable = {n for n, p in qmodel.named_parameters() if p.requires_grad}
+    assert trainable == {n for n, _ in qmodel.adapter_parameters()}
+    assert len(trainable) == 2 * 7 * 2
+    qmodel.train()
+    qmodel.zero_grad()
+    qmodel(**batch()).loss.backward()
+    for name, p in qmodel.adapter_parameters():
+        assert p.grad is not None, name
+        assert float(p.grad.norm()) > 0, name
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(2, 21), (1, 9), (5, 1), (1, 1), (4, 40), (3, 7)])
+def test_any_batch_and_sequence_is_right_without_capturing_or_compiling_again(
+    adapted: Any, rows: int, tokens: int
+) -> None:
+    model, qmodel, adapter = adapted
+    qmodel.train()
+    qmodel(**batch()).loss.backward()
+    qmodel.zero_grad()
+    compiled = (
+        counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"]
+    )
+    graphs = len(qmodel.graph_modules)
+    inputs = batch(rows, tokens, seed=rows)
+    out = qmodel(**inputs)
+    if tokens > 1:
+        out.loss.backward()
+    assert relative_error(out.logits, true_logits(model, adapter, inputs)) < 2e-6
+    assert len(qmodel.graph_modules) == graphs
+    assert (
+        counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"]
+        == compiled
+    )
+
+
+def test_other_arguments_are_captured_lazily_over_the_same_weights(adapted: Any) -> None:
+    model, qmodel, adapter = adapted
+    ids = batch()["input_ids"]
+    held = sum(t.nbytes for _, t in qmodel._store.items())
+    position = torch.arange(ids.shape[1])[None]
+    for inputs in (
+        {"input_ids": ids},
+        {"input_ids": ids, "position_ids": position + 3},
+        {"input_ids": ids, "labels": ids},
+        {"input_ids": ids, "logits_to_keep": 2},
+    ):
+        out = qmodel(**inputs)
+        assert ("loss" in out) == ("labels" in inputs)
+        assert relative_error(out.logits, true_logits(model, adapter, inputs)) < 2e-6, list(inputs)
+    assert sum(t.nbytes for _, t in qmodel._store.items()) == held
+    # Positional arguments and the default flags share captures with the keywords above.
+    graphs = len(qmodel.graph_modules)
+    qmodel(ids)
+    qmodel(ids, use_cache=False, return_dict=True)
+    assert len(qmodel.graph_modules) == graphs
+
+
+def test_eval_after_train_after_eval_is_right_each_time() -> None:
+    model = tiny_llama()
+    adapter = random_adapter(model, 4, scale=0.1)
+    qmodel, params = ours(model, adapter, LoraConfig(**LORA, lora_dropout=0.5))
+    inputs = batch()
+    right = true_logits(model, adapter, inputs)
+    dense, true_params = truth(model, adapter, 2.0)
+    with Float64():
+        _, true_grads = step(dense, true_params, inputs)
+    for _ in range(2):
+        qmodel.eval()
+        logits, grads = step(qmodel, params, inputs)
+        assert relative_error(logits, right) < 2e-6
+        for name in true_grads:
+            assert relative_error(grads[name], true_grads[name]) < 1e-4, name
+        qmodel.train()
+        logits, grads = step(qmodel, params, inputs)
+        assert relative_error(logits, right) > 1e-3, "dropout is not active in training"
+        assert all(float(g.norm()) > 0 for g in grads.values())
+
+
+def test_dropout_draws_anew_each_step_and_scales_by_its_survivors() -> None:
+    model = tiny_llama(1)
+    adapter = random_adapter(
+        model, 4, scale=0.04
+    )  # small: the network is near linear in its branches
+    qmodel, _ = ours(model, adapter, LoraConfig(**LORA, lora_dropout=0.3))
+    inputs = batch()
+    with torch.no_grad():
+        draws = torch.stack([qmodel(**inputs).logits for _ in range(200)])
+    assert not torch.equal(draws[0], draws[1])
+    right = true_logits(model, adapter, inputs)
+    assert relative_error(draws.mean(0), right) < 0.15 * relative_error(draws[0], right)
+
+
+def test_adapter_with_zero_b_leaves_the_quantized_model_unchanged_bitwise() -> None:
+    for backend in ("inductor", "eager"):
+        qmodel = qlora_fx.transform(tiny_llama(), LoraConfig(**LORA), backend=backend)
+        with torch.no_grad():
+            adapted = qmodel(**batch()).logits
+            with qmodel.disable_adapter():
+                plain = qmodel(**batch()).logits
+        assert torch.equal(adapted, plain), backend
+
+
+def test_disabled_adapter_is_the_quantized_model(adapted: Any) -> None:
+    model, qmodel, _ = adapted
+    inputs = batch()
+    with qmodel.disable_adapter():
+        logits = qmodel(**inputs).logits
+    assert relative_error(logits, true_logits(model, {}, inputs)) < 2e-6
+    assert relative_error(qmodel(**inputs).logits, true_logits(model, {}, inputs)) > 1e-2
+
+
+def test_conv1d_is_quantized_and_adapted() -> None:
+    model = tiny_gpt2()
+    adapter = random_adapter(model, 4, scale=0.1)
+    qmodel, params = ours(model, adapter, LoraConfig(**LORA))
+    assert {r.op for r in qlora_fx.explain(qmodel) if r.quantized} == {"addmm"}
+    inputs = batch()
+    logits, grads = step(qmodel, params, inputs)
+    dense, true_params = truth(model, adapter, 2.0)
+    with Float64():
+        true, true_grads = step(dense, true_params, inputs)
+    assert relative_error(logits, true) < 2e-6
+    assert grads.keys() == true_grads.keys()
+    for name in grads:
+        assert relative_error(grads[name], true_grads[name]) < 1e-4, name
+
+
+def test_a_bfloat16_model_keeps_its_storage_and_runs_in_the_wider_dtype() -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    adapter = random_adapter(model, 4, scale=0.1)
+    qmodel, _ = ours(
+        model, adapter, LoraConfig(**LORA), compute_dtype="float32", backend="aot_eager"
+    )
+    assert qmodel.dtype == torch.float32
+    dense = {
+        n: p.dtype
+        for n, p in qmodel.named_parameters()
+        if not p.requires_grad and p.is_floating_point()
+    }
+    assert set(dense.values()) == {torch.bfloat16}
+    out = qmodel(**batch())
+    assert out.logits.dtype == torch.float32
+    assert relative_error(out.logits, true_logits(model.float(), adapter, batch())) < 1e-2
+    out.loss.backward()
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_storage=torch.bfloat16,
+        ),
+    ],
+    ids=["fp4-single", "nf4-double-bf16-storage"],
+)
+def test_quantization_settings_reach_the_numbers(quantization: BitsAndBytesConfig) -> None:
+    model = tiny_llama()
+    adapter = random_adapter(model, 4, scale=0.1)
+    qmodel, params = ours(
+        model, adapter, LoraConfig(**LORA), quantization=quantization, backend="aot_eager"
+    )
+    dense, true_params = truth(
+        model,
+        adapter,
+        2.0,
+        quant_type=quantization.bnb_4bit_quant_type,
+        double_quant=quantization.bnb_4bit_use_double_quant,
+    )
+    logits, grads = step(qmodel, params, batch())
+    with Float64():
+        true, true_grads = step(dense, true_params, batch())
+    assert relative_error(logits, true) < 2e-6
+    assert max(relative_error(grads[n], true_grads[n]) for n in grads) < 1e-4
+
+
+def test_dense_weights_are_released_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import qlora_fx.entry as entry
+
+    model = tiny_llama()
+    watched = {n: weakref.ref(p) for n, p in model.named_parameters() if n.endswith("proj.weight")}
+    alive: list[int] = []
+    quantize = entry.quantize_weight
+
+    def counting(weight: torch.Tensor, settings: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in watched.values()))
+        return quantize(weight, settings)
+
+    monkeypatch.setattr(entry, "quantize_weight", counting)
+    gc.disable()  # only reference counts may free them
+    try:
+        qmodel = qlora_fx.transform(model, LoraConfig(**LORA), backend="eager")
+        assert alive == list(range(len(watched), 0, -1))
+        assert not any(ref() is not None for ref in watched.values())
+    finally:
+        gc.enable()
+    assert qmodel is not None
+
+
+def test_explain_accounts_for_every_linear_and_every_byte(adapted: Any) -> None:
+    _, qmodel, _ = adapted
+    table = qlora_fx.explain(qmodel)
+    assert len(table) == 15
+    head = next(r for r in table if r.name == "lm_head")
+    assert (head.quantized, head.adapted) == (False, False)
+    assert "output head" in head.reason
+    row = next(r for r in table if r.name == "model.layers.0.self_attn.q_proj")
+    assert (row.shape, row.bytes_before, row.quantized, row.adapted, row.reason) == (
+        (64, 48),
+        64 * 48 * 4,
+        True,
+        True,
+        "",
+    )
+    totals = table.totals
+    held = sum(t.nbytes for _, t in qmodel._store.items())
+    assert totals["bytes_after"] + totals["adapter_bytes"] + totals["other_bytes"] == held
+    text = str(table)
+    assert text.isascii()
+    assert "model.layers.{0..1}.mlp.down_proj" in text
+    assert table.to_dicts()[0]["name"] == "model.layers.0.self_attn.q_proj"
+
+
+def test_state_dict_has_bitsandbytes_keys_and_loads_back(adapted: Any) -> None:
+    model, qmodel, adapter = adapted
+    state = {k: v.clone() for k, v in qmodel.state_dict().items()}
+    base = "model.layers.0.self_attn.q_proj.weight"
+    for key in (
+        "",
+        ".absmax",
+        ".quant_map",
+        ".nested_absmax",
+        ".nested_quant_map",
+        ".quant_state.bitsandbytes__nf4",
+    ):
+        assert base + key in state
+    other = qlora_fx.transform(tiny_llama(), LoraConfig(**LORA), backend="eager")
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    assert other.load_state_dict(state) is not None
+    inputs = batch()
+    assert relative_error(other(**inputs).logits, true_logits(model, adapter, inputs)) < 2e-6
+    del state[f"{base}.absmax"], state[f"{base}.quant_state.bitsandbytes__nf4"]
+    with pytest.raises((RuntimeError, ValueError)):
+        other.load_state_dict(state)
+
+
+def test_a_training_run_lowers_the_loss_with_every_named_optimizer() -> None:
+    for name in ("PagedAdamW32bit", "PagedAdamW8bit", "PagedLion"):
+        qmodel = qlora_fx.transform(tiny_llama(1), LoraConfig(**LORA), backend="aot_eager")
+        optimizer = qmodel.paged_optimizer(lr=1e-2, optimizer=name, weight_decay=0.01)
+        losses = []
+        for _ in range(10):
+            loss = qmodel(**batch()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] - 0.02, (name, losses)
+
+
+def test_optimizer_takes_groups_of_adapters_and_nothing_else(adapted: Any) -> None:
+    _, qmodel, _ = adapted
+    named = dict(qmodel.adapter_parameters())
+    a = [p for n, p in named.items() if "lora_A" in n]
+    b = [p for n, p in named.items() if "lora_B" in n]
+    optimizer = qmodel.paged_optimizer(1e-4, params=[{"params": a}, {"params": b, "lr": 1e-3}])
+    assert [g["lr"] for g in optimizer.param_groups] == [1e-4, 1e-3]
+    with pytest.raises(ConfigError, match="not an adapter parameter"):
+        qmodel.paged_optimizer(1e-4, params=[next(qmodel.parameters())])
+    with pytest.raises(ConfigError, match="'SGD'; accepted: PagedAdamW32bit"):
+        qmodel.paged_optimizer(1e-4, optimizer="SGD")
+
+
+def test_generate_equals_greedy_decoding_of_the_true_model(adapted: Any) -> None:
+    model, qmodel, adapter = adapted
+    dense, _ = truth(model, adapter, 2.0)
+    ids = batch(2, 9)["input_ids"]
+    mask = torch.ones_like(ids)
+    ids[1, :3], mask[1, :3] = 0, 0  # padded on the left
+    qmodel.train()
+    mine = qmodel.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert qmodel.training
+    with Float64():
+        theirs = dense.eval().generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False
+        )  # type: ignore[operator]
+    assert torch.equal(mine, theirs)
+
+
+def test_the_users_model_is_used_up_and_says_so(adapted: Any) -> None:
+    model = tiny_llama(1)
+    qlora_fx.transform(model, LoraConfig(**LORA), backend="eager")
+    with pytest.raises(ModelError, match="moved into the QLoRAModel"):
+        model(**batch())
+    with pytest.raises(ModelError, match="moved into the QLoRAModel"):
+        qlora_fx.transform(model)
+
+
+def test_moving_or_casting_a_captured_model_is_refused(adapted: Any) -> None:
+    _, qmodel, _ = adapted
+    assert qmodel.to("cpu") is qmodel
+    assert qmodel.to(torch.float32) is qmodel
+    assert qmodel.float() is qmodel
+    with pytest.raises(ConfigError, match="pass compute_dtype="):
+        qmodel.to(torch.bfloat16)
+    with pytest.raises(ConfigError, match="cannot move"):
+        qmodel.half()
+    with pytest.raises(ConfigError, match="cannot move from cpu to meta"):
+        qmodel.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"labels": torch.ones(3, 20, dtype=torch.int64)},
+            r"labels has shape \[3, 20\], input_ids \[3, 21\]",
+        ),
+        ({"labels": torch.zeros(3, 21)}, r"labels are torch.float32; accepted: int64"),
+        (
+            {"attention_mask": torch.ones(2, 21, dtype=torch.int64)},
+            r"attention_mask has shape \[2, 21\]",
+        ),
+        (
+            {"input_ids": torch.zeros(3, 21, dtype=torch.int64, device="meta")},
+            "input_ids is on meta, the model on cpu",
+        ),
+        (
+            {"input_ids": torch.full((3, 21), VOCABULARY)},
+            "input_ids has values from 101 to 101; accepted: 0 to 100",
+        ),
+        (
+            {"labels": torch.full((3, 21), -7)},
+            "labels has values from -7 to -7; accepted: 0 to 100, or -100",
+        ),
+        ({"use_cache": True}, "use_cache=True is not supported"),
+        ({"past_key_values": object()}, r"past_key_values=<object.*accepted: tensors, numbers"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(
+    adapted: Any, change: Any, message: str
+) -> None:
+    _, qmodel, _ = adapted
+    with pytest.raises(InputError, match=message):
+        qmodel(**(batch() | change))
+
+
+def test_no_warning_is_raised_by_the_main_path() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qmodel = qlora_fx.transform(tiny_llama(1), LoraConfig(**LORA), backend="aot_eager")
+        qmodel(**batch()).loss.backward()
+
+
+def test_a_copy_of_the_model_is_not_touched() -> None:
+    model = tiny_llama(1)
+    kept = copy.deepcopy(model)
+    before = {n: p.clone() for n, p in kept.named_parameters()}
+    qlora_fx.transform(model, LoraConfig(**LORA), backend="eager")
+    assert all(torch.equal(before[n], p) for n, p in kept.named_parameters())
