@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -91,14 +92,20 @@ def main() -> None:
     run = Run(args, out)
     try:
         run.train()
+        if run.step == args.steps:
+            run.finish()
     except KeyboardInterrupt:
-        run.save_checkpoint()
+        run.stopped = True
+    if run.stopped:
         print(
-            f"\ninterrupted after step {run.step}; the checkpoint in {out / 'checkpoint'} is usable. "
-            "Go on with --resume"
+            f"\ninterrupted after step {run.step}; "
+            + (
+                f"go on with --resume from {out / 'checkpoint'}"
+                if run.has_checkpoint()
+                else "no checkpoint yet"
+            )
         )
         sys.exit(130)
-    run.finish()
     print(f"done in {time.perf_counter() - started:.0f} s: {out / 'summary.json'}")
 
 
@@ -111,7 +118,7 @@ class Run:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self.args, self.out, self.step = args, out, 0
+        self.args, self.out, self.step, self.stopped = args, out, 0, False
         self.log: list[dict[str, Any]] = []
         self.before: float | None = None
         self.source = args.model or str(model_folder())
@@ -146,6 +153,7 @@ class Run:
             batches(len(self.training), args.batch_size, args.seed), self.step, args.steps
         )
         q.train()
+        signal.signal(signal.SIGINT, self.stop_after_this_step)
         bar = tqdm(
             order,
             total=args.steps,
@@ -181,8 +189,20 @@ class Run:
                 f"loss {loss.item():.3f}, {tokens / seconds:.0f} tokens/s"
                 + (" (compiling)" if len(self.log) == 1 else "")
             )
-            if self.step % args.save_every == 0:
+            if self.stopped or self.step % args.save_every == 0:
                 self.save_checkpoint()
+            if self.stopped:
+                break
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def stop_after_this_step(self, *_: Any) -> None:
+        """First Ctrl-C: a step is never saved half done. A second one stops at once."""
+        self.stopped = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping after this step (Ctrl-C again: at once)", flush=True)
+
+    def has_checkpoint(self) -> bool:
+        return (self.out / "checkpoint" / "state.json").exists()
 
     def exact_match(self, when: str) -> float:
         """Share of held-out questions answered to the letter; prints a few."""

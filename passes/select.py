@@ -75,18 +75,18 @@ def judge_linear(node: fx.Node, config: Any) -> Site:
         name = node.meta.get("module") or node.name
         return Site(name, "", op, 0, 0, reason="the weight is computed, not a parameter")
     key = weight.meta["stored"]
-    name = key.removesuffix(".weight")
+    name = site_name(node, key)
     transposed = node.args[1] is not weight
     site = Site(name, key, op, int(out_features), int(in_features), transposed)
     if transposed and not is_plain_transpose(node.args[1], weight):
         return replace(site, reason="the weight is reshaped before it is used")
 
     if config.decided is not None:
-        if key in config.decided:
-            decided: Site = config.decided[key]
+        if name in config.decided:
+            decided: Site = config.decided[name]
             return replace(decided, op=op)
         return replace(site, reason="not in the graph that transform captured")
-    dense = why_dense(key, weight, config)
+    dense = why_dense(key, name, weight, config)
     bare = why_bare(key, name, config)
     site = replace(
         site, quantize=not dense, adapt=not bare, reason="; ".join(filter(None, (dense, bare)))
@@ -105,11 +105,24 @@ def judge_linear(node: fx.Node, config: Any) -> Site:
     return site
 
 
-def why_dense(key: str, weight: fx.Node, config: Any) -> str:
+def site_name(node: fx.Node, key: str) -> str:
+    """The module that is this linear, as PEFT names it; where there is none, the weight's own path.
+
+    The two differ for a tied weight: the head of a model is ``lm_head`` though its weight is stored as
+    ``model.embed_tokens.weight``.
+    """
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if stack:
+        path, cls = stack[-1]
+        if str(cls).rstrip("'>").rsplit(".", 1)[-1] in ("Linear", "Conv1D"):
+            return str(path)
+    return key.removesuffix(".weight")
+
+
+def why_dense(key: str, name: str, weight: fx.Node, config: Any) -> str:
     """Why this weight is not quantized; empty if it is."""
     if key in config.output_heads:
         return "output head stays dense"
-    name = key.removesuffix(".weight")
     for skipped in config.quantization.skip:
         if name == skipped or name.endswith(f".{skipped}") or name.startswith(f"{skipped}."):
             return f"listed in llm_int8_skip_modules ({skipped})"

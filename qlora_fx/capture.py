@@ -81,8 +81,8 @@ class Blueprint:
                 empty = nn.Parameter(empty, requires_grad=False)
             memo.setdefault(id(tensor), empty)
         self.model: Any = copy.deepcopy(model, memo)
-        # "meta" is not where the model runs: device of the meta stand-ins is given back in `fake`.
         self.signature = inspect.signature(model.forward)
+        self.captures = 0
 
     def fake(self, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
         """A copy with fake tensors on the real device; tensors of the model's dtype become ``dtype``."""
@@ -147,17 +147,17 @@ class Blueprint:
                 f"the model changes {foreign[0].target!r} during forward; a captured graph must only "
                 "return values. Accepted: models whose forward does not write to their buffers"
             )
+        self.captures += 1
         stored: dict[str, str] = {}
         names: dict[str, str] = {}
         constants: dict[str, torch.Tensor] = {}
-        user = iter(
-            program.call_spec.in_spec.children()[1].context
-        )  # names of the keyword arguments
+        keywords = program.call_spec.in_spec.children()[1]
+        user = iter(keywords.context)
         for item in signature.input_specs:
             if item.kind in (InputKind.PARAMETER, InputKind.BUFFER):
                 stored[item.arg.name] = self.keys[str(item.target)]
             elif item.kind is InputKind.CONSTANT_TENSOR:
-                key = f"constants.{item.target}"
+                key = f"constants.{self.captures}.{item.target}"  # each capture has its own
                 value = program.constants[str(item.target)]
                 if not isinstance(value, torch.Tensor) or type(value) is not torch.Tensor:
                     raise CaptureError(

@@ -86,7 +86,7 @@ class Config:
         training: whether dropout is active.
         adapter: False builds the quantized model without its adapter.
         disabled: names of stages that are left out.
-        decided: for captures after the first, the verdicts of the first, by weight: storage and adapters
+        decided: for captures after the first, the verdicts of the first, by site name: storage and adapters
             exist and are not decided again.
     """
 

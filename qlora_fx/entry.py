@@ -195,9 +195,10 @@ def move_weights(model: nn.Module, qmodel: QLoRAModel, config: Config) -> None:
     for name, key in qmodel._blueprint.keys.items():
         path, _, leaf = name.rpartition(".")
         places.setdefault(key, []).append((model.get_submodule(path), leaf))
+    by_weight = {site.weight: site for site in qmodel._sites.values()}
     for key, where in places.items():
         module, leaf = where[0]
-        site = qmodel._sites.get(key)
+        site = by_weight.get(key)
         tensor = getattr(module, leaf)
         qmodel._dense_bytes[key] = tensor.nbytes
         if site is not None and site.quantize:

@@ -106,6 +106,11 @@ class QLoRAModel(nn.Module):
             values["use_cache"] = False
         if values.get("return_dict") is True:  # the default; not worth a capture of its own
             del values["return_dict"]
+        count = values.get("num_items_in_batch")
+        if isinstance(
+            count, int
+        ):  # differs from step to step: an input, not a constant of the graph
+            values["num_items_in_batch"] = torch.tensor(count, device=self.device)
         check_call(values, self.device, self._vocabulary)
         key = (self.training, self._adapter_enabled, signature_key(values))
         misfits = []
@@ -144,8 +149,7 @@ class QLoRAModel(nn.Module):
 
     def _install(self, key: Any, capture: Capture, result: pipeline.Result) -> Program:
         for name, tensor in capture.constants.items():
-            if name not in self._store:
-                self._store.tensors[name] = tensor.to(self.device)
+            self._store.tensors[name] = tensor.to(self.device)
         gm = result.gm
         program = Program(
             lower(gm, backend=self._backend),
@@ -211,6 +215,7 @@ class QLoRAModel(nn.Module):
             bytes_before=self._dense_bytes.get(site.weight, 0),
             bytes_after=self._store.bytes_of(site.weight) if site.weight else 0,
             adapter_bytes=sum(self._store[k].nbytes for k in lora if k in self._store),
+            weight=site.weight,
         )
 
     # -- training ---------------------------------------------------------------------------------
@@ -390,8 +395,8 @@ def graph_title(training: bool, values: Mapping[str, Any]) -> str:
 
 
 def decide(flat: fx.GraphModule) -> dict[str, Site]:
-    """The verdicts of the first capture, by weight (or by name where the weight is computed)."""
-    return {n.meta["site"].weight or n.meta["site"].name: n.meta["site"] for n in sites(flat.graph)}
+    """The verdicts of the first capture, by site name."""
+    return {n.meta["site"].name: n.meta["site"] for n in sites(flat.graph)}
 
 
 __all__ = ["BATCH", "SEQUENCE", "QLoRAModel", "decide"]

@@ -19,6 +19,7 @@ class Row:
         reason: why something was not done.
         bytes_before, bytes_after: of the weight as loaded, and as held now (without the adapter).
         adapter_bytes: of ``lora_A`` and ``lora_B``.
+        weight: store key of the weight; two rows with the same one share it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Row:
     bytes_before: int
     bytes_after: int
     adapter_bytes: int
+    weight: str = ""
 
 
 class Explanation:
@@ -51,14 +53,14 @@ class Explanation:
     @property
     def totals(self) -> dict[str, int]:
         """Counts, and bytes over distinct weights (a weight read by two linears counts once)."""
-        distinct = {row.name: row for row in self.rows}.values()
+        distinct = {row.weight: row for row in self.rows}.values()
         return {
             "linears": len(self.rows),
             "quantized": sum(r.quantized for r in self.rows),
             "adapted": sum(r.adapted for r in self.rows),
             "bytes_before": sum(r.bytes_before for r in distinct),
             "bytes_after": sum(r.bytes_after for r in distinct),
-            "adapter_bytes": sum(r.adapter_bytes for r in distinct),
+            "adapter_bytes": sum(r.adapter_bytes for r in self.rows),
             "other_bytes": self.other_bytes,
         }
 

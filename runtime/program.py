@@ -37,6 +37,7 @@ class Program:
         self.inputs = inputs
         self.guards = [(g, compile(g, "<guard>", "eval")) for g in guards]
         self.out_spec = out_spec
+        self.device_type = inputs[0][1].device.type
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Run on the call's arguments.
@@ -45,7 +46,9 @@ class Program:
             DoesNotFit: a size, dtype or device is not what was captured; nothing was run.
         """
         tensors = self.fit(values)
-        outputs = self.run(*self.stored, *tensors)
+        # The graph's dtypes are decided; an autocast around the call must not change them while it compiles.
+        with torch.autocast(self.device_type, enabled=False):
+            outputs = self.run(*self.stored, *tensors)
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
     def fit(self, values: Mapping[str, Any]) -> list[torch.Tensor]:

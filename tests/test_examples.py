@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import zipfile
@@ -235,6 +236,45 @@ def test_the_whole_example_runs_and_resumes(small_model: Path, tmp_path: Path) -
         for folder in (tmp_path, again)
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_where_it_stopped(small_model: Path, tmp_path: Path) -> None:
+    options = [
+        "--steps",
+        "400",
+        "--save-every",
+        "1000",
+        "--held-out",
+        "2",
+        "--max-new-tokens",
+        "2",
+        "--rank",
+        "4",
+    ]
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "finetune.py"),
+        "--model",
+        str(small_model),
+        "--out",
+        str(tmp_path),
+    ]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        text = ""
+        while "loss" not in text:  # the first step is done
+            text += process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        text += process.stdout.read()
+    assert process.returncode == 130
+    state = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
+    assert 1 <= state["step"] < 400
+    assert f"interrupted after step {state['step']}; go on with --resume" in text
+    done = run(small_model, tmp_path, "--resume", "--steps", str(state["step"] + 2))
+    assert done.returncode == 0, done.stderr
+    assert f"resuming after step {state['step']}" in done.stdout
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == state["step"] + 2
 
 
 def test_resuming_nothing_or_something_else_is_refused(small_model: Path, tmp_path: Path) -> None:

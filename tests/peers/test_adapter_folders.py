@@ -99,7 +99,7 @@ def test_rank_patterns_and_partial_targets_survive_the_journey(tmp_path: Path) -
     peft = PeftModel.from_pretrained(tiny_llama(), tmp_path)
     for name, module in peft.base_model.model.named_modules():
         if isinstance(getattr(module, "scaling", None), dict):
-            site = qmodel._sites[f"{name}.weight"]
+            site = qmodel._sites[name]
             assert (module.r["default"], module.scaling["default"]) == (
                 site.r,
                 pytest.approx(site.scaling),

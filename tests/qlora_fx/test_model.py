@@ -280,6 +280,23 @@ def test_explain_accounts_for_every_linear_and_every_byte(adapted: Any) -> None:
     assert table.to_dicts()[0]["name"] == "model.layers.0.self_attn.q_proj"
 
 
+def test_a_tied_head_is_named_as_a_head_and_its_bytes_count_once() -> None:
+    qmodel = qlora_fx.transform(
+        tiny_llama(1, tie_word_embeddings=True), LoraConfig(**LORA), backend="eager"
+    )
+    table = qlora_fx.explain(qmodel)
+    head = next(r for r in table if r.name == "lm_head")
+    assert head.weight == "model.embed_tokens.weight"
+    assert not head.quantized
+    totals = table.totals
+    held = sum(t.nbytes for _, t in qmodel._store.items())
+    assert totals["bytes_after"] + totals["adapter_bytes"] + totals["other_bytes"] == held
+    with torch.no_grad():
+        logits = qmodel(**batch()).logits
+    model = tiny_llama(1, tie_word_embeddings=True)
+    assert relative_error(logits, true_logits(model, {}, batch())) < 2e-6
+
+
 def test_state_dict_has_bitsandbytes_keys_and_loads_back(adapted: Any) -> None:
     model, qmodel, adapter = adapted
     state = {k: v.clone() for k, v in qmodel.state_dict().items()}
@@ -404,6 +421,23 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
     _, qmodel, _ = adapted
     with pytest.raises(InputError, match=message):
         qmodel(**(batch() | change))
+
+
+def test_the_trainers_item_count_is_an_input_not_a_constant(adapted: Any) -> None:
+    _, qmodel, _ = adapted
+    qmodel(**batch(), num_items_in_batch=7)
+    graphs = len(qmodel.graph_modules)
+    losses = [float(qmodel(**batch(), num_items_in_batch=n).loss.detach()) for n in (10, 20)]
+    losses.append(float(qmodel(**batch(), num_items_in_batch=torch.tensor(40)).loss.detach()))
+    assert losses == pytest.approx([losses[0], losses[0] / 2, losses[0] / 4])
+    assert len(qmodel.graph_modules) == graphs
+
+
+def test_autocast_around_a_call_changes_nothing(adapted: Any) -> None:
+    _, qmodel, _ = adapted
+    plain = qmodel(**batch()).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(qmodel(**batch()).logits, plain)
 
 
 def test_no_warning_is_raised_by_the_main_path() -> None:
