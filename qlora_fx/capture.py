@@ -116,7 +116,8 @@ class Blueprint:
             model = self.fake(mode, dtype).train(training)
             with mode:
                 examples = {k: example(v) for k, v in resized(inputs).items()}
-            spec = self.nested(dims(examples))
+            take_exactly(model, list(examples))
+            spec = dims(examples)
             try:
                 with mode, quiet():
                     program = torch.export.export(
@@ -129,14 +130,6 @@ class Blueprint:
                 continue
             return self.finish(program)
         raise capture_error(self.model, errors[-1], inputs) from errors[-1]
-
-    def nested(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """``dynamic_shapes`` as export wants them: what goes into ``**kwargs`` stands under its name."""
-        kinds = {n: p.kind for n, p in self.signature.parameters.items()}
-        rest = next((n for n, k in kinds.items() if k is inspect.Parameter.VAR_KEYWORD), None)
-        named = {n: s for n, s in spec.items() if n in kinds}
-        extra = {n: s for n, s in spec.items() if n not in kinds}
-        return named | ({rest: extra} if rest and extra else {})
 
     def finish(self, program: ExportedProgram) -> Capture:
         """Flatten the exported program into our form."""
@@ -173,6 +166,21 @@ class Blueprint:
         assert out_spec is not None
         guards = list(getattr(program, "_guards_code", None) or [])
         return Capture(gm, out_spec, guards, constants)
+
+
+def take_exactly(model: Any, names: list[str]) -> None:
+    """Give the copy that is traced a forward of just these arguments.
+
+    torch.export 2.13 mistakes the place of arguments that go into the model's ``**kwargs``.
+    """
+    original = model.forward
+
+    def forward(**kwargs: Any) -> Any:
+        return original(**kwargs)
+
+    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    model.forward = forward
 
 
 class Flattener:

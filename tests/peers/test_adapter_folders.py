@@ -124,6 +124,11 @@ def test_targets_that_leaf_names_cannot_tell_apart_are_saved_in_full(tmp_path: P
     assert theirs == {n for n, _ in qmodel.adapter_parameters()}
 
 
+@pytest.fixture(scope="module")
+def current() -> Any:
+    return transformed()
+
+
 def damage(folder: Path, how: str) -> None:
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     tensors = load_file(weights)
@@ -176,15 +181,16 @@ def damage(folder: Path, how: str) -> None:
     ],
 )
 def test_a_damaged_folder_leaves_the_current_adapter_as_it_was(
-    tmp_path: Path, how: str, message: str
+    tmp_path: Path, current: Any, how: str, message: str
 ) -> None:
-    transformed(scale=0.2).save_pretrained(tmp_path)
+    current.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({k: v + 1 for k, v in tensors.items()}, tmp_path / "adapter_model.safetensors")
     damage(tmp_path, how)
-    qmodel = transformed(scale=0.05)
-    before = {k: v.clone() for k, v in qmodel.adapter_state_dict().items()}
+    before = {k: v.clone() for k, v in current.adapter_state_dict().items()}
     with pytest.raises(AdapterError, match=message):
-        qmodel.load_adapter(tmp_path)
-    assert all(torch.equal(before[k], v) for k, v in qmodel.adapter_state_dict().items())
+        current.load_adapter(tmp_path)
+    assert all(torch.equal(before[k], v) for k, v in current.adapter_state_dict().items())
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
