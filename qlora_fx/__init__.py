@@ -1,6 +1,5 @@
 """QLoRA as a compiler pass: capture, rewrite to NF4 + LoRA, compile, train. See ``transform``."""
 
-from .config import Config
 from .entry import graph_text, transform
 from .errors import (
     AdapterError,
@@ -26,7 +25,6 @@ def explain(model: QLoRAModel) -> Explanation:
 __all__ = [
     "AdapterError",
     "CaptureError",
-    "Config",
     "ConfigError",
     "DataError",
     "Explanation",

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import fx, nn
 
 from . import pipeline
 from .adapter import apply_adapter, saved_config
-from .capture import BATCH, SEQUENCE, Blueprint, Capture
+from .capture import Blueprint, Capture
 from .config import Config
 from .errors import AdapterError, CaptureError, ConfigError, InputError
 from .inputs import bind, check_call, signature_key, vocabulary_size
@@ -107,9 +108,8 @@ class QLoRAModel(nn.Module):
         if values.get("return_dict") is True:  # the default; not worth a capture of its own
             del values["return_dict"]
         count = values.get("num_items_in_batch")
-        if isinstance(
-            count, int
-        ):  # differs from step to step: an input, not a constant of the graph
+        if isinstance(count, int):
+            # It differs from step to step: an input of the graph, not a constant in it.
             values["num_items_in_batch"] = torch.tensor(count, device=self.device)
         check_call(values, self.device, self._vocabulary)
         key = (self.training, self._adapter_enabled, signature_key(values))
@@ -119,6 +119,12 @@ class QLoRAModel(nn.Module):
                 return program(values)
             except DoesNotFit as error:
                 misfits.append(error)
+        if misfits:
+            warnings.warn(
+                f"capturing {type(self._blueprint.model).__name__} again, its code depends on the shape: "
+                f"{misfits[0]}",
+                stacklevel=2,
+            )
         program = self._capture(key, values)
         try:
             return program(values)
@@ -159,7 +165,7 @@ class QLoRAModel(nn.Module):
             capture.out_spec,
         )
         self._programs.setdefault(key, []).append(program)
-        self._graphs[key] = gm
+        self._graphs.setdefault(key, gm)
         return program
 
     # -- the graph --------------------------------------------------------------------------------
@@ -397,6 +403,3 @@ def graph_title(training: bool, values: Mapping[str, Any]) -> str:
 def decide(flat: fx.GraphModule) -> dict[str, Site]:
     """The verdicts of the first capture, by site name."""
     return {n.meta["site"].name: n.meta["site"] for n in sites(flat.graph)}
-
-
-__all__ = ["BATCH", "SEQUENCE", "QLoRAModel", "decide"]

@@ -15,7 +15,7 @@ from oracle import Float64, ours, random_adapter, relative_error, step, truth
 from peft import LoraConfig
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import qlora_fx
@@ -431,6 +431,44 @@ def test_the_trainers_item_count_is_an_input_not_a_constant(adapted: Any) -> Non
     losses.append(float(qmodel(**batch(), num_items_in_batch=torch.tensor(40)).loss.detach()))
     assert losses == pytest.approx([losses[0], losses[0] / 2, losses[0] / 4])
     assert len(qmodel.graph_modules) == graphs
+
+
+class Branching(LlamaForCausalLM):
+    """Python that looks at the shape, and a constant made in the forward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        factor = torch.tensor([1.0, 3.0])
+        out.logits = out.logits * (factor[1] if out.logits.shape[1] > 30 else factor[0])
+        return out
+
+
+def test_a_model_that_looks_at_the_shape_is_captured_again_and_says_so() -> None:
+    def make() -> Branching:
+        model = Branching(tiny_llama(1, use_cache=False).config)
+        model.load_state_dict(tiny_llama(1).state_dict())
+        return model
+
+    qmodel = qlora_fx.transform(
+        make(),
+        LoraConfig(**LORA),
+        example_inputs={"input_ids": batch()["input_ids"]},
+        backend="eager",
+    )
+    with torch.no_grad():
+        for rows, tokens, again in ((2, 9, False), (2, 40, True), (3, 33, False), (4, 12, False)):
+            inputs = {"input_ids": batch(rows, tokens)["input_ids"]}
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                logits = qmodel(**inputs).logits
+            assert (
+                any(
+                    "captured again" in str(w.message) or "capturing" in str(w.message)
+                    for w in caught
+                )
+                == again
+            )
+            assert relative_error(logits, true_logits(make(), {}, inputs)) < 2e-6, (rows, tokens)
 
 
 def test_autocast_around_a_call_changes_nothing(adapted: Any) -> None:
