@@ -46,14 +46,6 @@ class Capture:
     guards: list[str] = field(default_factory=list)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    @property
-    def inputs(self) -> list[fx.Node]:
-        return [n for n in self.gm.graph.nodes if "input" in n.meta]
-
-    @property
-    def stored(self) -> list[fx.Node]:
-        return [n for n in self.gm.graph.nodes if "stored" in n.meta]
-
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer, also under its tied names."""
