@@ -88,7 +88,7 @@ def dequantize(
         device = linear.meta["val"].device
         vals = {
             key: torch.empty(size, dtype=dtype, device=device)
-            for key, (size, dtype) in layout(shape, q).items()
+            for key, (size, dtype) in layout(shape, q, name=site.name).items()
         }
     # The dense placeholder of the same key stays until all its readers are rewritten.
     packed = vals.pop("packed")

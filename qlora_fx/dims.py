@@ -21,7 +21,7 @@ def resized(inputs: Mapping[str, Any]) -> dict[str, Any]:
         for i, size in enumerate(shape):
             if i == 0 and size == batch:
                 shape[i] = max(batch, 2)
-            elif i > 0 and size == sequence and is_text(t):
+            elif i > 0 and size == sequence:
                 shape[i] = max(sequence, 2)
         return shape
 
@@ -37,10 +37,6 @@ def main_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
         if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2:
             return tensor.shape[0], tensor.shape[1]
     return None
-
-
-def is_text(t: torch.Tensor) -> bool:
-    return not t.is_floating_point() or t.dim() <= 4
 
 
 def example(value: Any) -> Any:

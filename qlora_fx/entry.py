@@ -19,9 +19,8 @@ from .inputs import bind, example_inputs, signature_key
 from .model import QLoRAModel, decide, graph_title
 from .passes.adapt import lora_keys
 from .passes.lower import BACKENDS
-from .passes.nodes import Site
 from .runtime.dtype import ComputeDtype, fastest
-from .runtime.storage import layout, quantize_weight
+from .runtime.storage import quantize_weight
 from .runtime.store import QuantizedShape
 
 
@@ -79,7 +78,6 @@ def transform(
     capture = blueprint.capture(values, training=True, dtype=activations)
     result = pipeline.run(capture.gm, config, title=graph_title(True, values))
     decided = decide(result.flat)
-    check_layouts(decided, config)
 
     qmodel = QLoRAModel(blueprint, config, compute, activations, backend)
     qmodel._sites = decided
@@ -175,15 +173,6 @@ def example_values(
     if "use_cache" in blueprint.signature.parameters:
         values["use_cache"] = False
     return values
-
-
-def check_layouts(decided: Mapping[str, Site], config: Config) -> None:
-    for site in decided.values():
-        if site.quantize:
-            try:
-                layout((site.out_features, site.in_features), config.quantization)
-            except ValueError as error:
-                raise ConfigError(f"{site.name}: {error}") from None
 
 
 def move_weights(model: nn.Module, qmodel: QLoRAModel, config: Config) -> None:

@@ -172,7 +172,7 @@ class QLoRAModel(nn.Module):
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        """The rewritten graph of the first capture, before compilation. ``qlora_fx.print_graph`` prints it.
+        """The rewritten graph of the first capture, before compilation. ``qlora_fx.graph_text`` prints it.
 
         Its placeholders with ``meta["stored"]`` are the parameters, by store key.
         """

@@ -18,24 +18,26 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import torch
 
+from ..errors import ConfigError
+
 NESTED_BLOCKSIZE = 256
 NESTED_QUANT_MAP = "nested_quant_map"
 """Store key of the one shared map of the nested absmax."""
 
 
 def layout(
-    shape: tuple[int, int], quantization: Any
+    shape: tuple[int, int], quantization: Any, *, name: str = "a weight"
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every stored part of a weight, without any data.
+    """Shape and dtype of every stored part of the weight ``name``, without any data.
 
     Raises:
-        ValueError: if the packed bytes do not fill whole elements of the storage dtype.
+        ConfigError: if the packed bytes do not fill whole elements of the storage dtype.
     """
     n = shape[0] * shape[1]
     packed, itemsize = (n + 1) // 2, quantization.storage_dtype.itemsize
     if packed % itemsize:
-        raise ValueError(
-            f"{packed} packed bytes of a weight {list(shape)} do not divide into "
+        raise ConfigError(
+            f"{packed} packed bytes of {name} {list(shape)} do not divide into "
             f"{quantization.storage_dtype} elements; accepted: bnb_4bit_quant_storage='uint8'"
         )
     blocks = -(-n // quantization.blocksize)

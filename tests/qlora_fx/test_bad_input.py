@@ -226,6 +226,16 @@ def test_other_arguments_of_transform() -> None:
     for options, message in [
         ({"lora": {"r": 8}}, "is a dict; accepted: a peft.LoraConfig"),
         ({"quantization": "nf4"}, "is a str; accepted: a transformers.BitsAndBytesConfig"),
+        (
+            {
+                "quantization": BitsAndBytesConfig(
+                    load_in_4bit=True, bnb_4bit_quant_storage=torch.float32
+                ),
+                "model": tiny_llama(1, hidden_size=12, intermediate_size=5, head_dim=2),
+                "lora": LoraConfig(r=1, target_modules=["up_proj"]),
+            },
+            r"packed bytes of model.layers.0.mlp.gate_proj \[5, 12\] do not divide into torch.float32",
+        ),
         ({"blocksize": 60}, "blocksize=60; accepted: 32, 64"),
         ({"compute_dtype": "int8"}, "compute_dtype=torch.int8; accepted: 'auto', torch.float32"),
         ({"compute_dtype": "fast"}, "compute_dtype='fast'; accepted: 'auto'"),
@@ -234,7 +244,7 @@ def test_other_arguments_of_transform() -> None:
         ({"lora": LoraConfig(r=64, target_modules=["k_proj"])}, "r=64 is larger.*k_proj"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            qlora_fx.transform(model, **options)  # type: ignore[arg-type]
+            qlora_fx.transform(**({"model": model} | options))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="'nonsense'; the model takes: input_ids"):
         qlora_fx.transform(Toy2(), example_inputs={"input_ids": torch.ones(2, 2), "nonsense": 1})
     assert check_compute_dtype("auto") is None
