@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .nodes import Site, StoredInputs, aten, call, fake_mode, sites
+from .nodes import (
+    Site,
+    StoredInputs,
+    WeightView,
+    aten,
+    call,
+    fake_mode,
+    is_flipped,
+    ops,
+    sites,
+    weight_view,
+)
 from .quantize import cast, replace_other_uses
 
 ADAPTER_DTYPE = torch.float32
@@ -29,6 +41,8 @@ def adapt(gm: fx.GraphModule, *, config: Any) -> PassResult:
         %q_proj_lora_b: f32[B, S, 6] = aten.linear(%q_proj_lora_a, %q_proj_lora_B_weight)
         %q_proj_scaled: f32[B, S, 6] = aten.mul(%q_proj_lora_b, 2.0)
         %q_proj_adapted: f32[B, S, 6] = aten.add(%q_proj, %q_proj_scaled)
+
+    For a stack of experts both products are ``qlora_fx.grouped_linear`` over the same groups of rows.
     """
     todo = [n for n in sites(gm.graph) if n.meta["site"].adapt and not has_branch(n)]
     inputs = StoredInputs(gm.graph)
@@ -38,8 +52,20 @@ def adapt(gm: fx.GraphModule, *, config: Any) -> PassResult:
 
 
 def lora_keys(site: Site) -> tuple[str, str]:
-    """Store keys of ``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]``."""
-    return f"{site.name}.lora_A.weight", f"{site.name}.lora_B.weight"
+    """Store keys of ``lora_A`` and ``lora_B``; ``Site.lora_shapes`` gives their shapes.
+
+    ``<module>.lora_A.weight``; for a parameter of a module that is no linear, ``<module>.lora_A.<parameter>``.
+    """
+    if site.kind in ("linear", "conv"):
+        return f"{site.name}.lora_A.weight", f"{site.name}.lora_B.weight"
+    owner, _, leaf = site.weight.rpartition(".")
+    owner = f"{owner}." if owner else ""
+    return f"{owner}lora_A.{leaf}", f"{owner}lora_B.{leaf}"
+
+
+def is_adapter_key(key: str) -> bool:
+    """True for the store keys that ``lora_keys`` makes."""
+    return not {"lora_A", "lora_B"}.isdisjoint(key.split(".")[:-1])
 
 
 def has_branch(linear: fx.Node) -> bool:
@@ -56,6 +82,8 @@ def result_of(linear: fx.Node) -> fx.Node:
 
 def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: Any) -> None:
     site: Site = linear.meta["site"]
+    view = linear.meta.get("weight_read") or weight_view(linear.args[1])
+    assert view is not None
     result = result_of(linear)
     x: Any = linear.args[0]
     if "input_of" in x.meta:  # the branch takes the input as the model computed it, uncast
@@ -63,27 +91,67 @@ def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: A
     name = linear.name
     device = linear.meta["val"].device
     with fake_mode(graph):
-        a_val = torch.empty(site.r, site.in_features, dtype=ADAPTER_DTYPE, device=device)
-        b_val = torch.empty(site.out_features, site.r, dtype=ADAPTER_DTYPE, device=device)
-    lora_a, lora_b = (
-        inputs.add(key, val) for key, val in zip(lora_keys(site), (a_val, b_val), strict=True)
-    )
+        vals = [
+            torch.empty(shape, dtype=ADAPTER_DTYPE, device=device) for shape in site.lora_shapes()
+        ]
+    lora_a, lora_b = (inputs.add(key, val) for key, val in zip(lora_keys(site), vals, strict=True))
     for node in (lora_a, lora_b):
         node.meta["trainable"] = True
 
     def then(target: Any, *args: Any, suffix: str) -> fx.Node:
         return call(graph, target, args, name=f"{name}_{suffix}", like=linear)
 
+    ends = ends_of(linear)
     following = result.next
     with graph.inserting_before(following):
-        x = cast(graph, x, ADAPTER_DTYPE, f"{name}_lora_x", like=linear)
+        first, second = factors(site, view, lora_a, lora_b, then)
+        branch = cast(graph, x, ADAPTER_DTYPE, f"{name}_lora_x", like=linear)
         if config.training and site.dropout > 0:
-            x = then(aten.dropout.default, x, site.dropout, True, suffix="lora_dropout")
-        branch = then(aten.linear.default, x, lora_a, suffix="lora_a")
-        branch = then(aten.linear.default, branch, lora_b, suffix="lora_b")
+            branch = then(aten.dropout.default, branch, site.dropout, True, suffix="lora_dropout")
+        for weight, suffix in ((first, "lora_a"), (second, "lora_b")):
+            if ends is None:
+                branch = then(aten.linear.default, branch, weight, suffix=suffix)
+            else:
+                branch = then(ops.grouped_linear.default, branch, weight, ends, suffix=suffix)
         if site.scaling != 1.0:
             branch = then(aten.mul.Tensor, branch, site.scaling, suffix="scaled")
         branch = cast(graph, branch, result.meta["val"].dtype, f"{name}_lora_result", like=linear)
         adapted = then(aten.add.Tensor, result, branch, suffix="adapted")
     adapted.meta["branch_of"] = site.name
     replace_other_uses(result, adapted)
+
+
+def ends_of(node: fx.Node) -> Any:
+    """Where each expert's rows end; None for an ordinary linear."""
+    if node.target is ops.grouped_linear.default:
+        return node.args[2]
+    return node.args[6] if node.target is ops.grouped_linear_4bit.default else None
+
+
+def factors(
+    site: Site, view: WeightView, a: fx.Node, b: fx.Node, then: Callable[..., fx.Node]
+) -> tuple[fx.Node, fx.Node]:
+    """``[(experts,) r, in]`` and ``[(experts,) out, r]`` from PEFT's ``lora_A`` and ``lora_B``.
+
+    PEFT holds experts as ``[experts * r, in]`` and ``[out, r * experts]``, and a parameter that the model
+    multiplies transposed with the roles of the two exchanged (``peft.tuners.lora.layer.ParamWrapper``).
+    """
+    (rows, columns, *window), (out, *_) = site.lora_shapes()
+    if window:
+        a = then(aten.reshape.default, a, [rows, columns], suffix="lora_a_matrix")
+        b = then(aten.reshape.default, b, [out, rows], suffix="lora_b_matrix")
+    if site.experts:
+        a = then(aten.reshape.default, a, [site.experts, site.r, columns], suffix="lora_a_stack")
+        b = then(aten.reshape.default, b, [out, site.r, site.experts], suffix="lora_b_stack")
+        b = then(aten.permute.default, b, [2, 0, 1], suffix="lora_b_stack")
+        if view.expert is not None:
+            a = then(aten.select.int, a, 0, view.expert, suffix="lora_a_expert")
+            b = then(aten.select.int, b, 0, view.expert, suffix="lora_b_expert")
+    if site.swapped != is_flipped(view, site):
+        a, b = (
+            then(aten.transpose.int, factor, -2, -1, suffix=f"{which}_swapped")
+            for factor, which in ((b, "lora_b"), (a, "lora_a"))
+        )
+    if view.rows is not None:
+        b = then(aten.slice.Tensor, b, 0, *view.rows, suffix="lora_b_rows")
+    return a, b

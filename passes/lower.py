@@ -91,23 +91,26 @@ class CompiledBody(nn.Module):
         self.inputs = list(body.graph.find_nodes(op="placeholder"))
         output = next(iter(body.graph.find_nodes(op="output")))
         self.single = isinstance(output.args[0], fx.Node)
+        self.sizes = [where for _, where in symbols(self.inputs)]
 
     def forward(self, *args: torch.Tensor) -> Any:
         needs_grad = tuple(a.requires_grad for a in args) if torch.is_grad_enabled() else ()
         compiled = self.compiled.get(needs_grad)
         if compiled is None:
             compiled = self.compiled[needs_grad] = self.build(needs_grad)
-        outputs = compiled(*args)
+        outputs = compiled(*args, *(args[i].shape[dim] for i, dim in self.sizes))
         return outputs[0] if self.single else outputs
 
     def build(self, needs_grad: Sequence[bool]) -> Callable[..., Any]:
-        gm = tuple_output(self.body)
+        sizes = [size for size, _ in symbols(self.inputs)]
+        gm = tuple_output(self.body, sizes)
         mode = next(iter(self.inputs)).meta["val"].fake_mode
-        args = []
+        args: list[Any] = []
         with mode:
             for i, node in enumerate(self.inputs):
                 val = node.meta["val"].detach()
                 args.append(val.requires_grad_() if needs_grad and needs_grad[i] else val)
+        args += sizes
         frozen = frozenset(
             i
             for i, n in enumerate(self.inputs)
@@ -141,10 +144,30 @@ def aot_eager(gm: fx.GraphModule, args: list[Any], frozen: frozenset[int]) -> Ca
     return compiled
 
 
-def tuple_output(body: fx.GraphModule) -> fx.GraphModule:
-    """A copy that returns a tuple, as AOTAutograd wants it; the backend owns and changes the copy."""
+def symbols(inputs: Sequence[fx.Node]) -> list[tuple[torch.SymInt, tuple[int, int]]]:
+    """Each free size of the inputs, with the input and dimension it can be read from."""
+    found: dict[Any, tuple[torch.SymInt, tuple[int, int]]] = {}
+    for i, node in enumerate(inputs):
+        for dim, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                found.setdefault(size.node.expr, (size, (i, dim)))
+    return list(found.values())
+
+
+def tuple_output(body: fx.GraphModule, sizes: Sequence[torch.SymInt]) -> fx.GraphModule:
+    """A copy that returns a tuple and takes the free sizes behind its tensors; the backend changes the copy.
+
+    The graph itself reads sizes from its tensors. As inputs of their own they can be saved for backward,
+    whose tensors may have products of them only (``[B * S, 8]``), from which they cannot be told.
+    """
     graph = fx.Graph()
-    value = graph.graph_copy(body.graph, {})
+    mapping: dict[fx.Node, fx.Node] = {}
+    inputs = list(body.graph.find_nodes(op="placeholder"))
+    for node in inputs:
+        mapping[node] = graph.node_copy(node)
+    for i, size in enumerate(sizes):
+        graph.placeholder(f"size_{i}").meta["val"] = size
+    value = graph.graph_copy(body.graph, mapping)
     graph.output(value if isinstance(value, tuple) else (value,))
     return fx.GraphModule(nn.Module(), graph)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .nodes import aten, call, parameter_behind
+from .nodes import CASTS, aten
+from .spellings import batched, contract, grouped, matrix_view, recognise, spelling
 
 ASSERTIONS = frozenset(
     {
@@ -19,14 +21,15 @@ ASSERTIONS = frozenset(
         aten.sym_constrain_range.default,
     }
 )
-CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other})
 FULL_SLICE_END = 2**63 - 1
 
 
 def normalize(gm: fx.GraphModule, *, config: Any) -> PassResult:
-    """Rewrite ``addmm`` on a parameter to ``linear`` and remove assertions and no-ops.
+    """Rewrite each product with a weight to ``linear`` or ``grouped_linear``; remove assertions and no-ops.
 
-    Shape assertions may go because the program checks the captured guards before it runs the graph.
+    Known spellings are in spellings.py. A weight argument that is a view of a parameter gets
+    ``meta["weight_view"]``. Shape assertions may go because the program checks the captured guards before
+    it runs the graph.
 
     Before::
 
@@ -46,16 +49,49 @@ def normalize(gm: fx.GraphModule, *, config: Any) -> PassResult:
             continue
         if node.target in ASSERTIONS:
             graph.erase_node(node)
+            modified = True
         elif is_noop(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif node.target is aten.addmm.default and is_weight_matmul(node):
-            rewrite_addmm(graph, node)
+            modified = True
         else:
-            continue
-        modified = True
+            modified |= rewrite(graph, node)
     modified |= graph.eliminate_dead_code()
     return PassResult(gm, modified)
+
+
+def rewrite(graph: fx.Graph, node: fx.Node) -> bool:
+    """Make a product with a weight canonical; True if anything changed."""
+    if node.target is aten.linear.default and tag_weight(node):
+        return True
+    name = re.sub(rf"_{spelling(node)}(_\d+)?$", r"\1", node.name) or node.name
+    product = recognise(node)
+    with graph.inserting_before(node):
+        if product is not None:
+            new: fx.Node | None = contract(graph, node, product, name)
+        else:
+            new = grouped(graph, node, name) or batched(graph, node, name)
+    if new is None:
+        return False
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return True
+
+
+def tag_weight(linear: fx.Node) -> bool:
+    """Note what the weight argument of a linear reads, where it is a view of a parameter."""
+    weight = linear.args[1]
+    if (
+        not isinstance(weight, fx.Node)
+        or weight.op == "placeholder"
+        or "weight_view" in weight.meta
+    ):
+        return False
+    view = matrix_view(weight)
+    if view is None:
+        return False
+    weight.meta["weight_view"] = view
+    return True
 
 
 def is_noop(node: fx.Node) -> bool:
@@ -65,7 +101,7 @@ def is_noop(node: fx.Node) -> bool:
     before, after = node.args[0].meta.get("val"), node.meta.get("val")
     if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)):
         return False
-    if node.target in CASTS:
+    if node.target in CASTS or node.target is aten.to.other:
         copy = bool(node.kwargs.get("copy")) or (len(node.args) > 3 and node.args[3] is True)
         keeps_format = node.kwargs.get("memory_format") in (None, torch.preserve_format)
         return (
@@ -82,26 +118,3 @@ def is_noop(node: fx.Node) -> bool:
     if node.target is aten.dropout.default:
         return bool(node.args[1] == 0.0) or node.args[2] is False
     return False
-
-
-def is_weight_matmul(node: fx.Node) -> bool:
-    """``addmm(bias, x, weight)`` with a stored 2-D weight, a 1-D bias and no scale factors."""
-    bias, _, weight = node.args
-    return (
-        parameter_behind(weight) is weight
-        and isinstance(bias, fx.Node)
-        and bias.meta["val"].dim() == 1
-        and all(node.kwargs.get(k, 1) == 1 for k in ("alpha", "beta"))
-    )
-
-
-def rewrite_addmm(graph: fx.Graph, node: fx.Node) -> None:
-    bias, x, weight = node.args
-    assert isinstance(weight, fx.Node)
-    name = node.name.removesuffix("_addmm")
-    with graph.inserting_before(node):
-        weight_t = call(graph, aten.t.default, (weight,), name=f"{weight.name}_t", like=node)
-        linear = call(graph, aten.linear.default, (x, weight_t, bias), name=name, like=node)
-    linear.meta["op"] = "addmm"
-    node.replace_all_uses_with(linear)
-    graph.erase_node(node)

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from ..runtime.storage import NESTED_BLOCKSIZE, NESTED_QUANT_MAP, layout
-from .nodes import Site, StoredInputs, aten, call, fake_mode, identifier, placeholders, sites
+from ..runtime.ops import NESTED_BLOCKSIZE
+from ..runtime.storage import NESTED_QUANT_MAP, QUANT_MAP, layout
+from .nodes import (
+    CANONICAL,
+    VIEWS,
+    Layout,
+    Site,
+    StoredInputs,
+    WeightView,
+    aten,
+    call,
+    fake_mode,
+    identifier,
+    ops,
+    placeholders,
+    sites,
+    weight_view,
+)
 
 bnb = torch.ops.bitsandbytes
 
@@ -37,7 +54,10 @@ def quantize(gm: fx.GraphModule, *, config: Any) -> PassResult:
     selected = [n for n in sites(graph) if n.meta["site"].quantize and not reads_storage(n)]
     inputs = StoredInputs(graph)
     for node in selected:
-        quantize_site(graph, node, inputs, config)
+        if node.meta["site"].kind == "embedding":
+            quantize_lookup(graph, node, inputs, config)
+        else:
+            quantize_site(graph, node, inputs, config)
     graph.eliminate_dead_code()
     erase_dense_placeholders(graph, {n.meta["site"].weight for n in selected})
     modified = bool(selected)
@@ -46,23 +66,45 @@ def quantize(gm: fx.GraphModule, *, config: Any) -> PassResult:
     return PassResult(gm, modified)
 
 
-def reads_storage(linear: fx.Node) -> bool:
-    weight = linear.args[1]
-    return isinstance(weight, fx.Node) and weight.target is bnb.dequantize_4bit.default
+def reads_storage(node: fx.Node) -> bool:
+    """True if the product's weight (or the lookup's row) comes from 4-bit storage."""
+    if node.target is ops.grouped_linear_4bit.default:
+        return True
+    if node.target is aten.embedding.default:
+        return False
+    if node.target not in CANONICAL:
+        return True  # a lookup, rewritten
+    at: Any = node.args[1]
+    while isinstance(at, fx.Node) and at.target in VIEWS and at.target is not operator.getitem:
+        at = at.args[0]
+    return isinstance(at, fx.Node) and at.target is bnb.dequantize_4bit.default
 
 
 def quantize_site(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: Any) -> None:
+    """Rewrite one ``linear`` or ``grouped_linear``; inputs and result are cast where dtypes differ."""
     site: Site = linear.meta["site"]
-    x, _, *rest = linear.args
-    bias = rest[0] if rest else None
+    x, weight_arg, *rest = linear.args
+    view = weight_view(weight_arg)
+    assert view is not None
+    assert site.layout is not None
     act_dtype = linear.meta["val"].dtype
     dtype = config.compute_dtype
+    is_grouped = linear.target is ops.grouped_linear.default
     with graph.inserting_before(linear):
-        weight = dequantize(graph, linear, site, inputs, config)
+        parts = stored_parts(graph, linear, site, inputs, config)
         new_x = cast(graph, x, dtype, f"{linear.name}_x")
         if new_x is not x:
             new_x.meta["input_of"] = site.name
-        new_bias = cast(graph, bias, dtype, f"{linear.name}_bias") if bias is not None else None
+        if is_grouped:
+            q = config.quantization
+            nested = [parts.get(k) for k in ("nested_absmax", "offset", "nested_quant_map")]
+            shape = list(site.shape[1:])
+            options = (shape, q.blocksize, q.quant_type)
+            args = (new_x, parts["packed"], parts["absmax"], *nested, rest[0], *options)
+        else:
+            weight = dequantize(graph, linear, site, parts, view, config)
+            bias = [cast(graph, b, dtype, f"{linear.name}_bias") for b in rest if b is not None]
+            args = (new_x, weight, *bias)
     with graph.inserting_after(linear):
         result = linear
         if dtype != act_dtype:
@@ -73,22 +115,26 @@ def quantize_site(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config
             result._rename(f"{linear.name}_result")
     if result is not linear:
         replace_other_uses(linear, result)
-    linear.args = (new_x, weight) if new_bias is None else (new_x, weight, new_bias)
+    linear.args = args
+    linear.meta["weight_read"] = view
+    if is_grouped:
+        linear.target = ops.grouped_linear_4bit.default
     with fake_mode(graph):
-        linear.meta["val"] = aten.linear.default(*fx.map_arg(linear.args, lambda n: n.meta["val"]))
+        values = fx.map_arg(linear.args, lambda n: n.meta["val"])
+        linear.meta["val"] = linear.target(*values)  # type: ignore[operator]
 
 
-def dequantize(
-    graph: fx.Graph, linear: fx.Node, site: Site, inputs: StoredInputs, config: Any
-) -> fx.Node:
-    """The nodes from storage to a dense ``[out, in]`` weight in the compute dtype."""
-    q = config.quantization
-    shape = (site.out_features, site.in_features)
+def stored_parts(
+    graph: fx.Graph, node: fx.Node, site: Site, inputs: StoredInputs, config: Any
+) -> dict[str, fx.Node]:
+    """Placeholders of a weight's storage, by part."""
     with fake_mode(graph):
-        device = linear.meta["val"].device
+        device = node.meta["val"].device
         vals = {
             key: torch.empty(size, dtype=dtype, device=device)
-            for key, (size, dtype) in layout(shape, q, name=site.name).items()
+            for key, (size, dtype) in layout(
+                site.shape, config.quantization, name=site.name
+            ).items()
         }
     # The dense placeholder of the same key stays until all its readers are rewritten.
     packed = vals.pop("packed")
@@ -96,37 +142,163 @@ def dequantize(
     parts = {"packed": inputs.add(site.weight, packed, name=name, format="4bit")}
     for key, val in vals.items():
         parts[key] = inputs.add(stored_key(site.weight, key), val)
+    return parts
+
+
+def dequantize(
+    graph: fx.Graph,
+    linear: fx.Node,
+    site: Site,
+    parts: dict[str, fx.Node],
+    view: WeightView,
+    config: Any,
+) -> fx.Node:
+    """The nodes from storage to the dense ``[out, in]`` weight that the linear reads, in the compute dtype."""
+    q = config.quantization
     name = linear.name
+    assert site.layout is not None
+
+    def then(target: Any, *args: Any, suffix: str) -> fx.Node:
+        return call(graph, target, args, name=f"{name}_{suffix}", like=linear)
+
+    if view.expert is not None:
+        parts = {
+            k: v if k == "nested_quant_map" else then(aten.select.int, v, 0, view.expert, suffix=k)
+            for k, v in parts.items()
+        }
+    absmax = parts["absmax"]
     if q.double_quant:
-        absmax = call(
-            graph,
-            bnb.dequantize_blockwise.default,
-            (
-                parts["absmax"],
-                parts["nested_absmax"],
-                parts["nested_quant_map"],
-                NESTED_BLOCKSIZE,
-                torch.float32,
-            ),
-            name=f"{name}_absmax",
-            like=linear,
+        nested = (parts["nested_absmax"], parts["nested_quant_map"], NESTED_BLOCKSIZE)
+        absmax = then(
+            bnb.dequantize_blockwise.default, absmax, *nested, torch.float32, suffix="absmax"
         )
-        absmax = call(
+        absmax = then(aten.add.Tensor, absmax, parts["offset"], suffix="absmax_offset")
+    shape = list(site.shape[-2:])
+    options = (q.blocksize, q.quant_type, shape, config.compute_dtype)
+    weight = then(bnb.dequantize_4bit.default, parts["packed"], absmax, *options, suffix="dequant")
+    if view.expert is None and view.layout != site.layout:
+        weight = relaid(weight, site.layout, view.layout, then)
+    if view.rows is not None:
+        weight = then(aten.slice.Tensor, weight, 0, *view.rows, suffix="dequant_rows")
+    return weight
+
+
+def relaid(weight: fx.Node, stored: Layout, wanted: Layout, then: Any) -> fx.Node:
+    """A weight stored for one reader as another reads it (a tied autoencoder's ``W`` and ``W.T``)."""
+    if stored.view == wanted.view and stored.permute == wanted.permute[::-1] == (0, 1):
+        return then(aten.t.default, weight, suffix="dequant_t")  # type: ignore[no-any-return]
+    back = [stored.permute.index(i) for i in range(len(stored.permute))]
+    steps = [
+        (aten.reshape.default, [stored.view[i] for i in stored.permute]),
+        (aten.permute.default, back),
+        (aten.reshape.default, list(wanted.view)),
+        (aten.permute.default, list(wanted.permute)),
+        (aten.reshape.default, list(wanted.shape)),
+    ]
+    for target, arg in steps:
+        weight = then(target, weight, arg, suffix="dequant_relaid")
+    return weight
+
+
+def quantize_lookup(graph: fx.Graph, node: fx.Node, inputs: StoredInputs, config: Any) -> None:
+    """Dequantize only the rows of an embedding that are looked up.
+
+    Element ``j`` of row ``i`` is number ``n = i * dim + j`` of the table: half a byte of ``packed``, scaled by
+    ``absmax[n // blocksize]``. Gathered element by element this needs no rows that fill whole blocks, and it
+    is one fused kernel when compiled. The values are bitwise those of ``dequantize_4bit``.
+
+    Before::
+
+        %embed: f32[B, S, 48] = aten.embedding(%embed_weight, %input_ids)
+
+    After (abridged)::
+
+        %embed_nibble: i64[B, S, 48] = ...      # from %embed_weight_packed
+        %embed_value: f32[B, S, 48] = aten.index(%quant_map, [%embed_nibble])
+        %embed: f32[B, S, 48] = aten.mul(%embed_value, %embed_scale)
+    """
+    site: Site = node.meta["site"]
+    q = config.quantization
+    dim = site.in_features
+    ids: Any = node.args[1]
+    device = node.meta["val"].device
+    with graph.inserting_before(node):
+        parts = stored_parts(graph, node, site, inputs, config)
+        with fake_mode(graph):
+            values = torch.empty(16, dtype=torch.float32, device=device)
+        quant_map = inputs.add(f"{QUANT_MAP}.{q.quant_type}", values)
+
+        def then(target: Any, *args: Any, suffix: str) -> fx.Node:
+            return call(graph, target, args, name=f"{node.name}_{suffix}", like=node)
+
+        columns = call(
             graph,
-            aten.add.Tensor,
-            (absmax, parts["offset"]),
-            name=f"{name}_absmax_offset",
-            like=linear,
+            aten.arange.default,
+            (dim,),
+            {"dtype": torch.int64, "device": device},
+            name=f"{node.name}_columns",
+            like=node,
         )
-    else:
-        absmax = parts["absmax"]
-    return call(
-        graph,
-        bnb.dequantize_4bit.default,
-        (parts["packed"], absmax, q.blocksize, q.quant_type, list(shape), config.compute_dtype),
-        name=f"{name}_dequant",
-        like=linear,
-    )
+        number = then(aten.mul.Tensor, ids, dim, suffix="row")
+        number = then(aten.unsqueeze.default, number, -1, suffix="row_column")
+        number = then(aten.add.Tensor, number, columns, suffix="number")
+        packed = parts["packed"]
+        if q.storage_dtype != torch.uint8:
+            packed = then(aten.view.dtype, packed, torch.uint8, suffix="bytes")
+        packed = then(aten.reshape.default, packed, [-1], suffix="packed")
+        place = then(aten.bitwise_right_shift.Tensor_Scalar, number, 1, suffix="place")
+        byte = then(aten.index.Tensor, packed, [place], suffix="byte")
+        byte = call(
+            graph,
+            aten._to_copy.default,
+            (byte,),
+            {"dtype": torch.int64},
+            name=f"{node.name}_wide",
+            like=node,
+        )
+        odd = then(aten.bitwise_and.Scalar, number, 1, suffix="odd")
+        shift = then(aten.mul.Tensor, odd, 4, suffix="odd_bits")
+        shift = then(aten.rsub.Scalar, shift, 4, suffix="shift")
+        nibble = then(aten.bitwise_right_shift.Tensor, byte, shift, suffix="shifted")
+        nibble = then(aten.bitwise_and.Scalar, nibble, 15, suffix="nibble")
+        value = then(aten.index.Tensor, quant_map, [nibble], suffix="value")
+        block = call(
+            graph,
+            aten.div.Tensor_mode,
+            (number, q.blocksize),
+            {"rounding_mode": "floor"},
+            name=f"{node.name}_block",
+            like=node,
+        )
+        scale = then(aten.index.Tensor, parts["absmax"], [block], suffix="absmax")
+        if q.double_quant:
+            level = call(
+                graph,
+                aten._to_copy.default,
+                (scale,),
+                {"dtype": torch.int64},
+                name=f"{node.name}_level",
+                like=node,
+            )
+            scale = then(aten.index.Tensor, parts["nested_quant_map"], [level], suffix="scale")
+            outer = call(
+                graph,
+                aten.div.Tensor_mode,
+                (block, NESTED_BLOCKSIZE),
+                {"rounding_mode": "floor"},
+                name=f"{node.name}_nested_block",
+                like=node,
+            )
+            outer = then(aten.index.Tensor, parts["nested_absmax"], [outer], suffix="nested")
+            scale = then(aten.mul.Tensor, scale, outer, suffix="scale_nested")
+            scale = then(aten.add.Tensor, scale, parts["offset"], suffix="scale_offset")
+        rows = then(aten.mul.Tensor, value, scale, suffix="rows")
+        # Rounded to the dtype in which the table was stored, as a dense table would have been.
+        rows = cast(graph, rows, config.compute_dtype, f"{node.name}_rounded", like=node)
+        result = cast(graph, rows, node.meta["val"].dtype, f"{node.name}_lookup", like=node)
+    result.meta["site"] = site
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
 
 
 def stored_key(weight: str, part: str) -> str:

@@ -1,10 +1,12 @@
-"""select: give every linear its verdict. Later stages only look at the mark."""
+"""select: give every product with a weight its verdict. Later stages only look at the mark."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,31 +15,30 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..errors import ConfigError
-from .nodes import Site, aten, parameter_behind, sites
-
-PRODUCTS = frozenset(
-    {
-        aten.mm.default,
-        aten.bmm.default,
-        aten.addmm.default,
-        aten.baddbmm.default,
-        aten.matmul.default,
-        aten.einsum.default,
-        aten.bilinear.default,
-        aten.mv.default,
-        aten.addmv.default,
-        aten._grouped_mm.default,
-        aten.conv1d.default,
-        aten.conv2d.default,
-        aten.conv3d.default,
-        aten.convolution.default,
-    }
+from .nodes import (
+    CANONICAL,
+    VIEWS_AND_CASTS,
+    Site,
+    WeightView,
+    aten,
+    is_flipped,
+    parameter_behind,
+    placeholders,
+    sites,
+    weight_like,
+    weight_view,
 )
-"""Operations that multiply by a weight but are not a canonical linear: reported, kept dense."""
+from .spellings import spelling
+
+UNRECOGNISED = "unrecognised product with a weight"
+COMPUTED = "the weight is computed, not a parameter"
 
 
 def select(gm: fx.GraphModule, *, config: Any) -> PassResult:
     """Mark each product with a weight with ``meta["site"]``; computes nothing, adds no node.
+
+    A node that reads a parameter of two or more dimensions and is neither a canonical product nor known to
+    be something else (an embedding, a norm, a pointwise operation) gets a verdict too: nothing is passed over.
 
     Before::
 
@@ -48,167 +49,461 @@ def select(gm: fx.GraphModule, *, config: Any) -> PassResult:
         %q_proj: f32[B, S, 8] = aten.linear(%x, %q_proj_weight)  # site q_proj: quantize, adapt r=16
 
     Raises:
-        ConfigError: if a LoRA target matches nothing, or a rank is larger than a weight's dimension.
+        ConfigError: if a LoRA target matches nothing, or only what cannot be adapted, or a rank is larger
+            than a weight's dimension.
     """
+    judge = Judge(gm, config)
     verdicts: dict[fx.Node, Site] = {}
     for node in gm.graph.nodes:
         if node.op != "call_function" or "site" in node.meta:
             continue
-        if node.target is aten.linear.default:
-            verdicts[node] = judge_linear(node, config)
-        elif is_unrecognised_product(node):
-            verdicts[node] = judge_unrecognised(node)
+        site = judge(node)
+        if site is not None:
+            verdicts[node] = site
     if config.decided is None:
-        check_targets(config, [n.meta["site"] for n in sites(gm.graph)] + [*verdicts.values()])
+        found = [n.meta["site"] for n in sites(gm.graph)] + [*verdicts.values()]
+        check_targets(config, found, judge.holders)
+    told: set[str] = set()
     for node, site in verdicts.items():
         node.meta["site"] = site
-        if site.reason.startswith("unrecognised"):
-            warnings.warn(f"{site.name}: {site.reason}; it stays dense and unadapted", stacklevel=2)
+        if config.decided is None and site.reason.startswith((UNRECOGNISED, f"{COMPUTED} (")):
+            told.add(f"{site.name}: {site.reason}")
+    for message in sorted(told):
+        warnings.warn(f"{message}; it stays dense and unadapted", stacklevel=2)
     return PassResult(gm, bool(verdicts))
 
 
-def judge_linear(node: fx.Node, config: Any) -> Site:
-    weight = parameter_behind(node.args[1])
-    op = node.meta.get("op", "linear")
-    out_features, in_features = node.args[1].meta["val"].shape  # type: ignore[union-attr]
-    if weight is None or isinstance(out_features, torch.SymInt):
-        name = node.meta.get("module") or node.name
-        return Site(name, "", op, 0, 0, reason="the weight is computed, not a parameter")
-    key = weight.meta["stored"]
-    name = site_name(node, key)
-    transposed = node.args[1] is not weight
-    site = Site(name, key, op, int(out_features), int(in_features), transposed)
-    if transposed and not is_plain_transpose(node.args[1], weight):
-        return replace(site, reason="the weight is reshaped before it is used")
+@dataclass(frozen=True)
+class Place:
+    """Which module holds a weight, in PEFT's terms. ``kind`` and ``swapped`` as in ``Site``."""
 
-    if config.decided is not None:
-        if name in config.decided:
-            decided: Site = config.decided[name]
-            return replace(decided, op=op)
-        return replace(site, reason="not in the graph that transform captured")
-    dense = why_dense(key, name, weight, config)
-    bare = why_bare(key, name, config)
-    site = replace(
-        site, quantize=not dense, adapt=not bare, reason="; ".join(filter(None, (dense, bare)))
-    )
-    if site.adapt:
-        r = config.rank(name)
-        if r > min(out_features, in_features):
+    name: str
+    kind: str
+    swapped: bool = False
+
+
+class Judge:
+    """Gives verdicts on the nodes of one graph."""
+
+    def __init__(self, gm: fx.GraphModule, config: Any) -> None:
+        self.config = config
+        self.holders: Mapping[str, str] = gm.meta.get("holders", {})
+        self.transposed: frozenset[str] = gm.meta.get("transposed_stacks", frozenset())
+        self.stored = {n.meta["stored"]: n for n in placeholders(gm.graph) if "stored" in n.meta}
+        self.experts = {k for k in self.stored if "expert" in k}
+        self.running = {
+            m for n in gm.graph.nodes if n.target in CANONICAL if (m := own_module(n)) is not None
+        }
+        """Modules that multiply by their own weight somewhere in the graph."""
+        self.layouts: dict[str, Any] = {}
+        """The layout in which each quantized weight is stored: that of its first reader."""
+
+    def __call__(self, node: fx.Node) -> Site | None:
+        if node.target in CANONICAL:
+            return self.product(node)
+        if node.target is aten.embedding.default:
+            return self.embedding(node)
+        return self.other(node)
+
+    # -- canonical products -----------------------------------------------------------------------
+
+    def product(self, node: fx.Node) -> Site:
+        view = weight_view(node.args[1])
+        op = node.meta.get("op", spelling(node))
+        if view is None:
+            name = node.meta.get("module") or node.name
+            read = sorted({n.meta["stored"] for n in behind(node.args[1])})
+            reason = f"{COMPUTED} ({', '.join(read)})" if read else COMPUTED
+            return Site(name, read[0] if read else "", op, reason=reason, flops=flops(node))
+        place = self.place(node, view)
+        site = Site(place.name, view.key, op, view.layout, place.kind, flops=flops(node))
+        if self.config.decided is not None:
+            decided: Site | None = self.config.decided.get(place.name)
+            if decided is not None:
+                return replace(decided, op=op, flops=site.flops)
+            return replace(site, reason="not in the graph that transform captured")
+        router = self.is_router(node)
+        dense = self.why_dense(view, place.name, node, router)
+        bare = self.why_bare(view, place, router)
+        site = replace(
+            site, quantize=not dense, adapt=not bare, reason="; ".join(filter(None, (dense, bare)))
+        )
+        if site.quantize:
+            site = replace(site, layout=self.layouts.setdefault(view.key, view.layout))
+        site = replace(site, swapped=place.swapped != is_flipped(view, site))
+        return self.ranked(site) if site.adapt else site
+
+    def ranked(self, site: Site) -> Site:
+        config = self.config
+        r = config.rank(site.name)
+        if r > min(site.out_features, site.in_features):
+            smaller = min(site.out_features, site.in_features)
             raise ConfigError(
-                f"LoRA rank r={r} is larger than the smaller dimension of {name} "
-                f"[{out_features}, {in_features}]; accepted: at most {min(out_features, in_features)}. "
+                f"LoRA rank r={r} is larger than the smaller dimension of {site.name} "
+                f"[{site.out_features}, {site.in_features}]; accepted: at most {smaller}. "
                 "Lower r, or give this module its own rank in rank_pattern"
             )
-        site = replace(
-            site, r=r, scaling=config.scaling(name), dropout=float(config.lora.lora_dropout)
-        )
-    return site
+        dropout = float(config.lora.lora_dropout)
+        return replace(site, r=r, scaling=config.scaling(site.name), dropout=dropout)
 
+    def place(self, node: fx.Node, view: WeightView) -> Place:
+        """The module that is this linear, as PEFT names it; where there is none, the parameter's own path.
 
-def site_name(node: fx.Node, key: str) -> str:
-    """The module that is this linear, as PEFT names it; where there is none, the weight's own path.
+        The two differ for a tied weight: the head of a model is ``lm_head`` though its weight is stored as
+        ``model.embed_tokens.weight``.
+        """
+        path = node.meta.get("module", "")
+        owner, _, leaf = view.key.rpartition(".")
+        if leaf == "weight" and self.holders.get(path) in ("linear", "conv"):
+            return Place(path, self.holders[path])
+        if leaf == "weight" and self.holders.get(owner) in ("linear", "conv"):
+            if (
+                owner in self.running
+            ):  # someone else reads the weight of a module that runs by itself
+                return Place(f"{owner} (read by {path or node.name})", "reader")
+            return Place(owner, self.holders[owner])
+        name = view.key.removesuffix(".weight")
+        raw = tuple(self.stored[view.key].meta["val"].shape)
+        permute = view.layout.permute
+        if view.layout.view != raw or len(permute) != len(raw) or len(raw) > 3:
+            return Place(name, "own")
+        if len(raw) == 2:
+            return Place(name, "parameter" if owner else "own", permute == (1, 0))
+        if permute[0] != 0 or len(view.layout.shape) != 3 or not owner:
+            return Place(name, "own")
+        inner = 1 if owner in self.transposed else 2
+        return Place(name, "parameter", permute[2] != inner)
 
-    The two differ for a tied weight: the head of a model is ``lm_head`` though its weight is stored as
-    ``model.embed_tokens.weight``.
-    """
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    if stack:
-        path, cls = stack[-1]
-        if str(cls).rstrip("'>").rsplit(".", 1)[-1] in ("Linear", "Conv1D"):
-            return str(path)
-    return key.removesuffix(".weight")
+    def why_dense(self, view: WeightView, name: str, node: fx.Node, router: bool) -> str:
+        """Why this weight is not quantized; empty if it is."""
+        config = self.config
+        key = view.key
+        if key in config.output_heads and "head" not in config.also_quantize:
+            return "output head stays dense"
+        if router and "routers" not in config.also_quantize:
+            return "router stays dense"
+        for skipped in config.quantization.skip:
+            if name == skipped or name.endswith(f".{skipped}") or name.startswith(f"{skipped}."):
+                return f"listed in llm_int8_skip_modules ({skipped})"
+        weight = self.stored[key]
+        val = weight.meta["val"]
+        if val.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"a weight of {val.dtype} cannot be quantized to 4 bits"
+        return self.other_readers(weight, view)
 
+    def other_readers(self, weight: fx.Node, view: WeightView) -> str:
+        """Why the weight must stay dense for someone else who reads it; empty if nobody does."""
+        others = set()
+        for reader, arg in readers(weight):
+            if reader.target in CANONICAL and reader.args[1] is arg:
+                seen = weight_view(arg)
+                if seen is None:
+                    others.add(spelling(reader))
+                elif seen.layout != view.layout and 3 in (
+                    len(seen.layout.shape),
+                    len(view.layout.shape),
+                ):
+                    others.add(f"{spelling(reader)} in another layout")
+            elif reader.target is aten.embedding.default and arg is weight:
+                if "embeddings" not in self.config.also_quantize:
+                    others.add("embedding (also_quantize=['embeddings'] stores that in 4 bits)")
+            else:
+                others.add(spelling(reader))
+        return f"the weight is also read by {', '.join(sorted(others))}" if others else ""
 
-def why_dense(key: str, name: str, weight: fx.Node, config: Any) -> str:
-    """Why this weight is not quantized; empty if it is."""
-    if key in config.output_heads:
-        return "output head stays dense"
-    for skipped in config.quantization.skip:
-        if name == skipped or name.endswith(f".{skipped}") or name.startswith(f"{skipped}."):
-            return f"listed in llm_int8_skip_modules ({skipped})"
-    val = weight.meta["val"]
-    if val.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"a weight of {val.dtype} cannot be quantized to 4 bits"
-    others = sorted({str(u.target) for u in weight.users if not reads_as_linear_weight(u, weight)})
-    if others:
-        return f"the weight is also read by {', '.join(others)}"
-    return ""
-
-
-def why_bare(key: str, name: str, config: Any) -> str:
-    """Why this linear gets no LoRA branch; empty if it does."""
-    targets = config.lora.target_modules
-    if targets is None or targets == "all-linear":
-        if key in config.output_heads:
-            return "not adapted: 'all-linear' leaves the output head out"
-        if config.lora.exclude_modules and is_excluded(config.lora, name):
+    def why_bare(self, view: WeightView, place: Place, router: bool) -> str:
+        """Why this linear gets no LoRA branch; empty if it does."""
+        lora = self.config.lora
+        if place.kind == "reader":
+            return "not adapted: PEFT adapts the module that owns the weight, not its other readers"
+        if targeted_parameter(lora, view.key):
+            return ""
+        if lora.target_modules is None or lora.target_modules == "all-linear":
+            if view.key in self.config.output_heads:
+                return "not adapted: 'all-linear' leaves the output head out"
+            if router:
+                return "not adapted: 'all-linear' leaves routers out"
+            if lora.exclude_modules and is_excluded(lora, place.name):
+                return "not adapted: in exclude_modules"
+            return ""
+        if lora.target_modules and check_target_module_exists(lora, place.name):
+            return ""
+        if lora.exclude_modules and is_excluded(lora, place.name):
             return "not adapted: in exclude_modules"
-        return ""
-    if check_target_module_exists(config.lora, name):
-        return ""
-    if config.lora.exclude_modules and is_excluded(config.lora, name):
-        return "not adapted: in exclude_modules"
-    return "not adapted: not in target_modules"
+        return "not adapted: not in target_modules"
+
+    def is_router(self, node: fx.Node) -> bool:
+        """True if the result is what chooses experts: it goes into a top-k next to a set of experts."""
+        path = node.meta.get("module", "")
+        near = [path.rsplit(".", n)[0] for n in (1, 2) if path.count(".") >= n]
+        if not any(k.startswith(f"{p}.") for k in self.experts for p in near):
+            return False
+        if "expert" in path:
+            return False
+        todo, seen = [node], {node}
+        while todo:
+            for user in todo.pop().users:
+                if user.target in CHOICES:
+                    return True
+                if user not in seen and (is_pointwise(user) or user.target in ROUTING):
+                    seen.add(user)
+                    todo.append(user)
+        return False
+
+    # -- everything else that reads a parameter ---------------------------------------------------
+
+    def embedding(self, node: fx.Node) -> Site | None:
+        """A verdict only where the user asked for 4-bit embeddings."""
+        weight = node.args[0]
+        if not isinstance(weight, fx.Node) or weight.meta.get("stored") is None:
+            return None
+        key = weight.meta["stored"]
+        name = key.removesuffix(".weight")
+        if self.config.decided is not None:
+            decided: Site | None = self.config.decided.get(f"{name} (lookup)")
+            return decided
+        if key not in self.config.input_embeddings or "embeddings" not in self.config.also_quantize:
+            return None
+        view = weight_view(weight)
+        assert view is not None
+        dense = ""
+        if key in self.config.output_heads and "head" not in self.config.also_quantize:
+            dense = "tied to the output head; also_quantize=['head', 'embeddings'] quantizes both"
+        elif self.layouts.get(key, view.layout) != view.layout:
+            dense = "the weight is stored in another layout"
+        reason = "; ".join(filter(None, (dense, "not adapted: an embedding")))
+        return Site(
+            f"{name} (lookup)",
+            key,
+            "embedding",
+            self.layouts.setdefault(key, view.layout),
+            "embedding",
+            not dense,
+            reason=reason,
+        )
+
+    def other(self, node: fx.Node) -> Site | None:
+        """A product qlora_fx has no canonical form for; None for what is no product with a weight."""
+        weights = [p for p in map(parameter_behind, node.all_input_nodes) if weight_like(p)]
+        if not weights or node.target in VIEWS_AND_CASTS or node.target in HARMLESS:
+            return None
+        if is_pointwise(node) and not is_multiplied_and_summed(node):
+            return None
+        weight = weights[0]
+        assert weight is not None
+        key = weight.meta["stored"]
+        if all(p is not None and p.meta["val"].numel() == 0 for p in weights):
+            return None
+        op = spelling(node)
+        if "conv" in op:
+            window = list(weight.meta["val"].shape[2:])
+            reason = f"convolutions stay dense (window {'x'.join(map(str, window))})"
+        else:
+            reason = f"{UNRECOGNISED} ({op})"
+        return Site(key.removesuffix(".weight"), key, op, reason=reason, flops=flops(node))
+
+
+def own_module(node: fx.Node) -> str | None:
+    """The module whose own weight the product reads, if the product is in it."""
+    view = weight_view(node.args[1])
+    path = node.meta.get("module", "")
+    return path if view is not None and view.key == f"{path}.weight" else None
+
+
+CHOICES = frozenset(
+    {aten.topk.default, aten.argmax.default, aten.max.dim, aten.sort.default, aten.sort.stable}
+)
+ROUTING = VIEWS_AND_CASTS | {
+    aten.softmax.int,
+    aten._softmax.default,
+    aten.log_softmax.int,
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.masked_fill.Scalar,
+    aten.sum.dim_IntList,
+}
+HARMLESS = frozenset(
+    {
+        aten.embedding.default,
+        aten.index.Tensor,
+        aten.index_select.default,
+        aten.gather.default,
+        aten.cat.default,
+        aten.stack.default,
+        aten.layer_norm.default,
+        aten.rms_norm.default,
+        aten.group_norm.default,
+        aten.batch_norm.default,
+        aten.repeat.default,
+        aten.repeat_interleave.self_int,
+        aten.roll.default,
+        aten.sum.dim_IntList,
+        aten.mean.dim,
+        aten.pad.default,
+        aten.upsample_bicubic2d.vec,
+        aten.upsample_bilinear2d.vec,
+        aten.upsample_nearest2d.vec,
+        aten.zeros_like.default,
+        aten.sym_size.int,
+        aten.triu.default,
+        aten.tril.default,
+        aten.linalg_vector_norm.default,
+        aten.norm.ScalarOpt_dim,
+        aten._weight_norm.default,
+        aten.softmax.int,
+        aten.cumsum.default,
+        aten.flip.default,
+        aten.index_put.default,
+    }
+)
+"""Read a parameter of two or more dimensions and are no product."""
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def is_multiplied_and_summed(node: fx.Node) -> bool:
+    """``(x * weight).sum(...)``: a product of matrices in two steps."""
+    if node.target is not aten.mul.Tensor or len(node.all_input_nodes) != 2:
+        return False
+    found = [weight_like(parameter_behind(a)) for a in node.args]
+    if sum(found) != 1:
+        return False
+    weight = node.args[found.index(True)]
+    if sum(s != 1 for s in weight.meta["val"].shape) < 2:  # type: ignore[union-attr]
+        return False
+    users = list(node.users)
+    return any(u.target in (aten.sum.dim_IntList, aten.sum.default) for u in users)
+
+
+def readers(weight: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Nodes that use the weight through any views and casts, each with the argument they read."""
+    todo = [weight]
+    while todo:
+        at = todo.pop()
+        for user in at.users:
+            if user.target in VIEWS_AND_CASTS and user.args[0] is at:
+                todo.append(user)
+            else:
+                yield user, at
+
+
+def behind(node: Any) -> set[fx.Node]:
+    """Stored weights that a computed weight is made of; empty if an input of the model has a part in it."""
+    found: set[fx.Node] = set()
+    todo, seen = [node], {node}
+    while todo:
+        at = todo.pop()
+        if at.op == "placeholder":
+            if "stored" not in at.meta:
+                return set()
+            if weight_like(at):
+                found.add(at)
+        for arg in at.all_input_nodes:
+            if arg not in seen:
+                seen.add(arg)
+                todo.append(arg)
+    return found
+
+
+def hint(size: Any) -> int:
+    """A number for a size: its value in the capture's example; 0 where the data decide it."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return int(size.node.hint) if size.node.has_hint() else 0
+
+
+def numel(node: Any) -> int:
+    return math.prod(hint(s) for s in node.meta["val"].shape)
+
+
+def flops(node: fx.Node) -> int:
+    """Multiplications and additions of a product, 2 per weight and row, at the capture's example sizes."""
+    if node.target in CANONICAL:
+        out, inn = (hint(s) for s in node.args[1].meta["val"].shape[-2:])  # type: ignore[union-attr]
+        return 2 * numel(node.args[0]) // max(inn, 1) * out * inn
+    if "conv" in spelling(node):
+        size = [hint(s) for s in node.args[1].meta["val"].shape]  # type: ignore[union-attr]
+        return 2 * numel(node) * math.prod(size[1:])
+    inputs = [n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
+    weights = [n for n in inputs if weight_like(parameter_behind(n))]
+    others = [n for n in inputs if n not in weights]
+    rows = max(
+        (numel(n) // max(hint(n.meta["val"].shape[-1]), 1) for n in others if n.meta["val"].dim()),
+        default=1,
+    )
+    return 2 * rows * numel(weights[0]) if weights else 0
+
+
+# -- targets ------------------------------------------------------------------------------------------
+
+
+def targeted_parameter(lora: Any, key: str) -> bool:
+    """PEFT's rule for ``target_parameters``: the parameter's name or the end of it."""
+    return any(key == t or key.endswith(f".{t}") for t in lora.target_parameters or ())
 
 
 def is_excluded(lora: Any, name: str) -> bool:
     return type(check_target_module_exists(lora, name)).__name__ == "_ExcludedModule"
 
 
-def reads_as_linear_weight(user: fx.Node, weight: fx.Node) -> bool:
-    if user.target is aten.linear.default:
-        return user.args[1] is weight and user.args[0] is not weight
-    return user.target is aten.t.default and all(
-        reads_as_linear_weight(u, user) for u in user.users
-    )
-
-
-def is_plain_transpose(node: Any, weight: fx.Node) -> bool:
-    return node.target is aten.t.default and node.args[0] is weight
-
-
-def is_unrecognised_product(node: fx.Node) -> bool:
-    if node.target not in PRODUCTS:
-        # Composite expert products of transformers are ops of their own: any op outside aten
-        # that reads a weight of two or more dimensions is reported rather than passed over.
-        namespace = getattr(node.target, "namespace", "aten")
-        if namespace in ("aten", "bitsandbytes", "_operator", "qlora_fx", "prims"):
-            return False
-    return any(weight_like(p) for p in (parameter_behind(a) for a in node.all_input_nodes))
-
-
-def weight_like(placeholder: fx.Node | None) -> bool:
-    return placeholder is not None and placeholder.meta["val"].dim() >= 2
-
-
-def judge_unrecognised(node: fx.Node) -> Site:
-    weight = next(p for p in map(parameter_behind, node.all_input_nodes) if weight_like(p))
-    assert weight is not None
-    key = weight.meta["stored"]
-    op = str(node.target).removeprefix("aten.").removesuffix(".default")
-    reason = (
-        "convolutions stay dense" if "conv" in op else f"unrecognised product with a weight ({op})"
-    )
-    return Site(key.removesuffix(".weight"), key, op, 0, 0, reason=reason)
-
-
-def check_targets(config: Any, found: list[Site]) -> None:
-    """Refuse a LoRA config that adapts nothing; warn about a list entry that matches nothing."""
+def check_targets(config: Any, found: list[Site], holders: Mapping[str, str]) -> None:
+    """Refuse a LoRA config that adapts nothing; say which entries match nothing, or what cannot be adapted."""
     names = [s.name for s in found]
     targets = config.lora.target_modules
+    for target in sorted(config.lora.target_parameters or ()):
+        if not any(s.weight == target or s.weight.endswith(f".{target}") for s in found if s.adapt):
+            why = [f"{s.name} ({s.reason})" for s in found if targeted_parameter_is(s, target)]
+            keys = sorted({".".join(s.weight.rsplit(".", 2)[-2:]) for s in found})
+            raise ConfigError(
+                f"target_parameters entry {target!r} matches no parameter that can be adapted"
+                + (f": {', '.join(why[:3])}" if why else "")
+                + f". Parameters of linears: {', '.join(keys[:12])}"
+            )
+    entries = () if isinstance(targets, str) or targets is None else sorted(targets)
+    doubts = [doubt for t in entries if (doubt := check_target(t, found, holders))]
     if not any(s.adapt for s in found):
         raise ConfigError(
             f"target_modules={targets!r} with exclude_modules={config.lora.exclude_modules!r}, "
             f"layers_to_transform={config.lora.layers_to_transform!r} matches no linear of this model."
             f"{near(targets, names)}"
         )
-    if not isinstance(targets, str) and targets is not None:
-        for target in targets:
-            if not any(n == target or n.endswith(f".{target}") for n in names):
-                warnings.warn(
-                    f"target_modules entry {target!r} matches no linear of this model.{near([target], names)}",
-                    stacklevel=3,
-                )
+    for doubt in doubts:
+        warnings.warn(doubt, stacklevel=3)
+
+
+def targeted_parameter_is(site: Site, target: str) -> bool:
+    return site.weight == target or site.weight.endswith(f".{target}")
+
+
+def check_target(target: str, found: list[Site], holders: Mapping[str, str]) -> str:
+    """What to say about one entry of ``target_modules``; empty if all it names is adapted.
+
+    Raises:
+        ConfigError: if all it names are operations that cannot be adapted.
+    """
+
+    def named(name: str) -> bool:
+        return name == target or name.endswith(f".{target}")
+
+    hit = [s for s in found if named(s.name)]
+    cannot = {s.name: s.reason for s in hit if not s.layout}
+    cannot |= {n: "an embedding" for n, kind in holders.items() if kind == "embedding" and named(n)}
+    if cannot and all(s.name in cannot for s in hit):
+        name, reason = next(iter(cannot.items()))
+        more = f" and {len(cannot) - 1} more" if len(cannot) > 1 else ""
+        raise ConfigError(
+            f"target_modules entry {target!r} names {name}{more}, which cannot be adapted: {reason}. "
+            "Accepted: linears, convolutions of width 1, and expert weights; qlora_fx.explain lists them"
+        )
+    if cannot:
+        listed = ", ".join(f"{n} ({r})" for n, r in cannot.items())
+        return f"target_modules entry {target!r} also names what cannot be adapted: {listed}"
+    if not hit:
+        hints = near([target], [s.name for s in found])
+        return f"target_modules entry {target!r} matches no linear of this model.{hints}"
+    return ""
 
 
 def near(targets: Any, names: list[str]) -> str:

@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
+from transformers.pytorch_utils import Conv1D
 
 from .dims import automatic_dims, example, is_about_dims, resized, shared_dims
 from .errors import CaptureError
@@ -79,6 +80,7 @@ class Blueprint:
         self.model: Any = copy.deepcopy(model, memo)
         self.signature = inspect.signature(model.forward)
         self.dtypes = {name: t.dtype for name, t in tensors.items()}
+        self.parameters = {self.keys[name] for name, _ in model.named_parameters()}
         self.captures = 0
 
     def fake(self, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
@@ -157,12 +159,33 @@ class Blueprint:
                 constants[key] = value
             elif item.kind is InputKind.USER_INPUT:
                 names[item.arg.name] = next(user)
-        graph = Flattener(stored, names, self.dtypes).run(program.graph_module)
+        graph = Flattener(stored, names, self.dtypes, self.parameters).run(program.graph_module)
         gm = fx.GraphModule(nn.Module(), graph, class_name=type(self.model).__name__)
+        gm.meta.update(holders=holders(self.model), transposed_stacks=transposed_stacks(self.model))
         out_spec = program.call_spec.out_spec
         assert out_spec is not None
         guards = list(getattr(program, "_guards_code", None) or [])
         return Capture(gm, out_spec, guards, constants)
+
+
+def holders(model: nn.Module) -> dict[str, str]:
+    """What each module that holds a weight is to PEFT: ``linear``, ``conv`` or ``embedding``."""
+    kinds = {
+        "linear": (nn.Linear, Conv1D),
+        "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        "embedding": (nn.Embedding,),
+    }
+    return {
+        path: kind
+        for path, module in model.named_modules(remove_duplicate=False)
+        for kind, classes in kinds.items()
+        if isinstance(module, classes)
+    }
+
+
+def transposed_stacks(model: nn.Module) -> frozenset[str]:
+    """Modules whose expert weights are ``[experts, in, out]``, as transformers marks them for PEFT."""
+    return frozenset(p for p, m in model.named_modules() if getattr(m, "is_transposed", False))
 
 
 def take_exactly(model: Any, names: list[str]) -> None:

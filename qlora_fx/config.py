@@ -20,6 +20,8 @@ from .errors import ConfigError
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORAGE_DTYPES = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32)
+ROLES = ("head", "embeddings", "routers")
+"""What stays dense unless ``also_quantize`` names it."""
 DEFAULT_RANK = 16
 """Rank used when no ``LoraConfig`` is given; ``lora_alpha`` is then the same, a scaling of 1."""
 
@@ -31,6 +33,7 @@ HONOURED = frozenset(
         "lora_dropout",
         "target_modules",
         "exclude_modules",
+        "target_parameters",
         "rank_pattern",
         "alpha_pattern",
         "layers_to_transform",
@@ -83,6 +86,8 @@ class Config:
         quantization: storage of the base weights.
         compute_dtype: dtype in which linears multiply.
         output_heads: store keys of weights read by the model's output head.
+        input_embeddings: store keys of the model's input embedding.
+        also_quantize: what is dense by default and is to be quantized all the same: members of ``ROLES``.
         training: whether dropout is active.
         adapter: False builds the quantized model without its adapter.
         disabled: names of stages that are left out.
@@ -94,6 +99,8 @@ class Config:
     quantization: Quantization = field(default_factory=Quantization)
     compute_dtype: torch.dtype = torch.float32
     output_heads: frozenset[str] = frozenset()
+    input_embeddings: frozenset[str] = frozenset()
+    also_quantize: frozenset[str] = frozenset()
     training: bool = True
     adapter: bool = True
     disabled: frozenset[str] = frozenset()
@@ -206,6 +213,21 @@ def check_quantization(
         skip=tuple(q.llm_int8_skip_modules or ()),
     )
     return checked, q.bnb_4bit_compute_dtype
+
+
+def check_roles(roles: Any) -> frozenset[str]:
+    """``also_quantize`` as a set.
+
+    Raises:
+        ConfigError: for a member that is not one of ``ROLES``.
+    """
+    given = [roles] if isinstance(roles, str) else list(roles)
+    for role in given:
+        if role not in ROLES:
+            raise ConfigError(
+                f"also_quantize has {role!r}; accepted: {', '.join(map(repr, ROLES))}"
+            )
+    return frozenset(given)
 
 
 def check_compute_dtype(dtype: Any) -> torch.dtype | None:

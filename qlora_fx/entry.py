@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import torch
 from peft import LoraConfig
 from torch import fx, nn
@@ -13,14 +14,14 @@ from transformers import BitsAndBytesConfig
 
 from . import pipeline
 from .capture import Blueprint, named_tensors
-from .config import Config, check_compute_dtype, check_lora, check_quantization
+from .config import Config, check_compute_dtype, check_lora, check_quantization, check_roles
 from .errors import ConfigError, ModelError
 from .inputs import bind, example_inputs, signature_key
 from .model import QLoRAModel, decide, graph_title
 from .passes.adapt import lora_keys
 from .passes.lower import BACKENDS
 from .runtime.dtype import ComputeDtype, fastest
-from .runtime.storage import quantize_weight
+from .runtime.storage import QUANT_MAP, quantize_weight
 from .runtime.store import QuantizedShape
 
 
@@ -31,6 +32,7 @@ def transform(
     *,
     compute_dtype: torch.dtype | str | None = None,
     blocksize: int = 64,
+    also_quantize: Iterable[str] = (),
     example_inputs: Mapping[str, Any] | None = None,
     backend: str = "inductor",
 ) -> QLoRAModel:
@@ -51,6 +53,9 @@ def transform(
             faster here. Default: ``quantization.bnb_4bit_compute_dtype``, or "auto" where no
             ``quantization`` is given. Activations have the wider of it and the model's dtype.
         blocksize: weights per absmax: 32, 64, 128, ... 4096.
+        also_quantize: parts of the model to store in 4 bits that are dense by default: "head" (the output head),
+            "embeddings" (the input embedding; only the rows used are dequantized), "routers". A head that is
+            tied to the embedding needs both.
         example_inputs: arguments of one call, by name; only their shapes and dtypes are used. Default: made
             from the model's signature.
         backend: "inductor", "aot_eager" (same graphs, PyTorch's kernels), or "eager" (plain autograd for
@@ -72,7 +77,14 @@ def transform(
     blueprint = Blueprint(model)
     compute = choose_compute_dtype(compute_dtype, asked, blueprint.device)
     activations = torch.promote_types(blueprint.dtype, compute.dtype)
-    config = Config(lora, storage, compute.dtype, output_heads(model, blueprint))
+    config = Config(
+        lora,
+        storage,
+        compute.dtype,
+        output_heads(model, blueprint),
+        input_embeddings(model, blueprint),
+        check_roles(also_quantize),
+    )
 
     values = example_values(model, blueprint, example_inputs)
     capture = blueprint.capture(values, training=True, dtype=activations)
@@ -157,10 +169,25 @@ def choose_compute_dtype(
 
 def output_heads(model: Any, blueprint: Blueprint) -> frozenset[str]:
     """Store keys of the output embeddings' tensors."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if not isinstance(head, nn.Module):
+    return keys_of(embedding_module(model, "get_output_embeddings"), model, blueprint)
+
+
+def input_embeddings(model: Any, blueprint: Blueprint) -> frozenset[str]:
+    """Store keys of the input embedding's tensors."""
+    return keys_of(embedding_module(model, "get_input_embeddings"), model, blueprint)
+
+
+def embedding_module(model: Any, getter: str) -> Any:
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None  # vision and speech models have none
+
+
+def keys_of(module: Any, model: Any, blueprint: Blueprint) -> frozenset[str]:
+    if not isinstance(module, nn.Module):
         return frozenset()
-    wanted = {id(p) for p in head.parameters()}
+    wanted = {id(p) for p in module.parameters()}
     return frozenset(blueprint.keys[name] for name, t in named_tensors(model) if id(t) in wanted)
 
 
@@ -184,18 +211,18 @@ def move_weights(model: nn.Module, qmodel: QLoRAModel, config: Config) -> None:
     for name, key in qmodel._blueprint.keys.items():
         path, _, leaf = name.rpartition(".")
         places.setdefault(key, []).append((model.get_submodule(path), leaf))
-    by_weight = {site.weight: site for site in qmodel._sites.values()}
+    by_weight = {site.weight: site for site in qmodel._sites.values() if site.quantize}
     for key, where in places.items():
         module, leaf = where[0]
         site = by_weight.get(key)
         tensor = getattr(module, leaf)
         qmodel._dense_bytes[key] = tensor.nbytes
-        if site is not None and site.quantize:
-            dense = tensor.detach().T if site.transposed else tensor.detach()
+        if site is not None:
+            assert site.layout is not None
+            dense = site.layout.of(tensor.detach())
             parts = quantize_weight(dense, config.quantization)
-            shape = (site.out_features, site.in_features)
             qmodel._store.add_quantized(
-                key, parts, QuantizedShape(shape, tensor.dtype, config.quantization)
+                key, parts, QuantizedShape(site.shape, tensor.dtype, config.quantization)
             )
             for owner, name in where:
                 owner._parameters[name] = nn.Parameter(
@@ -208,6 +235,10 @@ def move_weights(model: nn.Module, qmodel: QLoRAModel, config: Config) -> None:
         else:
             persistent = leaf not in module._non_persistent_buffers_set
             qmodel._store.add(key, tensor, persistent=persistent)
+    if any(site.kind == "embedding" and site.quantize for site in qmodel._sites.values()):
+        kind = config.quantization.quant_type
+        values = bnb.get_4bit_type(kind, device=str(qmodel.device))
+        qmodel._store.tensors[f"{QUANT_MAP}.{kind}"] = values
 
 
 def add_adapters(qmodel: QLoRAModel, config: Config) -> None:
@@ -221,8 +252,9 @@ def add_adapters(qmodel: QLoRAModel, config: Config) -> None:
         key_a, key_b = lora_keys(site)
         if not site.adapt or key_a in qmodel._store:
             continue
-        a = torch.empty(site.r, site.in_features, device=qmodel.device)
-        b = torch.zeros(site.out_features, site.r, device=qmodel.device)
+        shape_a, shape_b = site.lora_shapes()
+        a = torch.empty(shape_a, device=qmodel.device)
+        b = torch.zeros(shape_b, device=qmodel.device)
         if init == "gaussian":
             nn.init.normal_(a, std=1 / site.r)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,11 +20,17 @@ class Flattener:
         stored: store key by placeholder name of the exported graph.
         names: argument name by placeholder name.
         dtypes: dtype in which each key is stored.
+        parameters: keys of parameters; other keys are buffers and constants.
     """
 
     def __init__(
-        self, stored: dict[str, str], names: dict[str, str], dtypes: Mapping[str, torch.dtype]
+        self,
+        stored: dict[str, str],
+        names: dict[str, str],
+        dtypes: Mapping[str, torch.dtype],
+        parameters: Collection[str],
     ) -> None:
+        self.parameters = parameters
         self.stored, self.names, self.dtypes = stored, names, dtypes
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
@@ -55,6 +61,7 @@ class Flattener:
         if key is not None:
             new.meta["stored"] = key
             new.meta["stored_dtype"] = self.dtypes.get(key, val.dtype)
+            new.meta["parameter"] = key in self.parameters
         else:
             new.meta["input"] = name
             if val.is_floating_point():

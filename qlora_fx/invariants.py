@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from .passes.adapt import has_branch
-from .passes.nodes import aten, parameter_behind, sites
+from .passes.adapt import has_branch, is_adapter_key
+from .passes.nodes import CANONICAL, parameter_behind, sites
 from .passes.quantize import reads_storage
+from .passes.spellings import recognise
 
 Violation = tuple[fx.Node | None, str, str]
 Invariant = Callable[[fx.GraphModule, Any], Iterator[Violation]]
-
-RAW_PRODUCTS = frozenset({aten.addmm.default})
 
 
 def every_node_has_a_value(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:
@@ -45,23 +44,23 @@ def graph_holds_no_tensor(gm: fx.GraphModule, config: Any) -> Iterator[Violation
 def only_canonical_linears_multiply_by_weights(
     gm: fx.GraphModule, config: Any
 ) -> Iterator[Violation]:
-    """No ``addmm`` reads a stored 2-D weight; other spellings are select's to report."""
+    """No other spelling that normalize knows reads a weight; what it does not know is select's to report."""
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in RAW_PRODUCTS:
-            weight = parameter_behind(node.args[2])
-            plain = all(node.kwargs.get(k, 1) == 1 for k in ("alpha", "beta"))
-            if weight is not None and plain and node.args[0].meta["val"].dim() == 1:
-                yield (
-                    node,
-                    f"multiplies by {weight.name} outside of aten.linear",
-                    "extend normalize",
-                )
+        product = recognise(node)
+        if product is not None:
+            weight = parameter_behind(product.weight)
+            assert weight is not None
+            yield (
+                node,
+                f"multiplies by {weight.name} outside of aten.linear and qlora_fx.grouped_linear",
+                "extend normalize",
+            )
 
 
 def every_linear_has_a_verdict(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:
     """Each linear of the model carries a site mark; a negative verdict has a reason."""
-    for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-        if is_lora_product(node):
+    for node in gm.graph.nodes:
+        if node.target not in CANONICAL or is_lora_product(node):
             continue
         site = node.meta.get("site")
         if site is None:
@@ -76,8 +75,7 @@ def is_lora_product(node: fx.Node) -> bool:
 
 
 def is_adapter(placeholder: fx.Node) -> bool:
-    key = placeholder.meta.get("stored", "")
-    return ".lora_A." in key or ".lora_B." in key
+    return is_adapter_key(placeholder.meta.get("stored", ""))
 
 
 def no_dense_copy_of_a_selected_weight(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:

@@ -8,6 +8,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .capture import Blueprint, Capture
 from .config import Config
 from .errors import AdapterError, CaptureError, ConfigError, InputError
 from .inputs import bind, check_call, signature_key, vocabulary_size
+from .passes.adapt import is_adapter_key, lora_keys
 from .passes.lower import lower
 from .passes.nodes import Site, sites
 from .report import Explanation, Row
@@ -194,7 +196,7 @@ class QLoRAModel(nn.Module):
             f"{w}.{part}" for w in counted for part in ("absmax", "nested_absmax", "offset")
         }
         other = sum(
-            t.nbytes for k, t in self._store.items() if k not in counted and ".lora_" not in k
+            t.nbytes for k, t in self._store.items() if k not in counted and not is_adapter_key(k)
         )
         q = self._config.quantization
         lora = self._config.lora
@@ -210,11 +212,11 @@ class QLoRAModel(nn.Module):
         )
 
     def _row(self, site: Site) -> Row:
-        lora = [f"{site.name}.lora_{x}.weight" for x in "AB"]
+        lora = lora_keys(site) if site.adapt else ()
         return Row(
             name=site.name,
             op=site.op,
-            shape=(site.out_features, site.in_features) if site.out_features else (),
+            shape=site.shape,
             quantized=site.quantize,
             adapted=site.adapt,
             reason=site.reason,
@@ -228,7 +230,7 @@ class QLoRAModel(nn.Module):
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """``(name, parameter)`` of every ``lora_A`` and ``lora_B``: all that trains."""
-        return ((n, p) for n, p in self.named_parameters() if ".lora_" in n)
+        return ((n, p) for n, p in self.named_parameters() if is_adapter_key(n))
 
     def paged_optimizer(
         self,
@@ -401,5 +403,12 @@ def graph_title(training: bool, values: Mapping[str, Any]) -> str:
 
 
 def decide(flat: fx.GraphModule) -> dict[str, Site]:
-    """The verdicts of the first capture, by site name."""
-    return {n.meta["site"].name: n.meta["site"] for n in sites(flat.graph)}
+    """The verdicts of the first capture, by site name; FLOPs of a linear called several times are added up."""
+    decided: dict[str, Site] = {}
+    for node in sites(flat.graph):
+        site: Site = node.meta["site"]
+        before = decided.get(site.name)
+        if before is not None:
+            site = replace(before, flops=before.flops + site.flops)
+        decided[site.name] = site
+    return decided

@@ -80,11 +80,15 @@ def run(
     *,
     stages: tuple[Stage, ...] = PIPELINE,
     title: str = "graph",
+    observe: Callable[[str, fx.GraphModule], None] | None = None,
 ) -> Result:
     """Run ``stages`` in order; recompile, lint and check all invariants held so far after each.
 
     Each stage's diff is logged at debug level on the logger ``qlora_fx`` (``TORCH_LOGS="+qlora_fx"``), and
     its graph written to ``$QLORA_FX_DUMP/<title>.<n>_<stage>.txt`` if that variable names a folder.
+
+    Args:
+        observe: called with each stage's name and its graph, which the next stage will change.
 
     Raises:
         GraphError: an invariant is broken.
@@ -96,6 +100,8 @@ def run(
     before = printer.text(gm) if wanted else ""
     report(0, "capture", title, "", before)
     check(gm, held, config, "capture")
+    if observe is not None:
+        observe("capture", gm)
     for number, stage in enumerate(stages, 1):
         if stage.name in config.disabled or (stage.run is adapt and not config.adapter):
             continue
@@ -112,6 +118,8 @@ def run(
         after = printer.text(gm) if wanted and result.modified else before
         report(number, stage.name, title, before, after)
         before = after
+        if observe is not None:
+            observe(stage.name, gm)
         if stage.run is not outline:
             flat = gm
     return Result(gm, flat)

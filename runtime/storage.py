@@ -19,21 +19,27 @@ import bitsandbytes.functional as bnb
 import torch
 
 from ..errors import ConfigError
+from .ops import NESTED_BLOCKSIZE
 
-NESTED_BLOCKSIZE = 256
 NESTED_QUANT_MAP = "nested_quant_map"
 """Store key of the one shared map of the nested absmax."""
+QUANT_MAP = "quant_map"
+"""Store key of the 16 values of the 4-bit type, for looking up single rows."""
 
 
 def layout(
-    shape: tuple[int, int], quantization: Any, *, name: str = "a weight"
+    shape: tuple[int, ...], quantization: Any, *, name: str = "a weight"
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every stored part of the weight ``name``, without any data.
+
+    Args:
+        shape: ``[out, in]``, or ``[experts, out, in]``: then each expert is stored by itself and each part
+            but the shared map has a leading dimension of experts.
 
     Raises:
         ConfigError: if the packed bytes do not fill whole elements of the storage dtype.
     """
-    n = shape[0] * shape[1]
+    stack, n = shape[:-2], shape[-2] * shape[-1]
     packed, itemsize = (n + 1) // 2, quantization.storage_dtype.itemsize
     if packed % itemsize:
         raise ConfigError(
@@ -42,20 +48,26 @@ def layout(
         )
     blocks = -(-n // quantization.blocksize)
     parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "packed": ((packed // itemsize, 1), quantization.storage_dtype)
+        "packed": ((*stack, packed // itemsize, 1), quantization.storage_dtype)
     }
     if not quantization.double_quant:
-        return parts | {"absmax": ((blocks,), torch.float32)}
+        return parts | {"absmax": ((*stack, blocks), torch.float32)}
     return parts | {
-        "absmax": ((blocks,), torch.uint8),
-        "nested_absmax": ((-(-blocks // NESTED_BLOCKSIZE),), torch.float32),
-        "offset": ((), torch.float32),
+        "absmax": ((*stack, blocks), torch.uint8),
+        "nested_absmax": ((*stack, -(-blocks // NESTED_BLOCKSIZE)), torch.float32),
+        "offset": (stack, torch.float32),
         "nested_quant_map": ((256,), torch.float32),
     }
 
 
 def quantize_weight(weight: torch.Tensor, quantization: Any) -> dict[str, torch.Tensor]:
-    """The stored parts of a dense ``[out, in]`` weight, with the keys of ``layout``."""
+    """The stored parts of a dense ``[out, in]`` or ``[experts, out, in]`` weight, with the keys of ``layout``."""
+    if weight.dim() == 3:
+        experts = [quantize_weight(w, quantization) for w in weight]
+        return {
+            key: first if key == "nested_quant_map" else torch.stack([e[key] for e in experts])
+            for key, first in experts[0].items()
+        }
     packed, state = bnb.quantize_4bit(
         weight.contiguous(),
         blocksize=quantization.blocksize,
@@ -72,9 +84,9 @@ def quantize_weight(weight: torch.Tensor, quantization: Any) -> dict[str, torch.
 
 
 def quant_state(
-    parts: dict[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype, quantization: Any
+    parts: dict[str, torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, quantization: Any
 ) -> bnb.QuantState:
-    """bitsandbytes' own description of stored parts, for its functions and for checkpoints.
+    """bitsandbytes' own description of stored parts of one matrix, for its functions and for checkpoints.
 
     Args:
         parts: what ``quantize_weight`` returned.
@@ -103,9 +115,15 @@ def quant_state(
 
 
 def dequantize_weight(
-    parts: dict[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype, quantization: Any
+    parts: dict[str, torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, quantization: Any
 ) -> torch.Tensor:
-    """The dense ``[out, in]`` weight in ``dtype`` that the stored parts stand for."""
+    """The dense ``[out, in]`` or ``[experts, out, in]`` weight in ``dtype`` that the stored parts stand for."""
+    if len(shape) == 3:
+        each = [
+            {k: v if k == "nested_quant_map" else v[i] for k, v in parts.items()}
+            for i in range(shape[0])
+        ]
+        return torch.stack([dequantize_weight(e, shape[1:], dtype, quantization) for e in each])
     state = quant_state(parts, shape, dtype, quantization)
     dense: torch.Tensor = bnb.dequantize_4bit(parts["packed"], state)
     return dense

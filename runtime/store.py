@@ -23,9 +23,9 @@ PARTS = ("absmax", "nested_absmax", "offset")
 
 @dataclass(frozen=True)
 class QuantizedShape:
-    """What the bytes of a quantized weight do not tell: ``[out, in]``, its dense dtype, its settings."""
+    """What the bytes of a quantized weight do not tell: ``[(experts,) out, in]``, its dense dtype, its settings."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     quantization: Any
 
@@ -38,33 +38,38 @@ class Node(nn.Module):
 
 
 class QuantizedNode(Node):
-    """The module path of a quantized weight. Its buffers are the parts of the storage."""
+    """The module path of quantized weights. Its buffers are the parts of their storage."""
 
-    def __init__(self, description: QuantizedShape) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.description = description
+        self.descriptions: dict[str, QuantizedShape] = {}
 
-    def parts(self, nested_quant_map: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        found = {name: getattr(self, f"weight_{name}", None) for name in PARTS}
+    def parts(self, leaf: str) -> dict[str, torch.Tensor]:
+        """The storage of the weight ``leaf``, by part."""
+        found = {name: getattr(self, f"{leaf}_{name}", None) for name in PARTS}
         parts = {k: v for k, v in found.items() if v is not None}
-        parts["packed"] = self.weight
-        if nested_quant_map is not None:
-            parts["nested_quant_map"] = nested_quant_map
+        parts["packed"] = getattr(self, leaf)
+        nested_map = self.__dict__.get("nested_quant_map")
+        if nested_map is not None:
+            parts["nested_quant_map"] = nested_map
         return parts
 
-    def state(self) -> bnb.QuantState:
-        d = self.description
-        return quant_state(self.parts(self._nested_map()), d.shape, d.dtype, d.quantization)
-
-    def _nested_map(self) -> torch.Tensor | None:
-        return self.__dict__.get("nested_quant_map")
+    def state(self, leaf: str) -> bnb.QuantState:
+        """bitsandbytes' description of a weight that is one matrix."""
+        d = self.descriptions[leaf]
+        return quant_state(self.parts(leaf), d.shape, d.dtype, d.quantization)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in PARTS:
-            destination.pop(f"{prefix}weight_{name}", None)
-        for key, value in self.state().as_dict(packed=True).items():
-            destination[f"{prefix}weight.{key}"] = value
+        for leaf, description in self.descriptions.items():
+            stacked = len(description.shape) == 3
+            for name in PARTS:
+                part = destination.pop(f"{prefix}{leaf}_{name}", None)
+                if stacked and part is not None:  # bitsandbytes has no form for a stack of matrices
+                    destination[f"{prefix}{leaf}.{name}"] = part
+            if not stacked:
+                for key, value in self.state(leaf).as_dict(packed=True).items():
+                    destination[f"{prefix}{leaf}.{key}"] = value
 
     def _load_from_state_dict(
         self,
@@ -76,27 +81,40 @@ class QuantizedNode(Node):
         unexpected: Any,
         errors: Any,
     ) -> None:
-        keys = [k for k in state if k.startswith(f"{prefix}weight.")]
-        if not keys:
-            missing.append(f"{prefix}weight.absmax")
-            return
-        theirs = bnb.QuantState.from_dict(
-            {k.removeprefix(prefix): state[k] for k in keys}, device=self.weight.device
-        )
-        ours = self.state()
-        mine, new = ((s.quant_type, s.blocksize, tuple(s.shape), s.nested) for s in (ours, theirs))
-        if mine != new:
-            errors.append(f"{prefix}weight: storage {new} does not fit {mine}")
-            return
-        values = {"absmax": theirs.absmax}
-        if theirs.nested:
-            values |= {"nested_absmax": theirs.state2.absmax, "offset": theirs.offset}
-        local = {k: v for k, v in state.items() if k not in keys}
-        local |= {f"{prefix}weight_{k}": v for k, v in values.items()}
+        local = dict(state)
+        used: set[str] = set()
+        for leaf, description in self.descriptions.items():
+            keys = [k for k in state if k.startswith(f"{prefix}{leaf}.")]
+            if not keys:
+                missing.append(f"{prefix}{leaf}.absmax")
+                return
+            if len(description.shape) == 3:
+                values = {k.removeprefix(f"{prefix}{leaf}."): state[k] for k in keys}
+            else:
+                theirs = bnb.QuantState.from_dict(
+                    {k.removeprefix(prefix): state[k] for k in keys}, device=self.device_of(leaf)
+                )
+                ours = self.state(leaf)
+                mine, new = (
+                    (s.quant_type, s.blocksize, tuple(s.shape), s.nested) for s in (ours, theirs)
+                )
+                if mine != new:
+                    errors.append(f"{prefix}{leaf}: storage {new} does not fit {mine}")
+                    return
+                values = {"absmax": theirs.absmax}
+                if theirs.nested:
+                    values |= {"nested_absmax": theirs.state2.absmax, "offset": theirs.offset}
+            used.update(keys)
+            local |= {f"{prefix}{leaf}_{k}": v for k, v in values.items()}
+        local = {k: v for k, v in local.items() if k not in used}
         super()._load_from_state_dict(local, prefix, metadata, strict, missing, [], errors)
-        for key in keys:
+        for key in used:
             if key in unexpected:
                 unexpected.remove(key)
+
+    def device_of(self, leaf: str) -> torch.device:
+        tensor: torch.Tensor = getattr(self, leaf)
+        return tensor.device
 
 
 class Store:
@@ -131,16 +149,16 @@ class Store:
     ) -> None:
         """Hold the storage of the weight ``key``; its parts are read as ``key`` and ``key.<part>``."""
         path, _, leaf = key.rpartition(".")
-        if leaf != "weight":
-            raise ValueError(f"{key}: a quantized tensor must be called 'weight'")
-        node = self.node(path, QuantizedNode(description))
+        node = self.node(path, QuantizedNode())
+        assert isinstance(node, QuantizedNode)
+        node.descriptions[leaf] = description
         packed = nn.Parameter(parts["packed"], requires_grad=False)
-        node.register_parameter("weight", packed)
+        node.register_parameter(leaf, packed)
         self.tensors[key] = packed
         for name in PARTS:
             if name in parts:
                 self.tensors[f"{key}.{name}"] = parts[name]
-                node.register_buffer(f"weight_{name}", parts[name])
+                node.register_buffer(f"{leaf}_{name}", parts[name])
         if "nested_quant_map" in parts:
             shared = self.tensors.setdefault(NESTED_QUANT_MAP, parts["nested_quant_map"])
             node.__dict__["nested_quant_map"] = shared  # held once, not a buffer of each weight

@@ -1,0 +1,432 @@
+"""Is the compiled model right? ``check(model, batch)`` compares it with float64 and names what went wrong.
+
+The oracle knows nothing of graphs: a copy of the user's model in eager PyTorch and float64, in which each
+quantized weight is replaced by the values its 4-bit storage stands for, and LoRA's ``scaling * B A`` (the
+definition, arXiv:2106.09685) is added to the weight. What it computes is the truth; the same copy in float32
+shows how much error the precision alone explains.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import fx, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from transformers import BitsAndBytesConfig
+
+from . import pipeline
+from .capture import holders, named_tensors, transposed_stacks
+from .entry import transform
+from .inputs import bind
+from .model import QLoRAModel
+from .passes.adapt import lora_keys
+from .passes.nodes import Site
+from .runtime.storage import dequantize_weight
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest relative error accepted, by compute dtype, unless float32 eager PyTorch itself is worse."""
+
+
+class Float64(TorchFunctionMode):
+    """Models cast to float32 inside norms and rotary tables; under this mode they stay in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.float:
+            return args[0].double()
+        if func in (torch.Tensor.to, torch.Tensor.type, torch.nn.functional.softmax, torch.softmax):
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def relative_error(value: torch.Tensor, true: torch.Tensor) -> float:
+    """``|value - true| / |true|`` in the Frobenius norm, computed in float64; 0 where both are zero."""
+    value, true = value.detach().double(), true.detach().double()
+    distance = float((value - true).norm())
+    return distance / max(float(true.norm()), torch.finfo(torch.float64).tiny) if distance else 0.0
+
+
+class Oracle:
+    """An eager copy of ``model`` that computes what ``qmodel`` stands for.
+
+    Args:
+        model: the model as it was before ``transform``.
+        qmodel: the transformed model; its storage and adapter values are read.
+        dtype: ``torch.float64`` for the truth.
+        adapter: False leaves the adapter out.
+
+    Attributes:
+        adapters: the adapter's parameters in ``dtype``, by their names in ``qmodel``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        qmodel: QLoRAModel,
+        *,
+        dtype: torch.dtype = torch.float64,
+        adapter: bool = True,
+    ) -> None:
+        self.dtype = dtype
+        self.model: Any = copy.deepcopy(model).to(dtype).requires_grad_(False)
+        for module in self.model.modules():  # the plain loop over experts
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "_experts_implementation", None) is not None:
+                config._experts_implementation = "eager"
+        self.model.train(qmodel.training)
+        self.weights = {
+            name: tensor.to(dtype) for name, tensor in dense_weights(model, qmodel).items()
+        }
+        self.adapters: dict[str, nn.Parameter] = {}
+        self.sites = [s for s in qmodel._sites.values() if s.adapt and adapter]
+        for site in self.sites:
+            for key in lora_keys(site):
+                self.adapters[key] = nn.Parameter(qmodel._store[key].detach().to(dtype))
+        self.stacks = transposed_stacks(model)
+        self.kinds = holders(model)
+        self.conv1d = {n for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Every replaced weight of the model, by name; those of adapted sites depend on the adapter."""
+        values = dict(self.weights)
+        for site in self.sites:
+            name = f"{site.name}.weight" if site.kind in ("linear", "conv") else site.weight
+            base = values.get(name)
+            if base is None:
+                base = self.model.get_parameter(name)
+            a, b = (self.adapters[k] for k in lora_keys(site))
+            values[name] = base + site.scaling * self.delta(site, a, b, tuple(base.shape))
+        return values
+
+    def delta(
+        self, site: Site, a: torch.Tensor, b: torch.Tensor, shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        """PEFT's ``get_delta_weight`` for the parameter as the model holds it."""
+        if site.kind == "linear":
+            return (b @ a).T if site.name in self.conv1d else b @ a
+        if site.kind == "conv":
+            return (b.flatten(1) @ a.flatten(1)).reshape(shape)
+        if site.kind == "parameter" and len(shape) == 2:
+            return b @ a
+        if site.kind == "parameter":
+            stacked = a.reshape(shape[0], site.r, -1)
+            spread = b.reshape(b.shape[0], site.r, shape[0])
+            order = "eio" if site.weight.rpartition(".")[0] in self.stacks else "eoi"
+            return torch.einsum(f"ore,eri->{order}", spread, stacked)
+        assert site.layout is not None  # a form PEFT has no adapter for: the canonical weight's
+        if site.experts:
+            stacked = a.reshape(site.experts, site.r, -1)
+            spread = b.reshape(b.shape[0], site.r, site.experts).permute(2, 0, 1)
+            return site.layout.inverse(spread @ stacked).reshape(shape)
+        return site.layout.inverse(b @ a).reshape(shape)
+
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        """The model's own output for ``batch``, whose floating-point tensors are cast."""
+        cast = {
+            k: v.to(self.dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for k, v in batch.items()
+        }
+        if "use_cache" in inspect.signature(self.model.forward).parameters:
+            cast["use_cache"] = False
+        if self.dtype is not torch.float64:
+            return functional_call(self.model, self.parameters(), (), cast, tie_weights=False)
+        with Float64():
+            return functional_call(self.model, self.parameters(), (), cast, tie_weights=False)
+
+
+def dense_weights(model: nn.Module, qmodel: QLoRAModel) -> dict[str, torch.Tensor]:
+    """What the 4-bit storage stands for, float32, in each parameter's own shape and under all its names."""
+    dense: dict[str, torch.Tensor] = {}
+    q = qmodel._config.quantization
+    tensors = dict(named_tensors(model))
+    for site in qmodel._sites.values():
+        if not site.quantize or site.weight in dense:
+            continue
+        assert site.layout is not None
+        names = {"packed": site.weight, "nested_quant_map": "nested_quant_map"}
+        parts = {
+            part: qmodel._store[names.get(part, f"{site.weight}.{part}")]
+            for part in ("packed", "absmax", "nested_absmax", "offset", "nested_quant_map")
+            if names.get(part, f"{site.weight}.{part}") in qmodel._store
+        }
+        weight = dequantize_weight(parts, site.shape, torch.float32, q)
+        dense[site.weight] = site.layout.inverse(weight).reshape(tensors[site.weight].shape)
+    keys = qmodel._blueprint.keys
+    return {name: dense[key] for name, key in keys.items() if key in dense}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Errors of one site's gradients: of ``lora_A``, of ``lora_B``, and float32 eager PyTorch's worst."""
+
+    name: str
+    lora_a: float
+    lora_b: float
+    eager: float
+    norm: float
+
+    @property
+    def worst(self) -> float:
+        return max(self.lora_a, self.lora_b)
+
+
+@dataclass
+class Report:
+    """What ``check`` found. Printable.
+
+    Attributes:
+        passed: all errors are within ``tolerance``.
+        outputs: relative error of each floating-point output, by place.
+        eager_outputs: the same of float32 eager PyTorch.
+        sites: one line per adapted site, worst first.
+        stages: worst relative error after each stage that was run, in order; empty if none was.
+        culprit: the first stage whose error is above the tolerance; empty if all are within it.
+    """
+
+    model: str
+    tolerance: float
+    outputs: dict[str, float]
+    eager_outputs: dict[str, float]
+    sites: list[Line]
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def worst_output(self) -> float:
+        return max(self.outputs.values(), default=0.0)
+
+    @property
+    def worst_gradient(self) -> float:
+        return max((line.worst for line in self.sites), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        return max(self.worst_output, self.worst_gradient) <= self.tolerance
+
+    @property
+    def culprit(self) -> str:
+        return next((s for s, error in self.stages.items() if not error <= self.tolerance), "")
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: {'passed' if self.passed else 'FAILED'}, relative errors against float64, "
+            f"tolerance {self.tolerance:.0e}"
+        ]
+        for name, error in self.outputs.items():
+            lines.append(f"  output {name}: {error:.1e} (eager {self.eager_outputs[name]:.1e})")
+        lines.append(
+            f"  gradients of {len(self.sites)} sites, worst {self.worst_gradient:.1e}; the worst five:"
+        )
+        width = max((len(line.name) for line in self.sites[:5]), default=0)
+        for line in self.sites[:5]:
+            lines.append(
+                f"    {line.name:{width}}  lora_A {line.lora_a:.1e}  lora_B {line.lora_b:.1e}  "
+                f"(eager {line.eager:.1e}, norm {line.norm:.1e})"
+            )
+        if self.stages:
+            lines.append("  worst error after each stage:")
+            for stage, error in self.stages.items():
+                mark = "  <- introduced here" if stage == self.culprit else ""
+                lines.append(f"    {stage:9} {error:.1e}{mark}")
+        return "\n".join(lines)
+
+
+def check(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    lora: LoraConfig | None = None,
+    quantization: BitsAndBytesConfig | None = None,
+    *,
+    compute_dtype: torch.dtype | str = torch.float32,
+    also_quantize: Iterable[str] = (),
+    blocksize: int = 64,
+    backend: str = "inductor",
+    tolerance: float | None = None,
+    stages: bool | None = None,
+    quiet: bool = False,
+) -> Report:
+    """Transform a copy of ``model``, run one training step, and compare it with float64.
+
+    Adapters get random values, ``lora_B`` too. The scalar whose gradients are compared is the model's loss,
+    or a random projection of its outputs where it returns none.
+
+    Args:
+        model: as for ``transform``; it is left as it is. Dropout in the model makes the comparison
+            meaningless: build it with every dropout 0, or call ``model.eval()`` on one whose forward is
+            the same in both modes.
+        batch: the arguments of one call.
+        lora, quantization, compute_dtype, also_quantize, blocksize, backend: as for ``transform``.
+        tolerance: largest relative error accepted; default: ``TOLERANCE`` of the compute dtype, or four
+            times the error of float32 eager PyTorch where that is larger.
+        stages: whether to run the graph after each stage; default: only if the comparison fails.
+        quiet: do not print the report.
+
+    Returns:
+        The printed report; ``report.passed`` is the verdict.
+    """
+    qmodel = transform(
+        copy.deepcopy(model),
+        lora,
+        quantization,
+        compute_dtype=compute_dtype,
+        also_quantize=also_quantize,
+        blocksize=blocksize,
+        backend=backend,
+        example_inputs=batch,
+    )
+    randomize_adapter(qmodel)
+    report = compare(model, qmodel, batch, tolerance)
+    if stages or (stages is None and not report.passed):
+        report.stages = bisect(model, qmodel, batch)
+        report.stages["lower"] = max(report.worst_output, report.worst_gradient)
+    if not quiet:
+        print(report)
+    return report
+
+
+def randomize_adapter(qmodel: QLoRAModel, *, scale: float = 0.05, seed: int = 1) -> None:
+    """Give every ``lora_A`` and ``lora_B`` normal random values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, p in qmodel.adapter_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
+
+
+def compare(
+    model: nn.Module,
+    qmodel: QLoRAModel,
+    batch: Mapping[str, Any],
+    tolerance: float | None = None,
+) -> Report:
+    """One step of ``qmodel`` beside the oracle; ``model`` is what it was made from."""
+    true_out, true_grads = step(Oracle(model, qmodel), batch)
+    eager_out, eager_grads = step(Oracle(model, qmodel, dtype=torch.float32), batch)
+    out, grads = step(qmodel, batch)
+    outputs = {k: relative_error(out[k], v) for k, v in true_out.items()}
+    eager_outputs = {k: relative_error(eager_out[k], v) for k, v in true_out.items()}
+    largest = max((float(g.norm()) for g in true_grads.values()), default=0.0)
+
+    def error(found: Mapping[str, torch.Tensor], key: str) -> float:
+        """Relative to the gradient's own norm, or to a millionth of the largest one where that is larger."""
+        true = true_grads[key]
+        distance = float((found[key].double() - true).norm())
+        return distance / max(float(true.norm()), 1e-6 * largest) if distance else 0.0
+
+    lines = []
+    for site in qmodel._sites.values():
+        if not site.adapt:
+            continue
+        a, b = lora_keys(site)
+        norm = float(torch.stack([true_grads[a].norm(), true_grads[b].norm()]).norm())
+        eager = max(error(eager_grads, a), error(eager_grads, b))
+        lines.append(Line(site.name, error(grads, a), error(grads, b), eager, norm))
+    lines.sort(key=lambda line: -line.worst)
+    if tolerance is None:
+        own = max([*eager_outputs.values(), *(line.eager for line in lines)], default=0.0)
+        tolerance = max(TOLERANCE[qmodel.compute_dtype], 4 * own)
+    return Report(type(model).__name__, tolerance, outputs, eager_outputs, lines)
+
+
+def step(
+    run: Any, batch: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Outputs by place and gradients by adapter name of one forward and backward of a model or an oracle."""
+    if isinstance(run, Oracle):
+        output = run(batch)
+        adapters: dict[str, nn.Parameter] = run.adapters
+    else:
+        output = run(**batch)
+        adapters = dict(run.adapter_parameters())
+    found = leaves(output)
+    return found, gradients(scalar(output, found), adapters)
+
+
+def gradients(loss: torch.Tensor, adapters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The gradient of each adapter, zero where it has none."""
+    values = torch.autograd.grad(loss, list(adapters.values()), allow_unused=True)
+    pairs = zip(adapters.items(), values, strict=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}
+
+
+def leaves(output: Any) -> dict[str, torch.Tensor]:
+    """The floating-point tensors of an output, by place."""
+    pairs, _ = pytree.tree_flatten_with_path(output)
+    return {
+        pytree.keystr(path).strip(".[]'\""): leaf
+        for path, leaf in pairs
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    }
+
+
+def scalar(output: Any, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else None
+    if isinstance(loss, torch.Tensor):
+        return loss
+    generator = torch.Generator().manual_seed(2)
+    total = []
+    for leaf in found.values():
+        if leaf.requires_grad:
+            weights = torch.randn(leaf.shape, generator=generator).to(leaf)
+            total.append((leaf * weights).mean())
+    return torch.stack(total).sum()
+
+
+def bisect(model: nn.Module, qmodel: QLoRAModel, batch: Mapping[str, Any]) -> dict[str, float]:
+    """Worst relative error of outputs and gradients of the graph after each stage, run as it is.
+
+    Before ``quantize`` the graph reads the dequantized weights, before ``adapt`` it has no adapter; each
+    stage is compared with an oracle of the same.
+    """
+    values = bind(qmodel._blueprint.signature, (), dict(batch))
+    if "use_cache" in qmodel._blueprint.signature.parameters:
+        values["use_cache"] = False
+    capture = qmodel._blueprint.capture(
+        values, training=qmodel.training, dtype=qmodel._activation_dtype
+    )
+    dense = dense_weights(model, qmodel)
+    originals = dict(named_tensors(model))
+    with torch.no_grad():
+        plain = leaves(Oracle(model, qmodel, adapter=False)(batch))
+    full, true_grads = step(Oracle(model, qmodel), batch)
+    largest = max((float(g.norm()) for g in true_grads.values()), default=0.0)
+    errors: dict[str, float] = {}
+
+    def stored(node: fx.Node) -> torch.Tensor:
+        key = node.meta["stored"]
+        if key in capture.constants:
+            return capture.constants[key]
+        four_bit = node.meta.get("format") == "4bit" or key not in originals
+        value = qmodel._store[key] if four_bit else dense.get(key, originals[key])
+        wanted = node.meta["val"].dtype
+        return value if value.dtype == wanted else value.detach().to(wanted)
+
+    def observe(stage: str, gm: fx.GraphModule) -> None:
+        placeholders = list(gm.graph.find_nodes(op="placeholder"))
+        arguments = [
+            stored(n) if "stored" in n.meta else values[n.meta["input"]] for n in placeholders
+        ]
+        output = pytree.tree_unflatten(list(gm(*arguments)), capture.out_spec)
+        found = leaves(output)
+        adapted = any(n.meta.get("trainable") for n in placeholders)
+        true = full if adapted else plain
+        worst = max((relative_error(found[k], v) for k, v in true.items()), default=0.0)
+        if adapted:
+            adapters = dict(qmodel.adapter_parameters())
+            for key, grad in gradients(scalar(output, found), adapters).items():
+                distance = float((grad.double() - true_grads[key]).norm())
+                floor = max(float(true_grads[key].norm()), 1e-6 * largest)
+                worst = max(worst, distance / floor if distance else 0.0)
+        errors[stage] = worst
+
+    config = qmodel._config.with_(training=qmodel.training, decided=qmodel._sites)
+    pipeline.run(capture.gm, config, title="check", observe=observe)
+    return errors

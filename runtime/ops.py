@@ -1,0 +1,168 @@
+"""Products with a stack of expert weights, as operators that torch.compile takes whole.
+
+How many rows each expert gets is known only when the router has run, so the compiler could not tile these
+products anyway. Rows come sorted by expert; ``ends[i]`` is where the rows of expert ``i`` end. An expert
+without rows costs nothing and gets a zero gradient; rows behind ``ends[-1]`` give zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ops: Any = torch.ops.qlora_fx
+_bnb = torch.ops.bitsandbytes
+
+NESTED_BLOCKSIZE = 256
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, int, int]]:
+    """``(expert, start, stop)`` of each expert that has rows. Waits for the device once."""
+    start = 0
+    for expert, stop in enumerate(ends.tolist()):
+        if stop > start:
+            yield expert, start, stop
+            start = stop
+
+
+@torch.library.custom_op("qlora_fx::grouped_linear", mutates_args=())
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """``x[s:e] @ weight[i].T`` for each group of rows.
+
+    Args:
+        x: ``[rows, in]``, sorted by group.
+        weight: ``[groups, out, in]``, any strides.
+        ends: ``[groups]`` integers, where each group's rows end.
+
+    Returns:
+        ``[rows, out]`` in the dtype of ``x``.
+    """
+    y = x.new_zeros(x.shape[0], weight.shape[1])
+    for i, start, stop in _groups(ends):
+        torch.mm(x[start:stop], weight[i].t(), out=y[start:stop])
+    return y
+
+
+@grouped_linear.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    torch._check(x.shape[1] == weight.shape[2])  # type: ignore[no-untyped-call]
+    torch._check(ends.shape[0] == weight.shape[0])  # type: ignore[no-untyped-call]
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("qlora_fx::grouped_outer", mutates_args=())
+def grouped_outer(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """``grad[s:e].T @ x[s:e]`` for each group of rows: the weight gradient of ``grouped_linear``.
+
+    Returns:
+        ``[groups, out, in]``; zero where a group has no rows.
+    """
+    out = grad.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
+    for i, start, stop in _groups(ends):
+        torch.mm(grad[start:stop].t(), x[start:stop], out=out[i])
+    return out
+
+
+@grouped_outer.register_fake
+def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return grad.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+
+
+def _grouped_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_backward(ctx: Any, grad: Tensor) -> Any:
+    x, weight, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    dx = ops.grouped_linear(grad, weight.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
+    dw = ops.grouped_outer(grad, x, ends) if ctx.needs_input_grad[1] else None
+    return dx, dw, None
+
+
+torch.library.register_autograd(
+    "qlora_fx::grouped_linear", _grouped_backward, setup_context=_grouped_context
+)
+
+
+@torch.library.custom_op("qlora_fx::grouped_linear_4bit", mutates_args=())
+def grouped_linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    nested_quant_map: Tensor | None,
+    ends: Tensor,
+    shape: list[int],
+    blocksize: int,
+    quant_type: str,
+    transpose: bool = False,
+) -> Tensor:
+    """``grouped_linear`` with a frozen weight in 4-bit storage, one expert dense at a time.
+
+    Backward dequantizes again and gives ``x`` its gradient; nothing dense is kept in between.
+
+    Args:
+        x: ``[rows, in]`` (``[rows, out]`` if ``transpose``), sorted by expert; its dtype is the compute dtype.
+        packed, absmax, nested_absmax, offset, nested_quant_map: storage, each with a leading dimension of
+            experts but the shared map; the last three are None without double quantization.
+        ends: ``[experts]`` integers, where each expert's rows end.
+        shape: ``[out, in]`` of one expert.
+        transpose: multiply by ``weight[i]`` instead of ``weight[i].T``.
+
+    Returns:
+        ``[rows, out]`` (``[rows, in]`` if ``transpose``).
+    """
+    y = x.new_zeros(x.shape[0], shape[1] if transpose else shape[0])
+    for i, start, stop in _groups(ends):
+        scale = absmax[i]
+        if nested_absmax is not None and offset is not None:
+            scale = (
+                _bnb.dequantize_blockwise(
+                    scale, nested_absmax[i], nested_quant_map, NESTED_BLOCKSIZE, torch.float32
+                )
+                + offset[i]
+            )
+        weight = _bnb.dequantize_4bit(packed[i], scale, blocksize, quant_type, shape, x.dtype)
+        torch.mm(x[start:stop], weight if transpose else weight.t(), out=y[start:stop])
+    return y
+
+
+@grouped_linear_4bit.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    nested_quant_map: Tensor | None,
+    ends: Tensor,
+    shape: list[int],
+    blocksize: int,
+    quant_type: str,
+    transpose: bool = False,
+) -> Tensor:
+    torch._check(x.shape[1] == shape[0 if transpose else 1])  # type: ignore[no-untyped-call]
+    return x.new_empty(x.shape[0], shape[1] if transpose else shape[0])
+
+
+def _grouped_4bit_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[1:7])
+    ctx.options = inputs[7:]
+
+
+def _grouped_4bit_backward(ctx: Any, grad: Tensor) -> Any:
+    shape, blocksize, quant_type, transpose = ctx.options
+    dx = ops.grouped_linear_4bit(
+        grad.contiguous(), *ctx.saved_tensors, shape, blocksize, quant_type, not transpose
+    )
+    return dx, *(None for _ in range(10))
+
+
+torch.library.register_autograd(
+    "qlora_fx::grouped_linear_4bit", _grouped_4bit_backward, setup_context=_grouped_4bit_context
+)
