@@ -127,12 +127,28 @@ def build(gm: fx.GraphModule, segments: list[Segment]) -> fx.GraphModule:
 
 
 def wanted_outputs(segment: Segment, output: fx.Node) -> list[fx.Node]:
+    """Tensors that someone outside reads, and those whose value is a size outside (``.item()``)."""
     inside = set(segment.nodes)
+
+    def leaves(node: fx.Node) -> bool:
+        return any(u not in inside or (is_number(u) and leaves(u)) for u in node.users)
+
     return [
         n
         for n in segment.nodes
-        if not isinstance(n.meta["val"], torch.SymInt) and any(u not in inside for u in n.users)
+        if not is_number(n)
+        and (
+            any(u not in inside for u in n.users)
+            or any(u.target in READS_VALUE and leaves(u) for u in n.users)
+        )
     ]
+
+
+READS_VALUE = frozenset({aten.item.default, aten._local_scalar_dense.default})
+
+
+def is_number(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def body_name(segment: Segment, position: int, total: int, taken: set[str]) -> str:

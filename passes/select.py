@@ -28,7 +28,7 @@ from .nodes import (
     weight_like,
     weight_view,
 )
-from .spellings import spelling
+from .spellings import SPELLINGS, spelling
 
 UNRECOGNISED = "unrecognised product with a weight"
 COMPUTED = "the weight is computed, not a parameter"
@@ -90,7 +90,10 @@ class Judge:
         self.holders: Mapping[str, str] = gm.meta.get("holders", {})
         self.transposed: frozenset[str] = gm.meta.get("transposed_stacks", frozenset())
         self.stored = {n.meta["stored"]: n for n in placeholders(gm.graph) if "stored" in n.meta}
-        self.experts = {k for k in self.stored if "expert" in k}
+        stacks = (weight_view(n.args[1]) for n in gm.graph.nodes if n.target in CANONICAL)
+        self.experts = {k for k in self.stored if "expert" in k} | {
+            v.key for v in stacks if v is not None and len(v.layout.shape) == 3
+        }
         self.running = {
             m for n in gm.graph.nodes if n.target in CANONICAL if (m := own_module(n)) is not None
         }
@@ -134,10 +137,16 @@ class Judge:
         return self.ranked(site) if site.adapt else site
 
     def ranked(self, site: Site) -> Site:
+        """The site with its rank; bare if nobody asked for it by name and the rank is too large for it."""
         config = self.config
         r = config.rank(site.name)
-        if r > min(site.out_features, site.in_features):
-            smaller = min(site.out_features, site.in_features)
+        smaller = min(site.out_features, site.in_features)
+        if r > smaller:
+            if config.lora.target_modules in (None, "all-linear"):
+                bare = f"not adapted: r={r} is larger than its smaller dimension {smaller}"
+                return replace(
+                    site, adapt=False, reason="; ".join(filter(None, (site.reason, bare)))
+                )
             raise ConfigError(
                 f"LoRA rank r={r} is larger than the smaller dimension of {site.name} "
                 f"[{site.out_features}, {site.in_features}]; accepted: at most {smaller}. "
@@ -285,7 +294,9 @@ class Judge:
     def other(self, node: fx.Node) -> Site | None:
         """A product qlora_fx has no canonical form for; None for what is no product with a weight."""
         weights = [p for p in map(parameter_behind, node.all_input_nodes) if weight_like(p)]
-        if not weights or node.target in VIEWS_AND_CASTS or node.target in HARMLESS:
+        if not weights:
+            return self.computed(node)
+        if node.target in VIEWS_AND_CASTS or node.target in HARMLESS:
             return None
         if is_pointwise(node) and not is_multiplied_and_summed(node):
             return None
@@ -297,10 +308,29 @@ class Judge:
         op = spelling(node)
         if "conv" in op:
             window = list(weight.meta["val"].shape[2:])
-            reason = f"convolutions stay dense (window {'x'.join(map(str, window))})"
+            groups = weight.meta["val"].shape[1] != node.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
+            kind = ", in groups" if groups else ""
+            reason = f"convolutions stay dense (window {'x'.join(map(str, window))}{kind})"
         else:
             reason = f"{UNRECOGNISED} ({op})"
         return Site(key.removesuffix(".weight"), key, op, reason=reason, flops=flops(node))
+
+    def computed(self, node: fx.Node) -> Site | None:
+        """A verdict on a product with a weight that is computed from parameters (weight norm, a fused weight)."""
+        if node.target not in SPELLINGS:
+            return None
+        tensors = [n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
+        made = {n: behind(n) for n in tensors if n.op != "placeholder" and n.meta["val"].dim() >= 2}
+        read = sorted({p.meta["stored"] for found in made.values() for p in found})
+        if not read or all(made.get(n) for n in tensors if n.meta["val"].dim() >= 2):
+            return None
+        op = spelling(node)
+        reason = f"{COMPUTED} ({', '.join(read)})"
+        if "conv" in op:
+            reason = f"convolutions stay dense ({reason})"
+        return Site(
+            node.meta.get("module") or node.name, read[0], op, reason=reason, flops=flops(node)
+        )
 
 
 def own_module(node: fx.Node) -> str | None:
@@ -464,6 +494,12 @@ def check_targets(config: Any, found: list[Site], holders: Mapping[str, str]) ->
     entries = () if isinstance(targets, str) or targets is None else sorted(targets)
     doubts = [doubt for t in entries if (doubt := check_target(t, found, holders))]
     if not any(s.adapt for s in found):
+        large = [s for s in found if "not adapted: r=" in s.reason]
+        if large:
+            raise ConfigError(
+                f"LoraConfig.r={config.lora.r} is larger than the smaller dimension of every linear of this "
+                f"model, for example {large[0].name} {list(large[0].shape)}"
+            )
         raise ConfigError(
             f"target_modules={targets!r} with exclude_modules={config.lora.exclude_modules!r}, "
             f"layers_to_transform={config.lora.layers_to_transform!r} matches no linear of this model."

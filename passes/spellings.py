@@ -309,6 +309,10 @@ def matrix_view(node: fx.Node, *, transposed: bool = False) -> WeightView | None
         if by_column and raw[1:] == (inn, out):
             stack = Layout(raw, (0, 2, 1), (raw[0], out, inn))
             return WeightView(key, stack, expert=offset // (out * inn))
+    if by_column and by_in == out and n % (out * inn) == 0 and offset % (out * inn) == 0:
+        count = n // (out * inn)  # matrices under each other, read one by one
+        stack = Layout((count, inn, out), (0, 2, 1), (count, out, inn))
+        return WeightView(key, stack, expert=offset // (out * inn))
     if by_row and n % inn == 0 and offset % inn == 0:
         whole = (n // inn, inn)
         return WeightView(

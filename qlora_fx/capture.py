@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import io
 import os
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from .dims import automatic_dims, example, is_about_dims, resized, shared_dims
 from .errors import CaptureError
 from .flatten import Flattener
+from .seams import hard_models
 
 
 @dataclass
@@ -95,7 +97,13 @@ class Blueprint:
                 if isinstance(tensor, nn.Parameter):
                     fake = nn.Parameter(fake, requires_grad=False)
                 memo.setdefault(id(tensor), fake)
-        return copy.deepcopy(self.model, memo)  # type: ignore[no-any-return]
+        model = copy.deepcopy(self.model, memo)
+        for module in model.modules():
+            # Some models take no use_cache argument and return what their config says.
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "use_cache", False):
+                config.use_cache = False
+        return model  # type: ignore[no-any-return]
 
     def capture(self, inputs: Mapping[str, Any], *, training: bool, dtype: torch.dtype) -> Capture:
         """Trace ``forward(**inputs)``.
@@ -110,25 +118,37 @@ class Blueprint:
             CaptureError: naming the line of the model that stopped the trace.
         """
         errors: list[Exception] = []
-        for dims in (shared_dims, automatic_dims):
-            mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-            model = self.fake(mode, dtype).train(training)
-            with mode:
-                examples = {k: example(v) for k, v in resized(inputs).items()}
-            take_exactly(model, list(examples))
-            spec = dims(examples)
-            try:
-                with mode, quiet():
-                    program = torch.export.export(
-                        model, (), examples, dynamic_shapes=spec, strict=False
-                    )
-            except Exception as error:
-                errors.append(error)
-                if not is_about_dims(error):
-                    break
-                continue
-            return self.finish(program)
-        raise capture_error(self.model, errors[-1], inputs) from errors[-1]
+        for seam in (contextlib.nullcontext, hard_models):
+            for dims in (shared_dims, automatic_dims):
+                try:
+                    program = self.export(inputs, training, dtype, dims, seam)
+                except Exception as error:
+                    errors.append(error)
+                    if not is_about_dims(error):
+                        break
+                else:
+                    return self.finish(program)
+        # The first error is about the model as it is; the last may be about a patch.
+        raise capture_error(self.model, errors[0], inputs) from errors[0]
+
+    def export(
+        self,
+        inputs: Mapping[str, Any],
+        training: bool,
+        dtype: torch.dtype,
+        dims: Callable[..., dict[str, Any]],
+        seam: Callable[[], Any],
+    ) -> ExportedProgram:
+        """One attempt, with one choice of free sizes and with or without patches."""
+        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        model = self.fake(mode, dtype).train(training)
+        paired = bool(getattr(self.model.config, "is_encoder_decoder", False))
+        with mode:
+            examples = {k: example(v) for k, v in resized(inputs, paired).items()}
+        take_exactly(model, list(examples))
+        spec = dims(examples, paired)
+        with mode, quiet(), seam():
+            return torch.export.export(model, (), examples, dynamic_shapes=spec, strict=False)
 
     def finish(self, program: ExportedProgram) -> Capture:
         """Flatten the exported program into our form."""
@@ -206,7 +226,7 @@ def take_exactly(model: Any, names: list[str]) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep export's advice to its own developers out of the user's terminal."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
         warnings.filterwarnings("ignore", message=".*lru_cache.*")

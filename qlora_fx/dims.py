@@ -8,35 +8,60 @@ from typing import Any
 import torch
 from torch.export import Dim
 
+TEXT = ("input_ids", "inputs_embeds")
+DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels")
+"""Arguments of an encoder-decoder that have the target's length."""
 
-def resized(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes to trace with: sizes 0 and 1 of batch and sequence become 2, which export can keep dynamic."""
-    main = main_shape(inputs)
-    if main is None:
-        return dict(inputs)
-    batch, sequence = main
 
-    def shape_of(t: torch.Tensor) -> list[int]:
-        shape = list(t.shape)
-        for i, size in enumerate(shape):
-            if i == 0 and size == batch:
-                shape[i] = max(batch, 2)
-            elif i > 0 and size == sequence:
-                shape[i] = max(sequence, 2)
-        return shape
+def resized(inputs: Mapping[str, Any], paired: bool = False) -> dict[str, Any]:
+    """Shapes to trace with: sizes 0 and 1 of free dimensions become 2, which export can keep dynamic.
+
+    Args:
+        paired: the model is an encoder-decoder, whose target has a length of its own.
+    """
+    free = free_dims(inputs, paired)
+
+    def shape_of(name: str, t: torch.Tensor) -> list[int]:
+        return [max(size, 2) if i in free.get(name, {}) else size for i, size in enumerate(t.shape)]
 
     return {
-        k: v.new_empty(shape_of(v)) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()
+        k: v.new_empty(shape_of(k, v)) if isinstance(v, torch.Tensor) else v
+        for k, v in inputs.items()
     }
 
 
-def main_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """``(batch, sequence)`` of the model's main text input, or None where there is none."""
-    for name in ("input_ids", "inputs_embeds"):
-        tensor = inputs.get(name)
-        if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2:
-            return tensor.shape[0], tensor.shape[1]
-    return None
+def free_dims(inputs: Mapping[str, Any], paired: bool) -> dict[str, dict[int, str]]:
+    """``batch``, ``sequence`` and ``target`` dimensions of each input that has them.
+
+    The first dimension of the main input is the batch. Text inputs, and what has their length, share one
+    sequence; in an encoder-decoder the decoder's inputs and the labels share another.
+    """
+    tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.dim()}
+    main = next((tensors[n] for n in TEXT if n in tensors), None)
+    target = next((tensors[n] for n in DECODER if n in tensors), None) if paired else None
+    first = main if main is not None else next(iter(tensors.values()), None)
+    if first is None:
+        return {}
+    batch = first.shape[0]
+    found: dict[str, dict[int, str]] = {}
+    for name, tensor in tensors.items():
+        dims = found.setdefault(name, {})
+        decoder = target is not None and name in DECODER
+        length = target if decoder else main
+        for i, size in enumerate(tensor.shape):
+            if i == 0 and size == batch:
+                dims[i] = "batch"
+            elif name.endswith("inputs_embeds") and i == 2:
+                continue
+            elif i > 0 and length is not None and length.dim() > 1 and size == length.shape[1]:
+                if name in IMAGES:
+                    continue
+                dims[i] = "target" if decoder else "sequence"
+    return found
+
+
+IMAGES = ("pixel_values", "input_features", "input_values")
+"""Have sizes of their own, which may equal a text length by chance."""
 
 
 def example(value: Any) -> Any:
@@ -45,30 +70,27 @@ def example(value: Any) -> Any:
     return torch.ones(value.shape, dtype=value.dtype, device=value.device)
 
 
-def shared_dims(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """One named ``Dim`` for batch and one for sequence, shared by all inputs that have them."""
-    main = main_shape(inputs)
-    if main is None:
+def shared_dims(inputs: Mapping[str, Any], paired: bool = False) -> dict[str, Any]:
+    """One named ``Dim`` for batch, one for sequence, one for the target; other sizes as export finds them."""
+    free = free_dims(inputs, paired)
+    if not any(name in inputs for name in TEXT):
         return automatic_dims(inputs)
-    batch, sequence = Dim("batch"), Dim("sequence")
+    named = {name: Dim(name) for name in ("batch", "sequence", "target")}
     spec: dict[str, Any] = {}
     for name, value in inputs.items():
         if not isinstance(value, torch.Tensor):
             spec[name] = None
             continue
-        dims: dict[int, Any] = {}
+        dims: dict[int, Any] = {i: named[role] for i, role in free.get(name, {}).items()}
         for i, size in enumerate(value.shape):
-            if i == 0 and size == main[0]:
-                dims[i] = batch
-            elif i > 0 and size == main[1] and not (name == "inputs_embeds" and i == 2):
-                dims[i] = sequence
-            elif size > 1 and not (name == "inputs_embeds" and i == 2):
+            fixed = name.endswith("inputs_embeds") and i == 2
+            if i not in dims and size > 1 and not fixed:
                 dims[i] = Dim.AUTO
         spec[name] = dims
     return spec
 
 
-def automatic_dims(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def automatic_dims(inputs: Mapping[str, Any], paired: bool = False) -> dict[str, Any]:
     """Let export decide: sizes the model depends on become static."""
     return {
         name: {i: Dim.AUTO for i, size in enumerate(value.shape) if size > 1}

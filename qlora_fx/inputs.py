@@ -99,7 +99,12 @@ def vocabulary_size(model: Any) -> int | None:
     return int(rows)
 
 
-def check_call(values: Mapping[str, Any], device: torch.device, vocabulary: int | None) -> None:
+def check_call(
+    values: Mapping[str, Any],
+    device: torch.device,
+    vocabulary: int | None,
+    paired: bool = False,
+) -> None:
     """Shapes, devices and, on a CPU, token ids that no graph would accept.
 
     Compiled code on a CPU ends the process at an index out of range, so that is looked for here. On a GPU
@@ -117,7 +122,12 @@ def check_call(values: Mapping[str, Any], device: torch.device, vocabulary: int 
         for name in ("input_ids", "decoder_input_ids", "labels"):
             check_ids(name, values.get(name), vocabulary)
     labels, ids = values.get("labels"), values.get("input_ids")
-    if isinstance(labels, torch.Tensor) and labels.is_floating_point():
+    if (
+        isinstance(labels, torch.Tensor)
+        and labels.is_floating_point()
+        and isinstance(ids, torch.Tensor)
+        and labels.shape == ids.shape
+    ):
         raise InputError(
             f"labels are {labels.dtype}; accepted: int64 token ids, -100 where there is no loss"
         )
@@ -125,7 +135,9 @@ def check_call(values: Mapping[str, Any], device: torch.device, vocabulary: int 
         other = values.get(name)
         if not isinstance(other, torch.Tensor) or not isinstance(ids, torch.Tensor):
             continue
-        if other.dim() == 2 and "decoder_input_ids" not in values and other.shape != ids.shape:
+        if name == "labels" and paired:
+            continue  # an encoder-decoder's target has a length of its own
+        if other.dim() == 2 and other.shape != ids.shape:
             raise InputError(
                 f"{name} has shape {list(other.shape)}, input_ids {list(ids.shape)}; accepted: the same shape"
             )

@@ -113,7 +113,8 @@ class QLoRAModel(nn.Module):
         if isinstance(count, int):
             # It differs from step to step: an input of the graph, not a constant in it.
             values["num_items_in_batch"] = torch.tensor(count, device=self.device)
-        check_call(values, self.device, self._vocabulary)
+        paired = bool(getattr(self.config, "is_encoder_decoder", False))
+        check_call(values, self.device, self._vocabulary, paired)
         key = (self.training, self._adapter_enabled, signature_key(values))
         misfits = []
         for program in self._programs.get(key, ()):

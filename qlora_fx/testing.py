@@ -140,8 +140,13 @@ class Oracle:
             cast["use_cache"] = False
         if self.dtype is not torch.float64:
             return functional_call(self.model, self.parameters(), (), cast, tie_weights=False)
-        with Float64():
-            return functional_call(self.model, self.parameters(), (), cast, tie_weights=False)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with Float64():
+                return functional_call(self.model, self.parameters(), (), cast, tie_weights=False)
+        finally:
+            torch.set_default_dtype(before)
 
 
 def dense_weights(model: nn.Module, qmodel: QLoRAModel) -> dict[str, torch.Tensor]:

@@ -1,0 +1,93 @@
+"""Ways past Python that torch.export cannot follow, tried when a plain capture fails. All are undone after it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+@contextlib.contextmanager
+def hard_models() -> Iterator[None]:
+    """transformers' own export patches, and loops over the experts that were hit.
+
+    The patches are those of ``transformers.exporters.exporter_dynamo``; they replace data-dependent loops and
+    casts of some models by equivalents, and route attention through its math form.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            from transformers.exporters import exporter_dynamo
+            from transformers.exporters.utils import apply_patches
+        except ImportError:
+            pass
+        else:
+            assert exporter_dynamo is not None  # importing it registers the patches
+            stack.enter_context(apply_patches("dynamo"))
+        stack.enter_context(casts_that_change_nothing())
+        stack.enter_context(AllExperts())
+        yield
+
+
+class AllExperts(TorchFunctionMode):
+    """Let ``for expert in hit.nonzero()`` in transformers' expert modules visit every expert.
+
+    An expert that got no token multiplies zero rows and adds nothing, so visiting it changes no value. How
+    many experts are hit depends on the data; how many there are does not. Only loops in methods of
+    transformers' classes with "Expert" in their name are touched, where this is what the loop means.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hits: dict[int, tuple[torch.Tensor, int]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.unbind, torch.unbind) and id(args[0]) in self.hits:
+            _, count = self.hits[id(args[0])]
+            return [[i] for i in range(count)]  # indexes as a tensor of one index does
+        result = func(*args, **kwargs)
+        if func in (torch.Tensor.nonzero, torch.nonzero) and args[0].dim() == 1:
+            count, experts = args[0].shape[0], expert_module()
+            if isinstance(count, int) and experts is not None:
+                # A mask may have one more column, for tokens that another device's experts take.
+                count = min(count, getattr(experts, "num_experts", count))
+                self.hits[id(result)] = (result, count)  # holding it keeps its id its own
+        return result
+
+
+def expert_module() -> Any:
+    """The object whose method is running, if its class is transformers' and named ``...Expert...``."""
+    frame = sys._getframe(2)
+    for _ in range(8):
+        owner = frame.f_locals.get("self")
+        cls = type(owner)
+        if "Expert" in cls.__name__ and cls.__module__.startswith("transformers.models."):
+            return owner
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return None
+
+
+@contextlib.contextmanager
+def casts_that_change_nothing() -> Iterator[None]:
+    """``self.classifier.to(dtype)`` in a forward, where the module has that dtype already."""
+    original = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [t for t in self.parameters() if t.is_floating_point()]
+        if device is None and dtype is not None and all(t.dtype == dtype for t in tensors):
+            return self
+        return original(self, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.to = original  # type: ignore[method-assign]
