@@ -26,7 +26,7 @@ the same backend compiles each body once for every batch and sequence.
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,9 +81,15 @@ class CompiledBody(nn.Module):
     """One body, compiled on first use for each combination of grad mode and inputs that need grad.
 
     Shapes never cause another compilation: sizes are symbols of the capture.
+
+    Args:
+        foreign: free sizes that no input of the body shows by itself (only ``[B * S, 8]``); the caller passes
+            them behind the tensors.
     """
 
-    def __init__(self, body: fx.GraphModule, backend: str) -> None:
+    def __init__(
+        self, body: fx.GraphModule, backend: str, foreign: Sequence[torch.SymInt] = ()
+    ) -> None:
         super().__init__()
         self.body = body
         self.backend = backend
@@ -92,17 +98,20 @@ class CompiledBody(nn.Module):
         output = next(iter(body.graph.find_nodes(op="output")))
         self.single = isinstance(output.args[0], fx.Node)
         self.sizes = [where for _, where in symbols(self.inputs)]
+        self.foreign = list(foreign)
+        self.told = False
 
-    def forward(self, *args: torch.Tensor) -> Any:
+    def forward(self, *values: Any) -> Any:
+        args, foreign = values[: len(self.inputs)], values[len(self.inputs) :]
         needs_grad = tuple(a.requires_grad for a in args) if torch.is_grad_enabled() else ()
         compiled = self.compiled.get(needs_grad)
         if compiled is None:
             compiled = self.compiled[needs_grad] = self.build(needs_grad)
-        outputs = compiled(*args, *(args[i].shape[dim] for i, dim in self.sizes))
+        outputs = compiled(*args, *(args[i].shape[dim] for i, dim in self.sizes), *foreign)
         return outputs[0] if self.single else outputs
 
     def build(self, needs_grad: Sequence[bool]) -> Callable[..., Any]:
-        sizes = [size for size, _ in symbols(self.inputs)]
+        sizes = [size for size, _ in symbols(self.inputs)] + self.foreign
         gm = tuple_output(self.body, sizes)
         mode = next(iter(self.inputs)).meta["val"].fake_mode
         args: list[Any] = []
@@ -120,9 +129,22 @@ class CompiledBody(nn.Module):
             if self.backend == "aot_eager":
                 return aot_eager(gm, args, frozen)
             from torch._inductor.compile_fx import compile_fx
+            from torch._inductor.exc import InductorError
 
             patches = {"joint_custom_pre_pass": RecomputeWeights(frozen)}
-            compiled: Any = compile_fx(gm, args, config_patches=patches)
+            try:
+                compiled: Any = compile_fx(gm, args, config_patches=patches)
+            except InductorError as error:
+                first = str(error).partition("\n")[0]
+                if self.told:
+                    return aot_eager(tuple_output(self.body, sizes), args, frozen)
+                self.told = True
+                warnings.warn(
+                    f"Inductor cannot compile {type(self.body).__name__} ({first}); it runs on PyTorch's own "
+                    "kernels, as with backend='aot_eager'",
+                    stacklevel=2,
+                )
+                return aot_eager(tuple_output(self.body, sizes), args, frozen)
             return compiled  # type: ignore[no-any-return]
 
 
@@ -152,6 +174,20 @@ def symbols(inputs: Sequence[fx.Node]) -> list[tuple[torch.SymInt, tuple[int, in
             if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
                 found.setdefault(size.node.expr, (size, (i, dim)))
     return list(found.values())
+
+
+def hidden_symbols(body: fx.GraphModule) -> set[Any]:
+    """Free sizes of the body's inputs that none of them shows by itself."""
+    inputs = list(body.graph.find_nodes(op="placeholder"))
+    shown = {size.node.expr for size, _ in symbols(inputs)}
+    used = {
+        symbol
+        for node in inputs
+        for size in node.meta["val"].shape
+        if isinstance(size, torch.SymInt)
+        for symbol in size.node.expr.free_symbols
+    }
+    return used - shown
 
 
 def tuple_output(body: fx.GraphModule, sizes: Sequence[torch.SymInt]) -> fx.GraphModule:
@@ -192,8 +228,21 @@ def lower(gm: fx.GraphModule, *, backend: str = "inductor") -> fx.GraphModule:
         root = nn.Module()
         root.add_module("model", CompiledBody(gm, backend))
         return fx.GraphModule(root, outer, type(gm).__name__)
+    outer = fx.Graph()
+    outer.output(outer.graph_copy(gm.graph, {}))
+    known = symbols(list(outer.find_nodes(op="placeholder")))
+    inputs = list(outer.find_nodes(op="placeholder"))
     root = nn.Module()
     for name, body in gm.named_children():
         assert isinstance(body, fx.GraphModule)
-        root.add_module(name, CompiledBody(body, backend))
-    return fx.GraphModule(root, copy.copy(gm.graph), type(gm).__name__)
+        hidden = hidden_symbols(body)
+        foreign = [(size, where) for size, where in known if size.node.expr in hidden]
+        root.add_module(name, CompiledBody(body, backend, [size for size, _ in foreign]))
+        for node in outer.find_nodes(op="call_module", target=name):
+            with outer.inserting_before(node):
+                sizes = [
+                    outer.call_function(torch.ops.aten.sym_size.int, (inputs[i], dim))
+                    for _, (i, dim) in foreign
+                ]
+            node.args = (*node.args, *sizes)
+    return fx.GraphModule(root, outer, type(gm).__name__)

@@ -111,8 +111,11 @@ def build(gm: fx.GraphModule, segments: list[Segment]) -> fx.GraphModule:
         env[node].meta = dict(node.meta)
     output = next(n for n in gm.graph.nodes if n.op == "output")
     bodies: dict[Any, str] = {}
-    for position, segment in enumerate(segments):
-        body = Body(segment, wanted_outputs(segment, output))
+    parts = [Body(segment) for segment in segments]
+    read = {n for part in parts for n in part.inputs if part.env[n].users}
+    read |= set(output.all_input_nodes)
+    for position, (segment, body) in enumerate(zip(segments, parts, strict=True)):
+        body.finish([n for n in segment.nodes if n in read])
         if not body.outputs:
             continue
         key = body.key()
@@ -124,31 +127,6 @@ def build(gm: fx.GraphModule, segments: list[Segment]) -> fx.GraphModule:
     result = fx.GraphModule(root, outer, type(gm).__name__)
     result.meta = dict(gm.meta)
     return result
-
-
-def wanted_outputs(segment: Segment, output: fx.Node) -> list[fx.Node]:
-    """Tensors that someone outside reads, and those whose value is a size outside (``.item()``)."""
-    inside = set(segment.nodes)
-
-    def leaves(node: fx.Node) -> bool:
-        return any(u not in inside or (is_number(u) and leaves(u)) for u in node.users)
-
-    return [
-        n
-        for n in segment.nodes
-        if not is_number(n)
-        and (
-            any(u not in inside for u in n.users)
-            or any(u.target in READS_VALUE and leaves(u) for u in n.users)
-        )
-    ]
-
-
-READS_VALUE = frozenset({aten.item.default, aten._local_scalar_dense.default})
-
-
-def is_number(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def body_name(segment: Segment, position: int, total: int, taken: set[str]) -> str:
@@ -197,11 +175,11 @@ class Body:
     depends on tensors only.
     """
 
-    def __init__(self, segment: Segment, outputs: list[fx.Node]) -> None:
+    def __init__(self, segment: Segment) -> None:
         self.prefix = segment.block
         self.graph = fx.Graph()
         self.inputs: list[fx.Node] = []
-        self.outputs = outputs
+        self.outputs: list[fx.Node] = []
         self.env: dict[fx.Node, fx.Node] = {}
         inside = set(segment.nodes)
         needed = [n for n in segment.nodes if not isinstance(n.meta["val"], torch.SymInt)]
@@ -210,6 +188,10 @@ class Body:
                 self.collect(arg, inside)
         for node in needed:
             self.copy(node)
+
+    def finish(self, outputs: list[fx.Node]) -> None:
+        """Return ``outputs``, nodes of the segment, and drop what they do not need."""
+        self.outputs = outputs
         values = tuple(self.env[n] for n in outputs)
         self.graph.output(values[0] if len(values) == 1 else values)
         self.graph.eliminate_dead_code()

@@ -142,7 +142,7 @@ class Blueprint:
         """One attempt, with one choice of free sizes and with or without patches."""
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         model = self.fake(mode, dtype).train(training)
-        paired = bool(getattr(self.model.config, "is_encoder_decoder", False))
+        paired = bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
         with mode:
             examples = {k: example(v) for k, v in resized(inputs, paired).items()}
         take_exactly(model, list(examples))
@@ -225,8 +225,8 @@ def take_exactly(model: Any, names: list[str]) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep export's advice to its own developers out of the user's terminal."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    """Keep export's advice to its own developers, and the graphs it prints, out of the user's terminal."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
         warnings.filterwarnings("ignore", message=".*lru_cache.*")

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from . import pipeline
-from .adapter import apply_adapter, saved_config
+from .adapter import apply_adapter, peft_names, saved_config
 from .capture import Blueprint, Capture
 from .config import Config
 from .errors import AdapterError, CaptureError, ConfigError, InputError
@@ -191,7 +191,8 @@ class QLoRAModel(nn.Module):
 
     def explain(self) -> Explanation:
         """What was quantized and adapted, what was not, and why."""
-        rows = [self._row(site) for site in self._sites.values()]
+        flops = sum(site.flops for site in self._sites.values())
+        rows = [self._row(site, site.flops / max(flops, 1)) for site in self._sites.values()]
         counted = {site.weight for site in self._sites.values()}
         counted |= {
             f"{w}.{part}" for w in counted for part in ("absmax", "nested_absmax", "offset")
@@ -212,12 +213,13 @@ class QLoRAModel(nn.Module):
             f"{type(self._blueprint.model).__name__} as qlora_fx runs it", rows, other, notes
         )
 
-    def _row(self, site: Site) -> Row:
+    def _row(self, site: Site, flops_share: float) -> Row:
         lora = lora_keys(site) if site.adapt else ()
         return Row(
             name=site.name,
             op=site.op,
             shape=site.shape,
+            flops_share=flops_share,
             quantized=site.quantize,
             adapted=site.adapt,
             reason=site.reason,
@@ -313,8 +315,15 @@ class QLoRAModel(nn.Module):
     # -- adapters ---------------------------------------------------------------------------------
 
     def adapter_state_dict(self) -> dict[str, torch.Tensor]:
-        """``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]``, float32, under PEFT's saved keys."""
-        return {checkpoint.PREFIX + n: p.detach() for n, p in self.adapter_parameters()}
+        """``lora_A`` and ``lora_B``, float32, under PEFT's saved keys and in its shapes.
+
+        ``[r, in]`` and ``[out, r]``; of experts ``[experts * r, in]`` and ``[out, r * experts]``.
+        """
+        return {k: p.detach() for k, p in self._adapter_by_peft_name().items()}
+
+    def _adapter_by_peft_name(self) -> dict[str, nn.Parameter]:
+        names = peft_names(self._sites, self._blueprint.keys)
+        return {checkpoint.PREFIX + names[n]: p for n, p in self.adapter_parameters()}
 
     def load_adapter_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy adapter values in.
@@ -322,7 +331,7 @@ class QLoRAModel(nn.Module):
         Raises:
             AdapterError: a key is missing, unknown, or of another shape; nothing was changed.
         """
-        apply_adapter({checkpoint.PREFIX + n: p for n, p in self.adapter_parameters()}, state)
+        apply_adapter(self._adapter_by_peft_name(), state)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT does."""

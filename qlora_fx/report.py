@@ -14,7 +14,9 @@ class Row:
     Attributes:
         name: module path of its weight.
         op: how the model spelled it.
-        shape: ``[out, in]``; empty where the operation was not recognised.
+        shape: ``[out, in]``, ``[experts, out, in]``; empty where the operation was not recognised.
+        flops_share: its part of the multiplications with weights in one forward, 0 to 1, at the sizes of the
+            example the model was captured with. Where the data decide how many rows there are, those count as 0.
         quantized, adapted: what was done.
         reason: why something was not done.
         bytes_before, bytes_after: of the weight as loaded, and as held now (without the adapter).
@@ -25,6 +27,7 @@ class Row:
     name: str
     op: str
     shape: tuple[int, ...]
+    flops_share: float
     quantized: bool
     adapted: bool
     reason: str
@@ -52,25 +55,42 @@ class Explanation:
 
     @property
     def totals(self) -> dict[str, int]:
-        """Counts, and bytes over distinct weights (a weight read by two linears counts once)."""
+        """Counts, and bytes over distinct weights (a weight read by two linears counts once).
+
+        ``held_bytes`` is the sum of the three that follow ``bytes_before``: all that the model holds.
+        """
         distinct = {row.weight: row for row in self.rows}.values()
+        after = sum(r.bytes_after for r in distinct)
+        adapters = sum(r.adapter_bytes for r in self.rows)
         return {
             "linears": len(self.rows),
             "quantized": sum(r.quantized for r in self.rows),
             "adapted": sum(r.adapted for r in self.rows),
             "bytes_before": sum(r.bytes_before for r in distinct),
-            "bytes_after": sum(r.bytes_after for r in distinct),
-            "adapter_bytes": sum(r.adapter_bytes for r in self.rows),
+            "bytes_after": after,
+            "adapter_bytes": adapters,
             "other_bytes": self.other_bytes,
+            "held_bytes": after + adapters + self.other_bytes,
         }
 
     def __str__(self) -> str:
-        header = ("name", "op", "shape", "quantized", "adapted", "before", "after", "reason")
+        header = (
+            "name",
+            "op",
+            "shape",
+            "flops",
+            "quantized",
+            "adapted",
+            "before",
+            "after",
+            "reason",
+        )
         body = [
             (
                 group.name,
                 row.op,
                 "x".join(map(str, row.shape)),
+                f"{100 * row.flops_share * group.count:.1f} %",
                 "yes" if row.quantized else "no",
                 "yes" if row.adapted else "no",
                 size(row.bytes_before * group.count),

@@ -141,6 +141,8 @@ def patches(rows: int, tokens: int) -> Tensors:
         "pixel_values": floats(rows * 16, 3 * 2 * 4 * 4),
         "image_grid_thw": torch.tensor([[1, 4, 4]]).repeat(rows, 1),
         "mm_token_type_ids": (inputs["input_ids"] == IMAGE).long(),
+        # Left out, the model computes them from image_grid_thw in Python.
+        "position_ids": torch.arange(inputs["input_ids"].shape[1]).repeat(3, rows, 1),
     }
 
 
