@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from ..runtime.ops import NESTED_BLOCKSIZE
+from ..runtime.ops import NESTED_BLOCKSIZE, whole_rows
 from ..runtime.storage import NESTED_QUANT_MAP, QUANT_MAP, layout
 from .nodes import (
     CANONICAL,
@@ -174,8 +174,11 @@ def dequantize(
         )
         absmax = then(aten.add.Tensor, absmax, parts["offset"], suffix="absmax_offset")
     shape = list(site.shape[-2:])
-    options = (q.blocksize, q.quant_type, shape, config.compute_dtype)
+    rows = whole_rows(shape, q.blocksize)
+    options = (q.blocksize, q.quant_type, rows, config.compute_dtype)
     weight = then(bnb.dequantize_4bit.default, parts["packed"], absmax, *options, suffix="dequant")
+    if rows != shape:
+        weight = then(aten.view.default, weight, shape, suffix="dequant_matrix")
     if view.expert is None and view.layout != site.layout:
         weight = relaid(weight, site.layout, view.layout, then)
     if view.rows is not None:

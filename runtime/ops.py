@@ -7,7 +7,8 @@ without rows costs nothing and gets a zero gradient; rows behind ``ends[-1]`` gi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,24 @@ ops: Any = torch.ops.qlora_fx
 _bnb = torch.ops.bitsandbytes
 
 NESTED_BLOCKSIZE = 256
+
+
+# Note [Rows that do not fill blocks]
+# The 4-bit dequantization of bitsandbytes 0.50.2 for CPUs with AVX-512 starts a new block at each row of the
+# shape it is given, but blocks run through rows: where a row is no multiple of the block (in_features 48, or
+# 96, with blocks of 64) most values get another block's absmax, an error of 30 to 95 % where 4 bits cost 9 %.
+# The values do not depend on where rows end, so it is asked for rows of whole blocks, and the result viewed.
+
+
+def whole_rows(shape: Sequence[int], blocksize: int) -> list[int]:
+    """A shape for the ``math.prod(shape)`` values whose rows are whole blocks. Note [Rows that do not fill blocks].
+
+    One row where the values themselves fill no whole number of blocks.
+    """
+    n = math.prod(shape)
+    if shape[-1] % blocksize == 0:
+        return list(shape)
+    return [n // blocksize, blocksize] if n % blocksize == 0 else [1, n]
 
 
 def _groups(ends: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -127,7 +146,9 @@ def grouped_linear_4bit(
                 )
                 + offset[i]
             )
-        weight = _bnb.dequantize_4bit(packed[i], scale, blocksize, quant_type, shape, x.dtype)
+        rows = whole_rows(shape, blocksize)
+        weight = _bnb.dequantize_4bit(packed[i], scale, blocksize, quant_type, rows, x.dtype)
+        weight = weight.view(shape)
         torch.mm(x[start:stop], weight if transpose else weight.t(), out=y[start:stop])
     return y
 

@@ -19,7 +19,7 @@ import bitsandbytes.functional as bnb
 import torch
 
 from ..errors import ConfigError
-from .ops import NESTED_BLOCKSIZE
+from .ops import NESTED_BLOCKSIZE, whole_rows
 
 NESTED_QUANT_MAP = "nested_quant_map"
 """Store key of the one shared map of the nested absmax."""
@@ -124,6 +124,7 @@ def dequantize_weight(
             for i in range(shape[0])
         ]
         return torch.stack([dequantize_weight(e, shape[1:], dtype, quantization) for e in each])
-    state = quant_state(parts, shape, dtype, quantization)
+    rows = whole_rows(shape, quantization.blocksize)
+    state = quant_state(parts, tuple(rows), dtype, quantization)
     dense: torch.Tensor = bnb.dequantize_4bit(parts["packed"], state)
-    return dense
+    return dense.reshape(shape)

@@ -39,6 +39,16 @@ def tiny_llama(layers: int = 2, **changes: Any) -> LlamaForCausalLM:
     return model
 
 
+def peer_llama(layers: int = 2, **changes: Any) -> LlamaForCausalLM:
+    """As ``tiny_llama``, with inputs that are multiples of 64: q 128x64, k and v 32x64, up 192x64, down 64x192.
+
+    Beside bitsandbytes' own modules no other sizes will do: on CPUs with AVX-512 its dequantization is wrong
+    for rows that fill no whole blocks (a note in runtime/ops.py).
+    """
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 32, "num_key_value_heads": 1}
+    return tiny_llama(layers, **(sizes | changes))
+
+
 def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(

@@ -11,26 +11,14 @@ import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 import qlora_fx
+from qlora_fx.testing import Float64, relative_error
+
+__all__ = ["Float64", "ours", "random_adapter", "reference", "relative_error", "step", "truth"]
 
 KEEP = ("lm_head",)
-
-
-class Float64(TorchFunctionMode):
-    """Models cast to float32 inside norms and rotary tables; under this mode they stay in float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.float:
-            return args[0].double()
-        if func in (torch.Tensor.to, torch.Tensor.type, torch.nn.functional.softmax, torch.softmax):
-            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-            if kwargs.get("dtype") is torch.float32:
-                kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
 
 
 def linears(model: nn.Module, keep: tuple[str, ...] = KEEP) -> dict[str, nn.Module]:
@@ -81,8 +69,8 @@ def truth(
         packed, state = bnb.functional.quantize_4bit(
             w.contiguous(), compress_statistics=double_quant, quant_type=quant_type
         )
-        state.dtype = torch.float32
-        new = bnb.functional.dequantize_4bit(packed, state).double()
+        state.dtype, state.shape = torch.float32, torch.Size((1, w.numel()))
+        new = bnb.functional.dequantize_4bit(packed, state).view(w.shape).double()
         module.weight = nn.Parameter(new.T.contiguous() if isinstance(module, Conv1D) else new)
         a, b = (f"base_model.model.{name}.lora_{x}.weight" for x in "AB")
         if a not in adapter:
@@ -145,12 +133,6 @@ def reference(
         for n, p in named.items():
             p.copy_(adapter[n])
     return peft, named
-
-
-def relative_error(value: torch.Tensor, true: torch.Tensor) -> float:
-    """``|value - true| / |true|`` in the Frobenius norm, computed in float64."""
-    value, true = value.detach().double(), true.detach().double()
-    return float((value - true).norm() / true.norm())
 
 
 def ours(

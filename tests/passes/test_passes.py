@@ -111,13 +111,15 @@ def Toy(%x: f32[B, S, 8]):
     %layers_0_down_weight_offset: f32[] = stored[layers.0.down.weight.offset]
     %layers_0_up_absmax: f32[1] = bitsandbytes.dequantize_blockwise(%layers_0_up_weight_absmax, %layers_0_up_weight_nested_absmax, %nested_quant_map, 256, f32)
     %layers_0_up_absmax_offset: f32[1] = aten.add(%layers_0_up_absmax, %layers_0_up_weight_offset)
-    %layers_0_up_dequant: f32[6, 8] = bitsandbytes.dequantize_4bit(%layers_0_up_weight_packed, %layers_0_up_absmax_offset, 64, nf4, [6, 8], f32)
-    %layers_0_up: f32[B, S, 6] = aten.linear(%x, %layers_0_up_dequant, %layers_0_up_bias)  # site layers.0.up: quantize, adapt r=2
+    %layers_0_up_dequant: f32[1, 48] = bitsandbytes.dequantize_4bit(%layers_0_up_weight_packed, %layers_0_up_absmax_offset, 64, nf4, [1, 48], f32)
+    %layers_0_up_dequant_matrix: f32[6, 8] = aten.view(%layers_0_up_dequant, [6, 8])
+    %layers_0_up: f32[B, S, 6] = aten.linear(%x, %layers_0_up_dequant_matrix, %layers_0_up_bias)  # site layers.0.up: quantize, adapt r=2
     %layers_0_relu: f32[B, S, 6] = aten.relu(%layers_0_up)
     %layers_0_down_absmax: f32[1] = bitsandbytes.dequantize_blockwise(%layers_0_down_weight_absmax, %layers_0_down_weight_nested_absmax, %nested_quant_map, 256, f32)
     %layers_0_down_absmax_offset: f32[1] = aten.add(%layers_0_down_absmax, %layers_0_down_weight_offset)
-    %layers_0_down_dequant: f32[8, 6] = bitsandbytes.dequantize_4bit(%layers_0_down_weight_packed, %layers_0_down_absmax_offset, 64, nf4, [8, 6], f32)
-    %layers_0_down: f32[B, S, 8] = aten.linear(%layers_0_relu, %layers_0_down_dequant, %layers_0_down_bias)  # site layers.0.down: quantize, adapt r=2
+    %layers_0_down_dequant: f32[1, 48] = bitsandbytes.dequantize_4bit(%layers_0_down_weight_packed, %layers_0_down_absmax_offset, 64, nf4, [1, 48], f32)
+    %layers_0_down_dequant_matrix: f32[8, 6] = aten.view(%layers_0_down_dequant, [8, 6])
+    %layers_0_down: f32[B, S, 8] = aten.linear(%layers_0_relu, %layers_0_down_dequant_matrix, %layers_0_down_bias)  # site layers.0.down: quantize, adapt r=2
     %head: f32[B, S, 5] = aten.linear(%layers_0_down, %head_weight)  # site head: output head stays dense; not adapted: 'all-linear' leaves the output head out
     return (%head)
 """,
@@ -146,8 +148,9 @@ def Toy(%x: f32[B, S, 8]):
     %layers_0_down_lora_B_weight: f32[8, 2] = adapter[layers.0.down.lora_B.weight]
     %layers_0_up_absmax: f32[1] = bitsandbytes.dequantize_blockwise(%layers_0_up_weight_absmax, %layers_0_up_weight_nested_absmax, %nested_quant_map, 256, f32)
     %layers_0_up_absmax_offset: f32[1] = aten.add(%layers_0_up_absmax, %layers_0_up_weight_offset)
-    %layers_0_up_dequant: f32[6, 8] = bitsandbytes.dequantize_4bit(%layers_0_up_weight_packed, %layers_0_up_absmax_offset, 64, nf4, [6, 8], f32)
-    %layers_0_up: f32[B, S, 6] = aten.linear(%x, %layers_0_up_dequant)  # site layers.0.up: quantize, adapt r=2
+    %layers_0_up_dequant: f32[1, 48] = bitsandbytes.dequantize_4bit(%layers_0_up_weight_packed, %layers_0_up_absmax_offset, 64, nf4, [1, 48], f32)
+    %layers_0_up_dequant_matrix: f32[6, 8] = aten.view(%layers_0_up_dequant, [6, 8])
+    %layers_0_up: f32[B, S, 6] = aten.linear(%x, %layers_0_up_dequant_matrix)  # site layers.0.up: quantize, adapt r=2
     %layers_0_up_lora_a: f32[B, S, 2] = aten.linear(%x, %layers_0_up_lora_A_weight)
     %layers_0_up_lora_b: f32[B, S, 6] = aten.linear(%layers_0_up_lora_a, %layers_0_up_lora_B_weight)
     %layers_0_up_scaled: f32[B, S, 6] = aten.mul(%layers_0_up_lora_b, 2.0)
@@ -155,8 +158,9 @@ def Toy(%x: f32[B, S, 8]):
     %layers_0_relu: f32[B, S, 6] = aten.relu(%layers_0_up_adapted)
     %layers_0_down_absmax: f32[1] = bitsandbytes.dequantize_blockwise(%layers_0_down_weight_absmax, %layers_0_down_weight_nested_absmax, %nested_quant_map, 256, f32)
     %layers_0_down_absmax_offset: f32[1] = aten.add(%layers_0_down_absmax, %layers_0_down_weight_offset)
-    %layers_0_down_dequant: f32[8, 6] = bitsandbytes.dequantize_4bit(%layers_0_down_weight_packed, %layers_0_down_absmax_offset, 64, nf4, [8, 6], f32)
-    %layers_0_down: f32[B, S, 8] = aten.linear(%layers_0_relu, %layers_0_down_dequant)  # site layers.0.down: quantize, adapt r=2
+    %layers_0_down_dequant: f32[1, 48] = bitsandbytes.dequantize_4bit(%layers_0_down_weight_packed, %layers_0_down_absmax_offset, 64, nf4, [1, 48], f32)
+    %layers_0_down_dequant_matrix: f32[8, 6] = aten.view(%layers_0_down_dequant, [8, 6])
+    %layers_0_down: f32[B, S, 8] = aten.linear(%layers_0_relu, %layers_0_down_dequant_matrix)  # site layers.0.down: quantize, adapt r=2
     %layers_0_down_lora_a: f32[B, S, 2] = aten.linear(%layers_0_relu, %layers_0_down_lora_A_weight)
     %layers_0_down_lora_b: f32[B, S, 8] = aten.linear(%layers_0_down_lora_a, %layers_0_down_lora_B_weight)
     %layers_0_down_scaled: f32[B, S, 8] = aten.mul(%layers_0_down_lora_b, 2.0)
@@ -220,8 +224,9 @@ def ToyBlock(%x: f32[B, S, 8]):
     %down_lora_B_weight: f32[8, 2] = adapter[down.lora_B.weight]
     %up_absmax: f32[1] = bitsandbytes.dequantize_blockwise(%up_weight_absmax, %up_weight_nested_absmax, %nested_quant_map, 256, f32)
     %up_absmax_offset: f32[1] = aten.add(%up_absmax, %up_weight_offset)
-    %up_dequant: f32[6, 8] = bitsandbytes.dequantize_4bit(%up_weight_packed, %up_absmax_offset, 64, nf4, [6, 8], f32)
-    %up: f32[B, S, 6] = aten.linear(%x, %up_dequant)  # site layers.0.up: quantize, adapt r=2
+    %up_dequant: f32[1, 48] = bitsandbytes.dequantize_4bit(%up_weight_packed, %up_absmax_offset, 64, nf4, [1, 48], f32)
+    %up_dequant_matrix: f32[6, 8] = aten.view(%up_dequant, [6, 8])
+    %up: f32[B, S, 6] = aten.linear(%x, %up_dequant_matrix)  # site layers.0.up: quantize, adapt r=2
     %up_lora_a: f32[B, S, 2] = aten.linear(%x, %up_lora_A_weight)
     %up_lora_b: f32[B, S, 6] = aten.linear(%up_lora_a, %up_lora_B_weight)
     %up_scaled: f32[B, S, 6] = aten.mul(%up_lora_b, 2.0)
@@ -229,8 +234,9 @@ def ToyBlock(%x: f32[B, S, 8]):
     %relu: f32[B, S, 6] = aten.relu(%up_adapted)
     %down_absmax: f32[1] = bitsandbytes.dequantize_blockwise(%down_weight_absmax, %down_weight_nested_absmax, %nested_quant_map, 256, f32)
     %down_absmax_offset: f32[1] = aten.add(%down_absmax, %down_weight_offset)
-    %down_dequant: f32[8, 6] = bitsandbytes.dequantize_4bit(%down_weight_packed, %down_absmax_offset, 64, nf4, [8, 6], f32)
-    %down: f32[B, S, 8] = aten.linear(%relu, %down_dequant)  # site layers.0.down: quantize, adapt r=2
+    %down_dequant: f32[1, 48] = bitsandbytes.dequantize_4bit(%down_weight_packed, %down_absmax_offset, 64, nf4, [1, 48], f32)
+    %down_dequant_matrix: f32[8, 6] = aten.view(%down_dequant, [8, 6])
+    %down: f32[B, S, 8] = aten.linear(%relu, %down_dequant_matrix)  # site layers.0.down: quantize, adapt r=2
     %down_lora_a: f32[B, S, 2] = aten.linear(%relu, %down_lora_A_weight)
     %down_lora_b: f32[B, S, 8] = aten.linear(%down_lora_a, %down_lora_B_weight)
     %down_scaled: f32[B, S, 8] = aten.mul(%down_lora_b, 2.0)
@@ -293,7 +299,7 @@ def test_compute_dtype_casts_stand_around_the_linear_only(config: Config) -> Non
     gm = after(adapt, config.with_(compute_dtype=torch.bfloat16), Toy(blocks=1, bias=True))
     text = printer.text(gm)
     assert (
-        "%layers_0_up: bf16[B, S, 6] = aten.linear(%layers_0_up_x, %layers_0_up_dequant, %layers_0_up_bias_1)"
+        "%layers_0_up: bf16[B, S, 6] = aten.linear(%layers_0_up_x, %layers_0_up_dequant_matrix, %layers_0_up_bias_1)"
         in text
     )
     assert "%layers_0_up_result: f32[B, S, 6] = aten._to_copy(%layers_0_up, dtype=f32)" in text
@@ -320,7 +326,7 @@ def test_storage_without_double_quantization_has_no_nested_parts(config: Config)
     text = printer.text(after(quantize, single, Toy(blocks=1)))
     assert "nested" not in text
     assert (
-        "dequantize_4bit(%layers_0_up_weight_packed, %layers_0_up_weight_absmax, 32, fp4, [6, 8], f32)"
+        "dequantize_4bit(%layers_0_up_weight_packed, %layers_0_up_weight_absmax, 32, fp4, [1, 48], f32)"
         in text
     )
 
@@ -356,21 +362,6 @@ def test_a_weight_that_another_op_reads_stays_dense_and_says_so(config: Config) 
     site = next(n.meta["site"] for n in sites(gm.graph) if n.meta["site"].weight == "table.weight")
     assert not site.quantize
     assert "also read by" in site.reason
-
-
-def test_a_product_nobody_handles_is_reported(config: Config) -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.plain = nn.Linear(8, 8)
-            self.weight = nn.Parameter(torch.ones(8, 8))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.einsum("bsi,io->bso", self.plain(x), self.weight)
-
-    with pytest.warns(UserWarning, match="unrecognised product with a weight"):
-        gm = after(select, config, Odd())
-    assert any("unrecognised" in n.meta["site"].reason for n in sites(gm.graph))
 
 
 @pytest.mark.parametrize(
@@ -450,10 +441,23 @@ def test_one_list_entry_that_matches_nothing_is_a_warning(config: Config) -> Non
 def test_a_rank_larger_than_a_dimension_names_the_site(config: Config) -> None:
     lora = default_lora()
     lora.r = 7
+    with pytest.raises(ConfigError, match=r"r=7 is larger .* every linear .* layers.0.up \[6, 8\]"):
+        after(select, Config(lora, output_heads=config.output_heads))
+    lora.target_modules = ["up"]
     with pytest.raises(
         ConfigError, match=r"r=7 is larger.*layers.0.up \[6, 8\]; accepted: at most 6"
     ):
         after(select, Config(lora, output_heads=config.output_heads))
+
+
+def test_a_linear_too_small_for_the_rank_is_left_out_of_all_linear() -> None:
+    lora = default_lora()
+    lora.r = 6
+    gm = after(select, Config(lora))  # the head is 5 x 8 and no known output head
+    verdicts = {n.meta["site"].name: n.meta["site"] for n in sites(gm.graph)}
+    assert verdicts["layers.0.up"].adapt
+    assert verdicts["head"].quantize
+    assert verdicts["head"].reason == "not adapted: r=6 is larger than its smaller dimension 5"
 
 
 def test_skipped_modules_stay_dense_but_can_be_adapted(config: Config) -> None:

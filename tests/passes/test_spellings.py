@@ -128,9 +128,7 @@ def test_a_spelling_is_quantized_and_adapted_with_the_right_numbers(spelling: st
     assert report.passed, str(report)
     assert max(report.stages.values()) < 1e-5, str(report)
     assert min(line.norm for line in report.sites) > 0
-    qmodel = qlora_fx.transform(
-        model, LoraConfig(**LORA), backend="eager", example_inputs=inputs()
-    )
+    qmodel = qlora_fx.transform(model, LoraConfig(**LORA), backend="eager", example_inputs=inputs())
     (row,) = qmodel.explain()
     assert (row.quantized, row.adapted, row.reason) == (True, True, "")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import batch, tiny_gpt2, tiny_llama
+from conftest import batch, tiny_gpt2, peer_llama
 from oracle import ours, random_adapter, reference, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -30,7 +30,7 @@ def logits(model: Any) -> torch.Tensor:
 def transformed(config: LoraConfig | None = None, scale: float = 0.05) -> Any:
     """A model run uncompiled, with a random adapter: folders do not depend on how it runs."""
     config = config or LoraConfig(**LORA)
-    model = tiny_llama()
+    model = peer_llama()
     adapter = random_adapter(model, config.r, scale=scale)
     return ours(model, adapter, config, backend="eager")[0]
 
@@ -42,7 +42,7 @@ def test_saved_here_loaded_by_peft(tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    base, _ = reference(tiny_llama(), random_adapter(tiny_llama(), 4), LoraConfig(**LORA))
+    base, _ = reference(peer_llama(), random_adapter(peer_llama(), 4), LoraConfig(**LORA))
     theirs = PeftModel.from_pretrained(base.unload(), tmp_path).train()
     theirs.config.use_cache = False
     assert relative_error(logits(qmodel), logits(theirs)) < 1e-6
@@ -50,11 +50,11 @@ def test_saved_here_loaded_by_peft(tmp_path: Path) -> None:
 
 def test_saved_by_peft_loaded_here(tmp_path: Path) -> None:
     theirs, _ = reference(
-        tiny_llama(), random_adapter(tiny_llama(), 4, scale=0.05), LoraConfig(**LORA)
+        peer_llama(), random_adapter(peer_llama(), 4, scale=0.05), LoraConfig(**LORA)
     )
     theirs.config.use_cache = False
     theirs.save_pretrained(tmp_path)
-    qmodel = qlora_fx.transform(tiny_llama(), LoraConfig.from_pretrained(tmp_path), backend="eager")
+    qmodel = qlora_fx.transform(peer_llama(), LoraConfig.from_pretrained(tmp_path), backend="eager")
     before = logits(qmodel)
     qmodel.load_adapter(tmp_path)
     assert relative_error(logits(qmodel), logits(theirs)) < 1e-6
@@ -62,12 +62,12 @@ def test_saved_by_peft_loaded_here(tmp_path: Path) -> None:
 
 
 def test_keys_and_config_are_pefts_own(tmp_path: Path) -> None:
-    for name, base in (("llama", tiny_llama()), ("gpt2", tiny_gpt2())):
+    for name, base in (("llama", peer_llama()), ("gpt2", tiny_gpt2())):
         folder = tmp_path / name
         qmodel = qlora_fx.transform(base, LoraConfig(**LORA), backend="eager")
         qmodel.save_pretrained(folder / "ours")
         peft: Any = get_peft_model(
-            tiny_llama() if name == "llama" else tiny_gpt2(),
+            peer_llama() if name == "llama" else tiny_gpt2(),
             LoraConfig(**LORA, fan_in_fan_out=name == "gpt2"),
         )
         peft.save_pretrained(folder / "theirs")
@@ -94,9 +94,9 @@ def test_rank_patterns_and_partial_targets_survive_the_journey(tmp_path: Path) -
         alpha_pattern={"layers.1.self_attn.q_proj": 3},
         init_lora_weights=False,
     )
-    qmodel = qlora_fx.transform(tiny_llama(), config, backend="eager")
+    qmodel = qlora_fx.transform(peer_llama(), config, backend="eager")
     qmodel.save_pretrained(tmp_path)
-    peft = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    peft = PeftModel.from_pretrained(peer_llama(), tmp_path)
     for name, module in peft.base_model.model.named_modules():
         if isinstance(getattr(module, "scaling", None), dict):
             site = qmodel._sites[name]
@@ -104,7 +104,7 @@ def test_rank_patterns_and_partial_targets_survive_the_journey(tmp_path: Path) -
                 site.r,
                 pytest.approx(site.scaling),
             )
-    again = qlora_fx.transform(tiny_llama(), LoraConfig.from_pretrained(tmp_path), backend="eager")
+    again = qlora_fx.transform(peer_llama(), LoraConfig.from_pretrained(tmp_path), backend="eager")
     again.load_adapter(tmp_path)
     assert torch.equal(logits(again), logits(qmodel))
 
@@ -113,9 +113,9 @@ def test_targets_that_leaf_names_cannot_tell_apart_are_saved_in_full(tmp_path: P
     config = LoraConfig(
         r=4, exclude_modules=["model.layers.0.self_attn.q_proj"], target_modules="all-linear"
     )
-    qmodel = qlora_fx.transform(tiny_llama(), config, backend="eager")
+    qmodel = qlora_fx.transform(peer_llama(), config, backend="eager")
     qmodel.save_pretrained(tmp_path)
-    peft: Any = get_peft_model(tiny_llama(), LoraConfig.from_pretrained(tmp_path))
+    peft: Any = get_peft_model(peer_llama(), LoraConfig.from_pretrained(tmp_path))
     theirs = {
         n.replace(".default", "").removeprefix("base_model.model.")
         for n, _ in peft.named_parameters()

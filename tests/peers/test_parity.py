@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import batch, tiny_llama
+from conftest import batch, peer_llama
 from oracle import Float64, ours, random_adapter, reference, step, truth
 from peft import LoraConfig
 
@@ -71,7 +71,7 @@ def no_larger(draws: list[dict[str, float]]) -> None:
 def models(dtype: torch.dtype) -> Iterator[Any]:
     """Random models whose weights are large enough for attention to choose."""
     for seed in range(4):
-        model = tiny_llama(3)
+        model = peer_llama(3)
         torch.manual_seed(10 + seed)
         for p in model.parameters():
             if p.dim() == 2:
@@ -117,7 +117,7 @@ def test_the_loss_curve_stays_with_the_references() -> None:
     for i in range(20):
         rows = ids[i * 96 : i * 96 + 96].view(2, 48)
         batches.append({"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows})
-    model = tiny_llama(2)
+    model = peer_llama(2)
     adapter = random_adapter(model, 4)
     config = LoraConfig(**LORA)
     theirs, their_params = reference(model, adapter, config)
