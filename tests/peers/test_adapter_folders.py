@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import batch, tiny_gpt2, peer_llama
+from conftest import batch, peer_llama, tiny_gpt2
 from oracle import ours, random_adapter, reference, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file

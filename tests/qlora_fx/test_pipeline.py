@@ -53,8 +53,9 @@ def test_whole_pipeline_on_a_one_layer_llama() -> None:
     %model_layers_0_mlp_down_proj_lora_B_weight: f32[48, 4] = adapter[model.layers.0.mlp.down_proj.lora_B.weight]
     %model_layers_0_self_attn_q_proj_absmax: f32[48] = bitsandbytes.dequantize_blockwise(%model_layers_0_self_attn_q_proj_weight_absmax, %model_layers_0_self_attn_q_proj_weight_nested_absmax, %nested_quant_map, 256, f32)
     %model_layers_0_self_attn_q_proj_absmax_offset: f32[48] = aten.add(%model_layers_0_self_attn_q_proj_absmax, %model_layers_0_self_attn_q_proj_weight_offset)
-    %model_layers_0_self_attn_q_proj_dequant: f32[64, 48] = bitsandbytes.dequantize_4bit(%model_layers_0_self_attn_q_proj_weight_packed, %model_layers_0_self_attn_q_proj_absmax_offset, 64, nf4, [64, 48], f32)
-    %model_layers_0_self_attn_q_proj: f32[B, S, 64] = aten.linear(%model_layers_0_input_layernorm_mul_1, %model_layers_0_self_attn_q_proj_dequant)  # site model.layers.0.self_attn.q_proj: quantize, adapt r=4
+    %model_layers_0_self_attn_q_proj_dequant: f32[48, 64] = bitsandbytes.dequantize_4bit(%model_layers_0_self_attn_q_proj_weight_packed, %model_layers_0_self_attn_q_proj_absmax_offset, 64, nf4, [48, 64], f32)
+    %model_layers_0_self_attn_q_proj_dequant_matrix: f32[64, 48] = aten.view(%model_layers_0_self_attn_q_proj_dequant, [64, 48])
+    %model_layers_0_self_attn_q_proj: f32[B, S, 64] = aten.linear(%model_layers_0_input_layernorm_mul_1, %model_layers_0_self_attn_q_proj_dequant_matrix)  # site model.layers.0.self_attn.q_proj: quantize, adapt r=4
     %model_layers_0_self_attn_q_proj_lora_a: f32[B, S, 4] = aten.linear(%model_layers_0_input_layernorm_mul_1, %model_layers_0_self_attn_q_proj_lora_A_weight)
     %model_layers_0_self_attn_q_proj_lora_b: f32[B, S, 64] = aten.linear(%model_layers_0_self_attn_q_proj_lora_a, %model_layers_0_self_attn_q_proj_lora_B_weight)
     %model_layers_0_self_attn_q_proj_scaled: f32[B, S, 64] = aten.mul(%model_layers_0_self_attn_q_proj_lora_b, 2.0)
@@ -62,8 +63,9 @@ def test_whole_pipeline_on_a_one_layer_llama() -> None:
     %model_layers_0_self_attn_view: f32[B, S, 4, 16] = aten.view(%model_layers_0_self_attn_q_proj_adapted, [%sym_size, %sym_size_1, -1, 16])
     %model_layers_0_mlp_down_proj_absmax: f32[60] = bitsandbytes.dequantize_blockwise(%model_layers_0_mlp_down_proj_weight_absmax, %model_layers_0_mlp_down_proj_weight_nested_absmax, %nested_quant_map, 256, f32)
     %model_layers_0_mlp_down_proj_absmax_offset: f32[60] = aten.add(%model_layers_0_mlp_down_proj_absmax, %model_layers_0_mlp_down_proj_weight_offset)
-    %model_layers_0_mlp_down_proj_dequant: f32[48, 80] = bitsandbytes.dequantize_4bit(%model_layers_0_mlp_down_proj_weight_packed, %model_layers_0_mlp_down_proj_absmax_offset, 64, nf4, [48, 80], f32)
-    %model_layers_0_mlp_down_proj: f32[B, S, 48] = aten.linear(%model_layers_0_mlp_mul, %model_layers_0_mlp_down_proj_dequant)  # site model.layers.0.mlp.down_proj: quantize, adapt r=4
+    %model_layers_0_mlp_down_proj_dequant: f32[60, 64] = bitsandbytes.dequantize_4bit(%model_layers_0_mlp_down_proj_weight_packed, %model_layers_0_mlp_down_proj_absmax_offset, 64, nf4, [60, 64], f32)
+    %model_layers_0_mlp_down_proj_dequant_matrix: f32[48, 80] = aten.view(%model_layers_0_mlp_down_proj_dequant, [48, 80])
+    %model_layers_0_mlp_down_proj: f32[B, S, 48] = aten.linear(%model_layers_0_mlp_mul, %model_layers_0_mlp_down_proj_dequant_matrix)  # site model.layers.0.mlp.down_proj: quantize, adapt r=4
     %model_layers_0_mlp_down_proj_lora_a: f32[B, S, 4] = aten.linear(%model_layers_0_mlp_mul, %model_layers_0_mlp_down_proj_lora_A_weight)
     %model_layers_0_mlp_down_proj_lora_b: f32[B, S, 48] = aten.linear(%model_layers_0_mlp_down_proj_lora_a, %model_layers_0_mlp_down_proj_lora_B_weight)
     %model_layers_0_mlp_down_proj_scaled: f32[B, S, 48] = aten.mul(%model_layers_0_mlp_down_proj_lora_b, 2.0)
