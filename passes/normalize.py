@@ -9,8 +9,11 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from .contract import contract, spelling
+from .experts import batched, grouped
 from .nodes import CASTS, aten
-from .spellings import batched, contract, grouped, matrix_view, recognise, spelling
+from .spellings import recognise
+from .weights import matrix_view
 
 ASSERTIONS = frozenset(
     {
@@ -27,7 +30,7 @@ FULL_SLICE_END = 2**63 - 1
 def normalize(gm: fx.GraphModule, *, config: Any) -> PassResult:
     """Rewrite each product with a weight to ``linear`` or ``grouped_linear``; remove assertions and no-ops.
 
-    Known spellings are in spellings.py. A weight argument that is a view of a parameter gets
+    Known spellings are in spellings.py and experts.py. A weight argument that is a view of a parameter gets
     ``meta["weight_view"]``. Shape assertions may go because the program checks the captured guards before
     it runs the graph.
 

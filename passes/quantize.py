@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..runtime.ops import NESTED_BLOCKSIZE, whole_rows
-from ..runtime.storage import NESTED_QUANT_MAP, QUANT_MAP, layout
+from .lookup import quantize_lookup
 from .nodes import (
     CANONICAL,
     VIEWS,
@@ -21,12 +21,12 @@ from .nodes import (
     aten,
     call,
     fake_mode,
-    identifier,
     ops,
     placeholders,
     sites,
     weight_view,
 )
+from .stored import cast, replace_other_uses, stored_parts
 
 bnb = torch.ops.bitsandbytes
 
@@ -124,27 +124,6 @@ def quantize_site(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config
         linear.meta["val"] = linear.target(*values)  # type: ignore[operator]
 
 
-def stored_parts(
-    graph: fx.Graph, node: fx.Node, site: Site, inputs: StoredInputs, config: Any
-) -> dict[str, fx.Node]:
-    """Placeholders of a weight's storage, by part."""
-    with fake_mode(graph):
-        device = node.meta["val"].device
-        vals = {
-            key: torch.empty(size, dtype=dtype, device=device)
-            for key, (size, dtype) in layout(
-                site.shape, config.quantization, name=site.name
-            ).items()
-        }
-    # The dense placeholder of the same key stays until all its readers are rewritten.
-    packed = vals.pop("packed")
-    name = f"{identifier(site.weight)}_packed"
-    parts = {"packed": inputs.add(site.weight, packed, name=name, format="4bit")}
-    for key, val in vals.items():
-        parts[key] = inputs.add(stored_key(site.weight, key), val)
-    return parts
-
-
 def dequantize(
     graph: fx.Graph,
     linear: fx.Node,
@@ -203,112 +182,6 @@ def relaid(weight: fx.Node, stored: Layout, wanted: Layout, then: Any) -> fx.Nod
     return weight
 
 
-def quantize_lookup(graph: fx.Graph, node: fx.Node, inputs: StoredInputs, config: Any) -> None:
-    """Dequantize only the rows of an embedding that are looked up.
-
-    Element ``j`` of row ``i`` is number ``n = i * dim + j`` of the table: half a byte of ``packed``, scaled by
-    ``absmax[n // blocksize]``. Gathered element by element this needs no rows that fill whole blocks, and it
-    is one fused kernel when compiled. The values are bitwise those of ``dequantize_4bit``.
-
-    Before::
-
-        %embed: f32[B, S, 48] = aten.embedding(%embed_weight, %input_ids)
-
-    After (abridged)::
-
-        %embed_nibble: i64[B, S, 48] = ...      # from %embed_weight_packed
-        %embed_value: f32[B, S, 48] = aten.index(%quant_map, [%embed_nibble])
-        %embed: f32[B, S, 48] = aten.mul(%embed_value, %embed_scale)
-    """
-    site: Site = node.meta["site"]
-    q = config.quantization
-    dim = site.in_features
-    ids: Any = node.args[1]
-    device = node.meta["val"].device
-    with graph.inserting_before(node):
-        parts = stored_parts(graph, node, site, inputs, config)
-        with fake_mode(graph):
-            values = torch.empty(16, dtype=torch.float32, device=device)
-        quant_map = inputs.add(f"{QUANT_MAP}.{q.quant_type}", values)
-
-        def then(target: Any, *args: Any, suffix: str) -> fx.Node:
-            return call(graph, target, args, name=f"{node.name}_{suffix}", like=node)
-
-        columns = call(
-            graph,
-            aten.arange.default,
-            (dim,),
-            {"dtype": torch.int64, "device": device},
-            name=f"{node.name}_columns",
-            like=node,
-        )
-        number = then(aten.mul.Tensor, ids, dim, suffix="row")
-        number = then(aten.unsqueeze.default, number, -1, suffix="row_column")
-        number = then(aten.add.Tensor, number, columns, suffix="number")
-        packed = parts["packed"]
-        if q.storage_dtype != torch.uint8:
-            packed = then(aten.view.dtype, packed, torch.uint8, suffix="bytes")
-        packed = then(aten.reshape.default, packed, [-1], suffix="packed")
-        place = then(aten.bitwise_right_shift.Tensor_Scalar, number, 1, suffix="place")
-        byte = then(aten.index.Tensor, packed, [place], suffix="byte")
-        byte = call(
-            graph,
-            aten._to_copy.default,
-            (byte,),
-            {"dtype": torch.int64},
-            name=f"{node.name}_wide",
-            like=node,
-        )
-        odd = then(aten.bitwise_and.Scalar, number, 1, suffix="odd")
-        shift = then(aten.mul.Tensor, odd, 4, suffix="odd_bits")
-        shift = then(aten.rsub.Scalar, shift, 4, suffix="shift")
-        nibble = then(aten.bitwise_right_shift.Tensor, byte, shift, suffix="shifted")
-        nibble = then(aten.bitwise_and.Scalar, nibble, 15, suffix="nibble")
-        value = then(aten.index.Tensor, quant_map, [nibble], suffix="value")
-        block = call(
-            graph,
-            aten.div.Tensor_mode,
-            (number, q.blocksize),
-            {"rounding_mode": "floor"},
-            name=f"{node.name}_block",
-            like=node,
-        )
-        scale = then(aten.index.Tensor, parts["absmax"], [block], suffix="absmax")
-        if q.double_quant:
-            level = call(
-                graph,
-                aten._to_copy.default,
-                (scale,),
-                {"dtype": torch.int64},
-                name=f"{node.name}_level",
-                like=node,
-            )
-            scale = then(aten.index.Tensor, parts["nested_quant_map"], [level], suffix="scale")
-            outer = call(
-                graph,
-                aten.div.Tensor_mode,
-                (block, NESTED_BLOCKSIZE),
-                {"rounding_mode": "floor"},
-                name=f"{node.name}_nested_block",
-                like=node,
-            )
-            outer = then(aten.index.Tensor, parts["nested_absmax"], [outer], suffix="nested")
-            scale = then(aten.mul.Tensor, scale, outer, suffix="scale_nested")
-            scale = then(aten.add.Tensor, scale, parts["offset"], suffix="scale_offset")
-        rows = then(aten.mul.Tensor, value, scale, suffix="rows")
-        # Rounded to the dtype in which the table was stored, as a dense table would have been.
-        rows = cast(graph, rows, config.compute_dtype, f"{node.name}_rounded", like=node)
-        result = cast(graph, rows, node.meta["val"].dtype, f"{node.name}_lookup", like=node)
-    result.meta["site"] = site
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
-
-
-def stored_key(weight: str, part: str) -> str:
-    """Store key of one part of a quantized weight; the map of the nested absmax is shared by all."""
-    return NESTED_QUANT_MAP if part == "nested_quant_map" else f"{weight}.{part}"
-
-
 def erase_dense_placeholders(graph: fx.Graph, keys: set[str]) -> None:
     for node in list(placeholders(graph)):
         if node.meta.get("stored") in keys and node.meta.get("format") != "4bit":
@@ -343,19 +216,3 @@ def read_in_stored_dtype(graph: fx.Graph, placeholder: fx.Node) -> bool:
         for user in rest:
             user.replace_input_with(placeholder, dense)
     return True
-
-
-def replace_other_uses(node: fx.Node, new: fx.Node) -> None:
-    """Let all users of ``node`` but ``new`` itself read ``new``."""
-    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-
-
-def cast(
-    graph: fx.Graph, node: Any, dtype: torch.dtype, name: str, like: fx.Node | None = None
-) -> fx.Node:
-    """``node`` in ``dtype``; ``node`` itself if it already is."""
-    if node.meta["val"].dtype == dtype:
-        return node  # type: ignore[no-any-return]
-    return call(
-        graph, aten._to_copy.default, (node,), {"dtype": dtype}, name=name, like=like or node
-    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +13,8 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..errors import ConfigError
+from .contract import spelling
+from .flops import flops
 from .nodes import (
     CANONICAL,
     VIEWS_AND_CASTS,
@@ -28,9 +28,12 @@ from .nodes import (
     weight_like,
     weight_view,
 )
-from .spellings import SPELLINGS, spelling
+from .spellings import SPELLINGS
+from .targets import check_targets, is_excluded, targeted_parameter
 
 UNRECOGNISED = "unrecognised product with a weight"
+
+
 COMPUTED = "the weight is computed, not a parameter"
 
 
@@ -341,6 +344,8 @@ def own_module(node: fx.Node) -> str | None:
 CHOICES = frozenset(
     {aten.topk.default, aten.argmax.default, aten.max.dim, aten.sort.default, aten.sort.stable}
 )
+
+
 ROUTING = VIEWS_AND_CASTS | {
     aten.softmax.int,
     aten._softmax.default,
@@ -350,6 +355,8 @@ ROUTING = VIEWS_AND_CASTS | {
     aten.masked_fill.Scalar,
     aten.sum.dim_IntList,
 }
+
+
 HARMLESS = frozenset(
     {
         aten.embedding.default,
@@ -382,6 +389,19 @@ HARMLESS = frozenset(
         aten.cumsum.default,
         aten.flip.default,
         aten.index_put.default,
+        aten.expand_as.default,
+        aten.view_as.default,
+        aten.tile.default,
+        aten.unfold.default,
+        aten.instance_norm.default,
+        aten.grid_sampler.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.empty_like.default,
+        aten.std.correction,
+        aten.var.correction,
     }
 )
 """Read a parameter of two or more dimensions and are no product."""
@@ -433,119 +453,3 @@ def behind(node: Any) -> set[fx.Node]:
                 seen.add(arg)
                 todo.append(arg)
     return found
-
-
-def hint(size: Any) -> int:
-    """A number for a size: its value in the capture's example; 0 where the data decide it."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    return int(size.node.hint) if size.node.has_hint() else 0
-
-
-def numel(node: Any) -> int:
-    return math.prod(hint(s) for s in node.meta["val"].shape)
-
-
-def flops(node: fx.Node) -> int:
-    """Multiplications and additions of a product, 2 per weight and row, at the capture's example sizes."""
-    if node.target in CANONICAL:
-        out, inn = (hint(s) for s in node.args[1].meta["val"].shape[-2:])  # type: ignore[union-attr]
-        return 2 * numel(node.args[0]) // max(inn, 1) * out * inn
-    if "conv" in spelling(node):
-        size = [hint(s) for s in node.args[1].meta["val"].shape]  # type: ignore[union-attr]
-        return 2 * numel(node) * math.prod(size[1:])
-    inputs = [n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
-    weights = [n for n in inputs if weight_like(parameter_behind(n))]
-    others = [n for n in inputs if n not in weights]
-    rows = max(
-        (numel(n) // max(hint(n.meta["val"].shape[-1]), 1) for n in others if n.meta["val"].dim()),
-        default=1,
-    )
-    return 2 * rows * numel(weights[0]) if weights else 0
-
-
-# -- targets ------------------------------------------------------------------------------------------
-
-
-def targeted_parameter(lora: Any, key: str) -> bool:
-    """PEFT's rule for ``target_parameters``: the parameter's name or the end of it."""
-    return any(key == t or key.endswith(f".{t}") for t in lora.target_parameters or ())
-
-
-def is_excluded(lora: Any, name: str) -> bool:
-    return type(check_target_module_exists(lora, name)).__name__ == "_ExcludedModule"
-
-
-def check_targets(config: Any, found: list[Site], holders: Mapping[str, str]) -> None:
-    """Refuse a LoRA config that adapts nothing; say which entries match nothing, or what cannot be adapted."""
-    names = [s.name for s in found]
-    targets = config.lora.target_modules
-    for target in sorted(config.lora.target_parameters or ()):
-        if not any(s.weight == target or s.weight.endswith(f".{target}") for s in found if s.adapt):
-            why = [f"{s.name} ({s.reason})" for s in found if targeted_parameter_is(s, target)]
-            keys = sorted({".".join(s.weight.rsplit(".", 2)[-2:]) for s in found})
-            raise ConfigError(
-                f"target_parameters entry {target!r} matches no parameter that can be adapted"
-                + (f": {', '.join(why[:3])}" if why else "")
-                + f". Parameters of linears: {', '.join(keys[:12])}"
-            )
-    entries = () if isinstance(targets, str) or targets is None else sorted(targets)
-    doubts = [doubt for t in entries if (doubt := check_target(t, found, holders))]
-    if not any(s.adapt for s in found):
-        large = [s for s in found if "not adapted: r=" in s.reason]
-        if large:
-            raise ConfigError(
-                f"LoraConfig.r={config.lora.r} is larger than the smaller dimension of every linear of this "
-                f"model, for example {large[0].name} {list(large[0].shape)}"
-            )
-        raise ConfigError(
-            f"target_modules={targets!r} with exclude_modules={config.lora.exclude_modules!r}, "
-            f"layers_to_transform={config.lora.layers_to_transform!r} matches no linear of this model."
-            f"{near(targets, names)}"
-        )
-    for doubt in doubts:
-        warnings.warn(doubt, stacklevel=3)
-
-
-def targeted_parameter_is(site: Site, target: str) -> bool:
-    return site.weight == target or site.weight.endswith(f".{target}")
-
-
-def check_target(target: str, found: list[Site], holders: Mapping[str, str]) -> str:
-    """What to say about one entry of ``target_modules``; empty if all it names is adapted.
-
-    Raises:
-        ConfigError: if all it names are operations that cannot be adapted.
-    """
-
-    def named(name: str) -> bool:
-        return name == target or name.endswith(f".{target}")
-
-    hit = [s for s in found if named(s.name)]
-    cannot = {s.name: s.reason for s in hit if not s.layout}
-    cannot |= {n: "an embedding" for n, kind in holders.items() if kind == "embedding" and named(n)}
-    if cannot and all(s.name in cannot for s in hit):
-        name, reason = next(iter(cannot.items()))
-        more = f" and {len(cannot) - 1} more" if len(cannot) > 1 else ""
-        raise ConfigError(
-            f"target_modules entry {target!r} names {name}{more}, which cannot be adapted: {reason}. "
-            "Accepted: linears, convolutions of width 1, and expert weights; qlora_fx.explain lists them"
-        )
-    if cannot:
-        listed = ", ".join(f"{n} ({r})" for n, r in cannot.items())
-        return f"target_modules entry {target!r} also names what cannot be adapted: {listed}"
-    if not hit:
-        hints = near([target], [s.name for s in found])
-        return f"target_modules entry {target!r} matches no linear of this model.{hints}"
-    return ""
-
-
-def near(targets: Any, names: list[str]) -> str:
-    """A hint with the names closest to what was asked for."""
-    leaves = sorted({n.rsplit(".", 1)[-1] for n in names})
-    asked = [targets] if isinstance(targets, str) else sorted(targets or [])
-    close = {
-        c for a in asked for c in difflib.get_close_matches(a.rsplit(".", 1)[-1], leaves, 3, 0.4)
-    }
-    hint = f" Near names: {', '.join(sorted(close))}." if close else ""
-    return f"{hint} Linears of this model: {', '.join(leaves)}; or 'all-linear'"

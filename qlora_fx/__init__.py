@@ -1,7 +1,15 @@
 """QLoRA as a compiler pass: capture, rewrite to NF4 + LoRA, compile, train. See ``transform``."""
 
-from .entry import graph_text, transform
-from .errors import (
+import logging
+
+# On some CPUs bitsandbytes advises to install a kernel for its fused 4-bit product, which no graph here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward" not in str(record.msg)
+)
+
+from . import testing  # noqa: E402
+from .entry import graph_text, transform  # noqa: E402
+from .errors import (  # noqa: E402
     AdapterError,
     CaptureError,
     ConfigError,
@@ -11,8 +19,8 @@ from .errors import (
     ModelError,
     QLoRAError,
 )
-from .model import QLoRAModel
-from .report import Explanation, Row
+from .model import QLoRAModel  # noqa: E402
+from .report import Explanation, Row  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -36,5 +44,6 @@ __all__ = [
     "Row",
     "explain",
     "graph_text",
+    "testing",
     "transform",
 ]

@@ -50,6 +50,10 @@ class Capture:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+UNTRACEABLE_EXPERTS = ("eager", "deepgemm", "sonicmoe")
+"""transformers' ways to run experts that depend on the data in Python, or call kernels of their own."""
+
+
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer, also under its tied names."""
     yield from model.named_parameters(remove_duplicate=False)
@@ -99,10 +103,11 @@ class Blueprint:
                 memo.setdefault(id(tensor), fake)
         model = copy.deepcopy(self.model, memo)
         for module in model.modules():
-            # Some models take no use_cache argument and return what their config says.
             config: Any = getattr(module, "config", None)
             if getattr(config, "use_cache", False):
-                config.use_cache = False
+                config.use_cache = False  # for models that take no such argument
+            if getattr(config, "_experts_implementation", None) in UNTRACEABLE_EXPERTS:
+                config._experts_implementation = "grouped_mm"  # the same numbers
         return model  # type: ignore[no-any-return]
 
     def capture(self, inputs: Mapping[str, Any], *, training: bool, dtype: torch.dtype) -> Capture:

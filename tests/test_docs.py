@@ -41,3 +41,17 @@ def test_the_readme_snippet_runs(tmp_path: Path) -> None:
     finally:
         os.chdir(cwd)
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+def test_the_example_of_experts_passes_its_own_check() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "check_experts.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "MixtralForCausalLM: passed" in done.stdout
+    assert "experts.gate_up_proj  grouped_mm  4x192x64" in done.stdout
+    assert "router stays dense" in done.stdout
+    assert done.stderr == "", "no stray warnings"

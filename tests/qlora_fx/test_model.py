@@ -494,3 +494,48 @@ def test_a_copy_of_the_model_is_not_touched() -> None:
     before = {n: p.clone() for n, p in kept.named_parameters()}
     qlora_fx.transform(model, LoraConfig(**LORA), backend="eager")
     assert all(torch.equal(before[n], p) for n, p in kept.named_parameters())
+
+
+EXAMPLES: dict[str, dict[str, tuple[int, ...]]] = {
+    "vit": {"pixel_values": (2, 3, 32, 32), "labels": (2,)},
+    "wav2vec2": {"input_values": (2, 16000), "labels": (2,)},
+    "whisper": {"labels": (2, 11)},
+    "t5": {"input_ids": (2, 16), "attention_mask": (2, 16), "labels": (2, 11)},
+    "bert": {"input_ids": (2, 16), "attention_mask": (2, 16), "labels": (2, 16)},
+    "clip_vision_model": {},
+}
+
+
+@pytest.mark.parametrize("model_type", EXAMPLES)
+def test_example_inputs_of_text_images_and_sound_are_what_the_model_takes(model_type: str) -> None:
+    import inspect
+
+    from families import FAMILIES, build
+
+    from qlora_fx.inputs import example_inputs
+
+    model = build(next(f for f in FAMILIES if f.model_type == model_type)).train()
+    made = example_inputs(model, inspect.signature(model.forward))
+    assert model.main_input_name in made
+    shapes = {k: tuple(v.shape) for k, v in made.items()}
+    assert EXAMPLES[model_type].items() <= shapes.items()
+    model(**made)
+
+
+def test_a_model_is_transformed_without_example_inputs_and_takes_other_sizes() -> None:
+    import copy
+
+    from families import FAMILIES, build
+
+    from qlora_fx.testing import compare, randomize_adapter
+
+    for model_type in ("vit", "bart"):
+        family = next(f for f in FAMILIES if f.model_type == model_type)
+        model = build(family).train()
+        qmodel = qlora_fx.transform(
+            copy.deepcopy(model), compute_dtype=torch.float32, backend="eager"
+        )
+        randomize_adapter(qmodel)
+        report = compare(model, qmodel, family.batch(5, 29))
+        assert report.passed, str(report)
+        assert len(qmodel.graph_modules) == 1, "the first capture serves"

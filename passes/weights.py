@@ -1,0 +1,120 @@
+"""What a weight argument reads: a whole parameter in some order of dimensions, some rows of it, one of a stack."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from .nodes import CASTS, VIEWS, Layout, WeightView, aten, parameter_behind, weight_like
+
+
+def is_weight(node: Any) -> bool:
+    """True for a view of a stored parameter of two or more dimensions."""
+    return weight_like(parameter_behind(node)) and node.meta["val"].dim() >= 2
+
+
+def dims(node: Any) -> int:
+    return int(node.meta["val"].dim())
+
+
+def strided(node: fx.Node) -> torch.Tensor | None:
+    """The view of a stored parameter that ``node`` is, as a tensor without data; None if it is a copy.
+
+    Casts and contiguous copies do not change which element stands where, so they are passed over.
+    """
+    chain: list[fx.Node] = []
+    at = node
+    while at.op != "placeholder":
+        if at.op != "call_function" or at.target not in VIEWS | CASTS:
+            return None
+        if any(isinstance(n, fx.Node) for n in (*at.args[1:], *at.kwargs.values())):
+            return None
+        chain.append(at)
+        at = at.args[0]  # type: ignore[assignment]
+    if "stored" not in at.meta:
+        return None
+    base = torch.empty(tuple(at.meta["val"].shape), device="meta")
+    value: Any = base
+    for step in reversed(chain):
+        if step.target in CASTS or step.target in KEEP_ORDER:
+            continue
+        try:
+            value = step.target(value, *step.args[1:], **step.kwargs)  # type: ignore[operator]
+        except (RuntimeError, TypeError):
+            return None
+        views = value if isinstance(value, (tuple, list)) else [value]
+        if any(v is not base and v._base is not base for v in views):
+            return None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+KEEP_ORDER = frozenset(
+    {aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default}
+)
+
+
+def whole_view(node: fx.Node) -> Layout | None:
+    """The view as a layout of the whole parameter, dimension by dimension; None for a part or a copy."""
+    view = strided(node)
+    if view is None:
+        return None
+    root = parameter_behind(node)
+    assert root is not None
+    sizes, strides = tuple(view.shape), view.stride()
+    if math.prod(sizes) != root.meta["val"].numel() or view.storage_offset() != 0:
+        return None
+    order = sorted(range(len(sizes)), key=lambda d: (-strides[d], sizes[d] == 1, d))
+    expected = 1
+    for d in reversed(order):
+        if sizes[d] != 1 and strides[d] != expected:
+            return None
+        expected *= sizes[d]
+    stored = tuple(sizes[d] for d in order)
+    return Layout(stored, tuple(order.index(d) for d in range(len(sizes))), sizes)
+
+
+def matrix_view(node: fx.Node, *, transposed: bool = False) -> WeightView | None:
+    """What an ``[out, in]`` argument reads: the whole parameter, some of its rows, or one expert of a stack.
+
+    With ``transposed`` the argument is ``[in, out]``.
+    """
+    root = parameter_behind(node)
+    view = strided(node)
+    if root is None or view is None or view.dim() != 2:
+        return None
+    key = root.meta["stored"]
+    raw: tuple[int, ...] = tuple(root.meta["val"].shape)
+    layout = whole_view(node)
+    if transposed:
+        view = view.t()
+        if layout is not None:
+            layout = Layout(layout.view, layout.permute[::-1], layout.shape[::-1])
+    if layout is not None:
+        return WeightView(key, layout)
+    out, inn = map(int, view.shape)
+    (by_out, by_in), offset = map(int, view.stride()), int(view.storage_offset())
+    n = math.prod(raw)
+    by_row = by_in == 1 and by_out == inn
+    by_column = by_out == 1 and by_in >= out
+    if len(raw) == 3 and offset % (out * inn) == 0 and n == raw[0] * out * inn:
+        if by_row and raw[1:] == (out, inn):
+            return WeightView(key, Layout(raw, (0, 1, 2), raw), expert=offset // (out * inn))
+        if by_column and raw[1:] == (inn, out):
+            stack = Layout(raw, (0, 2, 1), (raw[0], out, inn))
+            return WeightView(key, stack, expert=offset // (out * inn))
+    if by_column and by_in == out and n % (out * inn) == 0 and offset % (out * inn) == 0:
+        count = n // (out * inn)  # matrices under each other, read one by one
+        stack = Layout((count, inn, out), (0, 2, 1), (count, out, inn))
+        return WeightView(key, stack, expert=offset // (out * inn))
+    if by_row and n % inn == 0 and offset % inn == 0:
+        whole = (n // inn, inn)
+        return WeightView(
+            key, Layout(whole, (0, 1), whole), rows=(offset // inn, offset // inn + out)
+        )
+    if by_column and n == by_in * inn and offset + out <= by_in:
+        fused = Layout((inn, by_in), (1, 0), (by_in, inn))
+        return WeightView(key, fused, rows=(offset, offset + out))
+    return None
