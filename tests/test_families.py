@@ -34,8 +34,12 @@ CAPTURED_PER_LENGTH = {"mamba", "falcon_mamba", "jamba", "recurrent_gemma", "rwk
 """Loop over time in Python: each sequence length is captured anew."""
 CAPTURED_PER_BATCH = {"llava", "idefics3"}
 """Write the number of images into the graph."""
-ROWS_BY_DATA = {"switch_transformers", "nllb-moe", "dbrx", "jetmoe"}
-"""Loop over experts: how many rows each gets is not known before the call."""
+ROWS_BY_DATA = {"switch_transformers", "nllb-moe", "dbrx", "jetmoe", "deberta", "idefics3"}
+"""How many rows some linears get is not known before the call: experts in loops, spans in tensors, chosen images."""
+DEAD_LINEARS = {"squeezebert"}
+"""Compute a pooled output that nothing reads; the graph does not."""
+UNCOMPILED = {"swin", "longt5", "qwen2_vl", "falcon_mamba", "jamba"}
+"""Not with aot_eager: swin takes many minutes, the others' backward fails (a view, a size that the data decide)."""
 NOT_INDUCTOR = {"bamba"}
 """Inductor refuses a body (said in a warning); PyTorch's own kernels run it."""
 NAMED = ("output head stays dense", "router stays dense", "convolutions stay dense")
@@ -100,7 +104,7 @@ def run(family: Family, backend: str) -> None:
     linears = [r for r in explanation if not r.reason.startswith(NAMED)]
     size = sum(math.prod(r.shape) for r in linears)
     assert sum(math.prod(r.shape) for r in linears if r.quantized) >= 0.95 * size
-    if family.model_type not in ROWS_BY_DATA:
+    if family.model_type not in ROWS_BY_DATA | DEAD_LINEARS:
         with ParameterFlops(model) as counter, torch.no_grad():
             model(**first)
         in_rows = sum(site.flops for site in qmodel._sites.values())
@@ -117,7 +121,7 @@ def test_a_model_of_each_kind(model_type: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", BY_TYPE)
 def test_a_model_type(model_type: str) -> None:
-    run(BY_TYPE[model_type], "aot_eager")
+    run(BY_TYPE[model_type], "eager" if model_type in UNCOMPILED else "aot_eager")
 
 
 @pytest.mark.slow

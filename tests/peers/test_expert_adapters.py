@@ -74,7 +74,7 @@ def test_saved_here_loaded_by_peft_with_the_same_gradients(model_type: str, tmp_
 
 
 def test_saved_by_peft_loaded_here(tmp_path: Path) -> None:
-    qmodel, base, batch = pair("mixtral")
+    _, base, batch = pair("mixtral")
     lora = LoraConfig(
         r=4,
         lora_alpha=8,
