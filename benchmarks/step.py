@@ -267,10 +267,9 @@ def training_step(args: argparse.Namespace) -> Any:
 
 
 def ours(args: argparse.Namespace) -> Any:
+    import qlora_fx
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
-
-    import qlora_fx
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     qmodel = qlora_fx.transform(

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import sys
 
+import qlora_fx
 import torch
 from peft import LoraConfig
 from transformers import MixtralConfig, MixtralForCausalLM
-
-import qlora_fx
 
 
 def main() -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from qlora_fx import DataError
 
 IGNORE = -100

@@ -12,11 +12,10 @@ import os
 import tempfile
 from pathlib import Path
 
+import qlora_fx
 import torch
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
-
-import qlora_fx
 
 LINEAR = "model_layers_0_mlp_up_proj"
 

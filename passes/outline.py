@@ -76,6 +76,9 @@ def split(graph: fx.Graph) -> list[Segment]:
         if node.op != "call_function":
             continue
         inputs = [level[n] for n in node.all_input_nodes if n in level]
+        if node.target is operator.getitem and inputs:
+            level[node] = inputs[0]  # bodies pass tensors to each other, not lists of them
+            continue
         block = block_of(node)
         if block:
             own = 2 * order[block] + 1
@@ -85,7 +88,14 @@ def split(graph: fx.Graph) -> list[Segment]:
         else:
             level[node] = max(((i + 1) // 2 * 2 for i in inputs), default=0)
     for node in reversed(graph.nodes):
-        if node in level and not block_of(node) and from_storage(node) and node.users:
+        listed = isinstance(node.meta.get("val"), (tuple, list)) or node.target is operator.getitem
+        if (
+            node in level
+            and not block_of(node)
+            and from_storage(node)
+            and node.users
+            and not listed
+        ):
             level[node] = min(level.get(user, level[node]) for user in node.users)
     names = {2 * i + 1: block for block, i in order.items()}
     segments: dict[int, Segment] = {}

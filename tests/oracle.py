@@ -7,14 +7,13 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import qlora_fx
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
+from qlora_fx.testing import Float64, relative_error
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-
-import qlora_fx
-from qlora_fx.testing import Float64, relative_error
 
 __all__ = ["Float64", "ours", "random_adapter", "reference", "relative_error", "step", "truth"]
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import qlora_fx
 import pytest
 import torch
 from conftest import batch, tiny_llama
 from oracle import Float64, random_adapter, relative_error, step, truth
 from peft import LoraConfig
-
-import qlora_fx
 
 pytestmark = [
     pytest.mark.cuda,

@@ -14,10 +14,9 @@ from typing import Any
 import obtain
 import pytest
 import torch
-from conftest import tiny_llama
-from data import IGNORE, Formatter, batches, dates, read_jsonl
-
 from qlora_fx import DataError
+from conftest import peer_llama
+from data import IGNORE, Formatter, batches, dates, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -175,7 +174,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     fast.save_pretrained(folder)
-    tiny_llama(2, vocab_size=len(vocabulary)).save_pretrained(folder)
+    peer_llama(2, vocab_size=len(vocabulary)).save_pretrained(folder)
     return folder
 
 

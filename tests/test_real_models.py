@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import qlora_fx
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from real_models import minilm, whisper
-
-import qlora_fx
 from qlora_fx.testing import Oracle, compare, randomize_adapter, relative_error
+from real_models import minilm, whisper
 
 pytestmark = pytest.mark.slow
 

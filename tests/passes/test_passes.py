@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from qlora_fx import printer
 from conftest import Toy, captured
 from expecttest import assert_expected_inline
-from torch import fx, nn
-from transformers.pytorch_utils import Conv1D
-
-from qlora_fx import printer
 from qlora_fx.config import Config, Quantization, default_lora
 from qlora_fx.errors import ConfigError
 from qlora_fx.passes.adapt import adapt
@@ -18,6 +15,8 @@ from qlora_fx.passes.normalize import normalize
 from qlora_fx.passes.outline import outline
 from qlora_fx.passes.quantize import quantize
 from qlora_fx.passes.select import select
+from torch import fx, nn
+from transformers.pytorch_utils import Conv1D
 
 PASSES = (normalize, select, quantize, adapt, outline)
 

@@ -7,21 +7,20 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import qlora_fx
 import pytest
 import torch
 import torch.nn.functional as F
+from qlora_fx import printer
 from conftest import captured
 from expecttest import assert_expected_inline
 from peft import LoraConfig
-from torch import Tensor, nn
-
-import qlora_fx
-from qlora_fx import printer
 from qlora_fx.config import Config
 from qlora_fx.errors import ConfigError
 from qlora_fx.passes.nodes import CANONICAL, Layout
 from qlora_fx.passes.normalize import normalize
 from qlora_fx.testing import check
+from torch import Tensor, nn
 
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 

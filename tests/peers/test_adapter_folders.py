@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import qlora_fx
 import pytest
 import torch
+from qlora_fx import AdapterError
 from conftest import batch, peer_llama, tiny_gpt2
 from oracle import ours, random_adapter, reference, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-
-import qlora_fx
-from qlora_fx import AdapterError
 
 pytestmark = pytest.mark.peer
 

@@ -11,14 +11,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import qlora_fx
 import pytest
 import torch
 from families import FAMILIES, build
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-
-import qlora_fx
 from qlora_fx.testing import dense_weights, randomize_adapter, relative_error
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.peer
 

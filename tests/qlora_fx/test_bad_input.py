@@ -6,16 +6,15 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import qlora_fx
 import pytest
 import torch
+from qlora_fx import CaptureError, ConfigError, GraphError, InputError, ModelError
 from conftest import Toy, batch, tiny_llama
 from peft import LoraConfig, get_peft_model
+from qlora_fx.config import CARRIED, HONOURED, check_compute_dtype, check_lora, check_quantization
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
-
-import qlora_fx
-from qlora_fx import CaptureError, ConfigError, GraphError, InputError, ModelError
-from qlora_fx.config import CARRIED, HONOURED, check_compute_dtype, check_lora, check_quantization
 
 
 def nan_in_a_weight() -> nn.Module:

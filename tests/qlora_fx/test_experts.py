@@ -6,16 +6,15 @@ import copy
 import warnings
 from typing import Any
 
+import qlora_fx
 import pytest
 import torch
 from conftest import batch
 from peft import LoraConfig
-from torch import fx, nn
-from transformers import MixtralConfig, MixtralForCausalLM
-
-import qlora_fx
 from qlora_fx.passes.nodes import ops
 from qlora_fx.testing import check, compare, randomize_adapter, relative_error
+from torch import fx, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 EXPERTS = "model.layers.0.mlp.experts"

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import qlora_fx
 import pytest
 import torch
 from conftest import VOCABULARY, batch, tiny_llama
 from peft import LoraConfig
-from torch import fx, nn
-from transformers import BitsAndBytesConfig
-
-import qlora_fx
 from qlora_fx.errors import ConfigError
 from qlora_fx.testing import compare, dense_weights, randomize_adapter
+from torch import fx, nn
+from transformers import BitsAndBytesConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 BOTH = ("head", "embeddings")

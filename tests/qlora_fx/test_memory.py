@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import qlora_fx
 import pytest
 import torch
 from conftest import batch, tiny_llama
 from peft import LoraConfig
-from torch import fx
-
-import qlora_fx
 from qlora_fx.passes import lower
+from torch import fx
 
 LORA = LoraConfig(r=4, target_modules="all-linear")
 

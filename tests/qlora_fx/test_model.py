@@ -8,18 +8,17 @@ import warnings
 import weakref
 from typing import Any
 
+import qlora_fx
 import pytest
 import torch
+from qlora_fx import ConfigError, InputError, ModelError
 from conftest import VOCABULARY, batch, tiny_gpt2, tiny_llama
 from oracle import Float64, ours, random_adapter, relative_error, step, truth
 from peft import LoraConfig
+from qlora_fx.passes.lower import CompiledBody
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-import qlora_fx
-from qlora_fx import ConfigError, InputError, ModelError
-from qlora_fx.passes.lower import CompiledBody
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
@@ -511,7 +510,6 @@ def test_example_inputs_of_text_images_and_sound_are_what_the_model_takes(model_
     import inspect
 
     from families import FAMILIES, build
-
     from qlora_fx.inputs import example_inputs
 
     model = build(next(f for f in FAMILIES if f.model_type == model_type)).train()
@@ -526,7 +524,6 @@ def test_a_model_is_transformed_without_example_inputs_and_takes_other_sizes() -
     import copy
 
     from families import FAMILIES, build
-
     from qlora_fx.testing import compare, randomize_adapter
 
     for model_type in ("vit", "bart"):

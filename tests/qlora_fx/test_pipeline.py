@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from qlora_fx import invariants, pipeline, printer
 from conftest import Toy, batch, captured, tiny_llama
 from expecttest import assert_expected_inline
-from torch import fx, nn
-
-from qlora_fx import invariants, pipeline, printer
 from qlora_fx.capture import Blueprint
 from qlora_fx.config import Config, Quantization, default_lora
 from qlora_fx.errors import GraphError
 from qlora_fx.passes.nodes import aten, call, sites
+from torch import fx, nn
 
 
 def test_whole_pipeline_on_a_one_layer_llama() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from qlora_fx.config import Quantization
 from qlora_fx.runtime.ops import grouped_linear, grouped_linear_4bit, grouped_outer
 from qlora_fx.runtime.storage import dequantize_weight, layout, quantize_weight

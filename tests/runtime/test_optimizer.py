@@ -6,10 +6,9 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
-
 from qlora_fx.runtime import optimizer as ours
 from qlora_fx.runtime.optimizer import PAGED, paged_optimizer
+from torch import nn
 
 
 @pytest.mark.parametrize("name", PAGED)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bitsandbytes as bnb
 import pytest
 import torch
-
 from qlora_fx.config import Quantization
 from qlora_fx.runtime.storage import dequantize_weight, layout, quantize_weight
 
