@@ -64,6 +64,7 @@ def select(gm: fx.GraphModule, *, config: Any) -> PassResult:
         if site is not None:
             verdicts[node] = site
     if config.decided is None:
+        keep_shared_weights_dense(verdicts)
         found = [n.meta["site"] for n in sites(gm.graph)] + [*verdicts.values()]
         check_targets(config, found, judge.holders)
     told: set[str] = set()
@@ -74,6 +75,17 @@ def select(gm: fx.GraphModule, *, config: Any) -> PassResult:
     for message in sorted(told):
         warnings.warn(f"{message}; it stays dense and unadapted", stacklevel=2)
     return PassResult(gm, bool(verdicts))
+
+
+def keep_shared_weights_dense(verdicts: dict[fx.Node, Site]) -> None:
+    """A weight is stored once: where one of its readers needs it dense, all read it dense."""
+    dense = {s.weight for s in verdicts.values() if s.layout is not None and not s.quantize}
+    for node, site in verdicts.items():
+        if site.quantize and site.weight in dense:
+            reason = "another reader of the weight keeps it dense"
+            verdicts[node] = replace(
+                site, quantize=False, reason="; ".join(filter(None, (reason, site.reason)))
+            )
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,11 @@ class Judge:
             decided: Site | None = self.config.decided.get(place.name)
             if decided is not None:
                 return replace(decided, op=op, flops=site.flops)
-            return replace(site, reason="not in the graph that transform captured")
+            later = "not adapted: not in the graph that transform captured"
+            for other in self.config.decided.values():
+                if other.weight == view.key and other.quantize:
+                    return replace(site, layout=other.layout, quantize=True, reason=later)
+            return replace(site, reason=later)
         router = self.is_router(node)
         dense = self.why_dense(view, place.name, node, router)
         bare = self.why_bare(view, place, router)
@@ -169,9 +185,7 @@ class Judge:
         if leaf == "weight" and self.holders.get(path) in ("linear", "conv"):
             return Place(path, self.holders[path])
         if leaf == "weight" and self.holders.get(owner) in ("linear", "conv"):
-            if (
-                owner in self.running
-            ):  # someone else reads the weight of a module that runs by itself
+            if owner in self.running:  # the module runs by itself, this is someone else
                 return Place(f"{owner} (read by {path or node.name})", "reader")
             return Place(owner, self.holders[owner])
         name = view.key.removesuffix(".weight")

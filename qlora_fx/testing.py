@@ -92,9 +92,24 @@ class Oracle:
         for site in self.sites:
             for key in lora_keys(site):
                 self.adapters[key] = nn.Parameter(qmodel._store[key].detach().to(dtype))
+        # Merged, an adapter would act on everybody who reads the weight; it belongs to the module.
+        borrowed = {s.weight for s in qmodel._sites.values() if s.kind == "reader"}
+        for site in self.sites:
+            if site.kind == "linear" and site.weight in borrowed:
+                self.add_beside(site)
+        self.sites = [s for s in self.sites if s.kind != "linear" or s.weight not in borrowed]
         self.stacks = transposed_stacks(model)
         self.kinds = holders(model)
         self.conv1d = {n for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
+
+    def add_beside(self, site: Site) -> None:
+        """Add the adapter's product to the module's output instead of its weight."""
+        a, b = (self.adapters[k] for k in lora_keys(site))
+
+        def hook(_: nn.Module, args: Any, output: torch.Tensor) -> Any:
+            return output + site.scaling * (args[0] @ a.T) @ b.T
+
+        self.model.get_submodule(site.name).register_forward_hook(hook)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Every replaced weight of the model, by name; those of adapted sites depend on the adapter."""

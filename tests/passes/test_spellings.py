@@ -21,6 +21,7 @@ from qlora_fx.passes.nodes import CANONICAL, Layout
 from qlora_fx.passes.normalize import normalize
 from qlora_fx.testing import check
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 
@@ -304,6 +305,41 @@ def test_a_target_that_cannot_be_adapted_says_why() -> None:
     lora = LoraConfig(r=2, target_modules=["patch", "one"])
     with pytest.raises(ConfigError, match=r"'patch' names patch, which cannot be adapted: conv"):
         qlora_fx.transform(Convolutions(), lora, backend="eager", example_inputs=batch)
+
+
+def test_a_weight_that_one_reader_needs_dense_is_dense_for_all() -> None:
+    class Borrowed(nn.Module):
+        """``own`` runs, and someone else multiplies by its weight."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.config = SimpleNamespace()
+            self.own, self.plain = nn.Linear(8, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"y": self.plain(self.own(x)) + F.linear(x, self.own.weight)}
+
+    report = check(Borrowed(), inputs(), LoraConfig(**LORA), backend="eager", quiet=True)
+    assert report.passed, str(report)
+    for skip, quantized in (([], True), (["own"], False)):
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skip or None
+        )
+        qmodel = qlora_fx.transform(
+            Borrowed(),
+            LoraConfig(**LORA),
+            quantization,
+            compute_dtype=torch.float32,
+            backend="eager",
+            example_inputs=inputs(),
+        )
+        qmodel(**inputs())
+        assert {row.quantized for row in qmodel.explain() if row.weight == "own.weight"} == {
+            quantized
+        }
+        reader = next(r for r in qmodel.explain() if "read by" in r.name)
+        assert "PEFT adapts the module that owns the weight" in reader.reason
 
 
 def test_a_layout_and_its_inverse() -> None:
