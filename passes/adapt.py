@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +9,11 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .nodes import (
+    Emitter,
     Site,
     StoredInputs,
     WeightView,
     aten,
-    call,
     fake_mode,
     is_flipped,
     ops,
@@ -98,9 +97,7 @@ def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: A
     for node in (lora_a, lora_b):
         node.meta["trainable"] = True
 
-    def then(target: Any, *args: Any, suffix: str) -> fx.Node:
-        return call(graph, target, args, name=f"{name}_{suffix}", like=linear)
-
+    then = Emitter(graph, linear)
     ends = ends_of(linear)
     following = result.next
     with graph.inserting_before(following):
@@ -129,7 +126,7 @@ def ends_of(node: fx.Node) -> Any:
 
 
 def factors(
-    site: Site, view: WeightView, a: fx.Node, b: fx.Node, then: Callable[..., fx.Node]
+    site: Site, view: WeightView, a: fx.Node, b: fx.Node, then: Emitter
 ) -> tuple[fx.Node, fx.Node]:
     """``[(experts,) r, in]`` and ``[(experts,) out, r]`` from PEFT's ``lora_A`` and ``lora_B``.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .nodes import Layout, WeightView, aten, call, ops, parameter_behind
+from .nodes import Emitter, Layout, WeightView, aten, call, ops, parameter_behind
 from .weights import dims, matrix_view, whole_view
 
 
@@ -143,9 +143,7 @@ class Builder:
 
     def __init__(self, graph: fx.Graph, node: fx.Node, name: str) -> None:
         self.graph, self.node, self.name = graph, node, name
-
-    def then(self, target: Any, *args: Any, suffix: str) -> fx.Node:
-        return call(self.graph, target, args, name=f"{self.name}_{suffix}", like=self.node)
+        self.then = Emitter(graph, node, name)
 
     def main(self, target: Any, *args: Any) -> fx.Node:
         """The canonical product itself."""
@@ -224,12 +222,6 @@ class Builder:
             else:
                 rows = self.then(operator.mul, rows, size, suffix="count")
         device = self.node.meta["val"].device
-        ends = call(
-            self.graph,
-            aten.arange.start,
-            (1, groups + 1),
-            {"dtype": torch.int64, "device": device},
-            name=f"{self.name}_groups",
-            like=self.node,
-        )
+        integers = {"dtype": torch.int64, "device": device}
+        ends = self.then(aten.arange.start, 1, groups + 1, suffix="groups", **integers)
         return self.then(aten.mul.Tensor, ends, rows, suffix="ends")

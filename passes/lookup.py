@@ -9,7 +9,7 @@ from torch import fx
 
 from ..runtime.ops import NESTED_BLOCKSIZE
 from ..runtime.storage import QUANT_MAP
-from .nodes import Site, StoredInputs, aten, call, fake_mode
+from .nodes import Emitter, Site, StoredInputs, aten, fake_mode
 from .stored import cast, stored_parts
 
 
@@ -41,17 +41,9 @@ def quantize_lookup(graph: fx.Graph, node: fx.Node, inputs: StoredInputs, config
             values = torch.empty(16, dtype=torch.float32, device=device)
         quant_map = inputs.add(f"{QUANT_MAP}.{q.quant_type}", values)
 
-        def then(target: Any, *args: Any, suffix: str) -> fx.Node:
-            return call(graph, target, args, name=f"{node.name}_{suffix}", like=node)
-
-        columns = call(
-            graph,
-            aten.arange.default,
-            (dim,),
-            {"dtype": torch.int64, "device": device},
-            name=f"{node.name}_columns",
-            like=node,
-        )
+        then = Emitter(graph, node)
+        integers = {"dtype": torch.int64, "device": device}
+        columns = then(aten.arange.default, dim, suffix="columns", **integers)
         number = then(aten.mul.Tensor, ids, dim, suffix="row")
         number = then(aten.unsqueeze.default, number, -1, suffix="row_column")
         number = then(aten.add.Tensor, number, columns, suffix="number")
@@ -61,46 +53,26 @@ def quantize_lookup(graph: fx.Graph, node: fx.Node, inputs: StoredInputs, config
         packed = then(aten.reshape.default, packed, [-1], suffix="packed")
         place = then(aten.bitwise_right_shift.Tensor_Scalar, number, 1, suffix="place")
         byte = then(aten.index.Tensor, packed, [place], suffix="byte")
-        byte = call(
-            graph,
-            aten._to_copy.default,
-            (byte,),
-            {"dtype": torch.int64},
-            name=f"{node.name}_wide",
-            like=node,
-        )
+        byte = then(aten._to_copy.default, byte, suffix="wide", dtype=torch.int64)
         odd = then(aten.bitwise_and.Scalar, number, 1, suffix="odd")
         shift = then(aten.mul.Tensor, odd, 4, suffix="odd_bits")
         shift = then(aten.rsub.Scalar, shift, 4, suffix="shift")
         nibble = then(aten.bitwise_right_shift.Tensor, byte, shift, suffix="shifted")
         nibble = then(aten.bitwise_and.Scalar, nibble, 15, suffix="nibble")
         value = then(aten.index.Tensor, quant_map, [nibble], suffix="value")
-        block = call(
-            graph,
-            aten.div.Tensor_mode,
-            (number, q.blocksize),
-            {"rounding_mode": "floor"},
-            name=f"{node.name}_block",
-            like=node,
+        block = then(
+            aten.div.Tensor_mode, number, q.blocksize, suffix="block", rounding_mode="floor"
         )
         scale = then(aten.index.Tensor, parts["absmax"], [block], suffix="absmax")
         if q.double_quant:
-            level = call(
-                graph,
-                aten._to_copy.default,
-                (scale,),
-                {"dtype": torch.int64},
-                name=f"{node.name}_level",
-                like=node,
-            )
+            level = then(aten._to_copy.default, scale, suffix="level", dtype=torch.int64)
             scale = then(aten.index.Tensor, parts["nested_quant_map"], [level], suffix="scale")
-            outer = call(
-                graph,
+            outer = then(
                 aten.div.Tensor_mode,
-                (block, NESTED_BLOCKSIZE),
-                {"rounding_mode": "floor"},
-                name=f"{node.name}_nested_block",
-                like=node,
+                block,
+                NESTED_BLOCKSIZE,
+                suffix="nested_block",
+                rounding_mode="floor",
             )
             outer = then(aten.index.Tensor, parts["nested_absmax"], [outer], suffix="nested")
             scale = then(aten.mul.Tensor, scale, outer, suffix="scale_nested")

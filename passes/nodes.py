@@ -180,6 +180,20 @@ def call(
     return node
 
 
+class Emitter:
+    """Inserts nodes that stand for ``like``, where the graph's insertion point is.
+
+    Called as ``emit(target, *args, suffix="sum", **kwargs)``: the node is named ``<name>_sum``.
+    """
+
+    def __init__(self, graph: fx.Graph, like: fx.Node, name: str = "") -> None:
+        self.graph, self.like, self.name = graph, like, name or like.name
+
+    def __call__(self, target: Any, *args: Any, suffix: str, **kwargs: Any) -> fx.Node:
+        name = f"{self.name}_{suffix}"
+        return call(self.graph, target, args, kwargs, name=name, like=self.like)
+
+
 class StoredInputs:
     """The placeholders of a graph that read the parameter store, by key and format.
 

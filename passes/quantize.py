@@ -14,12 +14,12 @@ from .lookup import quantize_lookup
 from .nodes import (
     CANONICAL,
     VIEWS,
+    Emitter,
     Layout,
     Site,
     StoredInputs,
     WeightView,
     aten,
-    call,
     fake_mode,
     ops,
     placeholders,
@@ -134,12 +134,9 @@ def dequantize(
 ) -> fx.Node:
     """The nodes from storage to the dense ``[out, in]`` weight that the linear reads, in the compute dtype."""
     q = config.quantization
-    name = linear.name
     assert site.layout is not None
 
-    def then(target: Any, *args: Any, suffix: str) -> fx.Node:
-        return call(graph, target, args, name=f"{name}_{suffix}", like=linear)
-
+    then = Emitter(graph, linear)
     if view.expert is not None:
         parts = {
             k: v if k == "nested_quant_map" else then(aten.select.int, v, 0, view.expert, suffix=k)
@@ -165,10 +162,10 @@ def dequantize(
     return weight
 
 
-def relaid(weight: fx.Node, stored: Layout, wanted: Layout, then: Any) -> fx.Node:
+def relaid(weight: fx.Node, stored: Layout, wanted: Layout, then: Emitter) -> fx.Node:
     """A weight stored for one reader as another reads it (a tied autoencoder's ``W`` and ``W.T``)."""
     if stored.view == wanted.view and stored.permute == wanted.permute[::-1] == (0, 1):
-        return then(aten.t.default, weight, suffix="dequant_t")  # type: ignore[no-any-return]
+        return then(aten.t.default, weight, suffix="dequant_t")
     back = [stored.permute.index(i) for i in range(len(stored.permute))]
     steps = [
         (aten.reshape.default, [stored.view[i] for i in stored.permute]),

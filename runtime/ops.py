@@ -23,7 +23,7 @@ NESTED_BLOCKSIZE = 256
 # Note [Rows that do not fill blocks]
 # The 4-bit dequantization of bitsandbytes 0.50.2 for CPUs with AVX-512 starts a new block at each row of the
 # shape it is given, but blocks run through rows: where a row is no multiple of the block (in_features 48, or
-# 96, with blocks of 64) most values get another block's absmax, an error of 30 to 95 % where 4 bits cost 9 %.
+# 96, with blocks of 64) most values get another block's absmax, an error of 28 to 96 % where 4 bits cost 9 %.
 # The values do not depend on where rows end, so it is asked for rows of whole blocks, and the result viewed.
 
 
