@@ -102,7 +102,10 @@ def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: A
     following = result.next
     with graph.inserting_before(following):
         first, second = factors(site, view, lora_a, lora_b, then)
-        branch = cast(graph, x, ADAPTER_DTYPE, f"{name}_lora_x", like=linear)
+        dtype = config.compute_dtype
+        first = cast(graph, first, dtype, f"{name}_lora_A_low", like=linear)
+        second = cast(graph, second, dtype, f"{name}_lora_B_low", like=linear)
+        branch = cast(graph, x, dtype, f"{name}_lora_x", like=linear)
         if config.training and site.dropout > 0:
             branch = then(aten.dropout.default, branch, site.dropout, True, suffix="lora_dropout")
         for weight, suffix in ((first, "lora_a"), (second, "lora_b")):

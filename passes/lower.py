@@ -9,7 +9,7 @@ from the compiler: siblings could not share work, the LoRA products could not fu
 tensors of the op would be invisible to the partitioner that decides what to recompute.
 
 The price is that autograd wants the dequantized weight again for ``grad @ W``. The partitioner would save
-it (16 or 32 bits per weight from forward to backward), so ``RecomputeWeights`` marks every value that is
+it (16 or 32 bits per weight from forward to backward), so ``Partition`` marks every value that is
 computed from storage alone as MUST_RECOMPUTE in the joint graph. See Note [What is recomputed].
 
 # Note [What is recomputed]
@@ -32,25 +32,61 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._functorch import config as functorch
+from torch._functorch import partitioners
 from torch._guards import TracingContext, tracing
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
+from torch._inductor.exc import InductorError
 from torch.utils.checkpoint import CheckpointPolicy
+
+from .nodes import ops
 
 BACKENDS = ("inductor", "aot_eager", "eager")
 
 
-class RecomputeWeights(CustomGraphPass):  # type: ignore[misc]
-    """Joint-graph pass: recompute whatever depends on frozen storage alone. Note [What is recomputed]."""
+class Partition(CustomPartitionerFn):  # type: ignore[misc]
+    """Splits a joint graph into forward and backward. Note [What is recomputed].
+
+    Args:
+        frozen: positions of inputs that come from storage and need no gradient.
+
+    Attributes:
+        saved: what the forward hands to the backward, once it has run.
+    """
 
     def __init__(self, frozen: frozenset[int]) -> None:
         super().__init__()
         self.frozen = frozen
+        self.saved: list[fx.Node] = []
 
-    def __call__(self, graph: fx.Graph) -> None:
-        mark_recompute(graph, self.frozen)
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        mark_recompute(gm.graph, self.frozen)
+        with functorch.patch(CHEAP_IS_RECOMPUTED):
+            forward, backward = partitioners.min_cut_rematerialization_partition(
+                gm, joint_inputs, **kwargs
+            )
+        outputs: Any = next(iter(forward.graph.find_nodes(op="output"))).args[0]
+        self.saved = [n for n in outputs[kwargs["num_fwd_outputs"] :] if isinstance(n, fx.Node)]
+        return forward, backward
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,), extra=str(sorted(self.frozen)))
+
+    # Inductor copies its settings and pickles them for its cache key: without what was saved.
+    def __deepcopy__(self, memo: Any) -> Partition:
+        return self
+
+    def __getstate__(self) -> Any:
+        return self.uuid()
+
+
+CHEAP_IS_RECOMPUTED = {
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+    "ban_recompute_materialized_backward": False,
+}
+"""Pointwise chains are recomputed however far or long they are: products and attention are what is kept."""
 
 
 def mark_recompute(joint: fx.Graph, frozen: frozenset[int]) -> int:
@@ -94,6 +130,7 @@ class CompiledBody(nn.Module):
         self.body = body
         self.backend = backend
         self.compiled: dict[Any, Callable[..., Any]] = {}
+        self.partitions: dict[Any, Partition] = {}
         self.inputs = list(body.graph.find_nodes(op="placeholder"))
         output = next(iter(body.graph.find_nodes(op="output")))
         self.single = isinstance(output.args[0], fx.Node)
@@ -110,9 +147,11 @@ class CompiledBody(nn.Module):
         outputs = compiled(*args, *(args[i].shape[dim] for i, dim in self.sizes), *foreign)
         return outputs[0] if self.single else outputs
 
-    def build(self, needs_grad: Sequence[bool]) -> Callable[..., Any]:
+    def build(self, needs_grad: tuple[bool, ...]) -> Callable[..., Any]:
         sizes = [size for size, _ in symbols(self.inputs)] + self.foreign
         gm = tuple_output(self.body, sizes)
+        if not needs_grad:
+            skip_gradients(gm.graph)
         mode = next(iter(self.inputs)).meta["val"].fake_mode
         args: list[Any] = []
         with mode:
@@ -125,37 +164,34 @@ class CompiledBody(nn.Module):
             for i, n in enumerate(self.inputs)
             if "stored" in n.meta and not n.meta.get("trainable")
         )
+        partition = self.partitions[needs_grad] = Partition(frozen)
         with tracing(TracingContext(mode)):
-            if self.backend == "aot_eager":
-                return aot_eager(gm, args, frozen)
-            from torch._inductor.compile_fx import compile_fx
-            from torch._inductor.exc import InductorError
+            if self.backend == "inductor":
+                patches = {"custom_partitioner_fn": partition}
+                try:
+                    compiled: Any = compile_fx(gm, args, config_patches=patches)
+                except InductorError as error:
+                    self.tell(error)
+                    gm = tuple_output(self.body, sizes)
+                else:
+                    return compiled  # type: ignore[no-any-return]
+            return aot_eager(gm, args, partition)
 
-            patches = {"joint_custom_pre_pass": RecomputeWeights(frozen)}
-            try:
-                compiled: Any = compile_fx(gm, args, config_patches=patches)
-            except InductorError as error:
-                first = str(error).partition("\n")[0]
-                if self.told:
-                    return aot_eager(tuple_output(self.body, sizes), args, frozen)
-                self.told = True
-                warnings.warn(
-                    f"Inductor cannot compile {type(self.body).__name__} ({first}); it runs on PyTorch's own "
-                    "kernels, as with backend='aot_eager'",
-                    stacklevel=2,
-                )
-                return aot_eager(tuple_output(self.body, sizes), args, frozen)
-            return compiled  # type: ignore[no-any-return]
+    def tell(self, error: Exception) -> None:
+        """Warn once that Inductor refused."""
+        if not self.told:
+            self.told = True
+            warnings.warn(
+                f"Inductor cannot compile {type(self.body).__name__} ({str(error).partition(chr(10))[0]}); it "
+                "runs on PyTorch's own kernels, as with backend='aot_eager'",
+                stacklevel=3,
+            )
 
 
-def aot_eager(gm: fx.GraphModule, args: list[Any], frozen: frozenset[int]) -> Callable[..., Any]:
+def aot_eager(gm: fx.GraphModule, args: list[Any], partition: Partition) -> Callable[..., Any]:
     """The same joint graph, partition and recomputation, run by PyTorch's own kernels."""
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from functorch.compile import make_boxed_func
     from torch._functorch.aot_autograd import aot_module_simplified
-
-    def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
-        mark_recompute(joint.graph, frozen)
-        return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
     def run(gm: fx.GraphModule, example_inputs: Any) -> Any:
         # Some kernels give other strides than their fake ones say (constant_pad_nd of a permuted tensor keeps
@@ -211,6 +247,12 @@ def tuple_output(body: fx.GraphModule, sizes: Sequence[torch.SymInt]) -> fx.Grap
     value = graph.graph_copy(body.graph, mapping)
     graph.output(value if isinstance(value, tuple) else (value,))
     return fx.GraphModule(nn.Module(), graph)
+
+
+def skip_gradients(graph: fx.Graph) -> None:
+    """Let no loss form its gradient in the forward: nobody will ask for it."""
+    for node in graph.find_nodes(op="call_function", target=ops.linear_cross_entropy.default):
+        node.args = (*node.args[:-1], False)
 
 
 def lower(gm: fx.GraphModule, *, backend: str = "inductor") -> fx.GraphModule:

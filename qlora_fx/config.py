@@ -6,7 +6,7 @@ Every field of the two is honoured or refused by name; nothing is ignored.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
@@ -90,6 +90,7 @@ class Config:
         also_quantize: what is dense by default and is to be quantized all the same: members of ``ROLES``.
         training: whether dropout is active.
         adapter: False builds the quantized model without its adapter.
+        return_logits: False lets the loss be computed without its logits.
         disabled: names of stages that are left out.
         decided: for captures after the first, the verdicts of the first, by site name: storage and adapters
             exist and are not decided again.
@@ -103,6 +104,7 @@ class Config:
     also_quantize: frozenset[str] = frozenset()
     training: bool = True
     adapter: bool = True
+    return_logits: bool = True
     disabled: frozenset[str] = frozenset()
     decided: Mapping[str, Any] | None = None
 
@@ -227,6 +229,19 @@ def check_roles(roles: Any) -> frozenset[str]:
             raise ConfigError(
                 f"also_quantize has {role!r}; accepted: {', '.join(map(repr, ROLES))}"
             )
+    return frozenset(given)
+
+
+def check_disabled(names: Any, optional: Iterable[str]) -> frozenset[str]:
+    """``disable`` as a set.
+
+    Raises:
+        ConfigError: for a member that is no optional stage.
+    """
+    given = [names] if isinstance(names, str) else list(names)
+    for name in given:
+        if name not in optional:
+            raise ConfigError(f"disable has {name!r}; accepted: {', '.join(map(repr, optional))}")
     return frozenset(given)
 
 

@@ -14,12 +14,20 @@ from transformers import BitsAndBytesConfig
 
 from . import pipeline
 from .capture import Blueprint, named_tensors
-from .config import Config, check_compute_dtype, check_lora, check_quantization, check_roles
+from .config import (
+    Config,
+    check_compute_dtype,
+    check_disabled,
+    check_lora,
+    check_quantization,
+    check_roles,
+)
 from .errors import ConfigError, ModelError
 from .inputs import bind, example_inputs, signature_key
-from .model import QLoRAModel, decide, graph_title
+from .model import QLoRAModel, Signature, decide, graph_title, skips_logits
 from .passes.adapt import lora_keys
 from .passes.lower import BACKENDS
+from .runtime.allocator import give_back, keep_freed_memory
 from .runtime.dtype import ComputeDtype, fastest
 from .runtime.storage import QUANT_MAP, quantize_weight
 from .runtime.store import QuantizedShape
@@ -34,6 +42,7 @@ def transform(
     blocksize: int = 64,
     also_quantize: Iterable[str] = (),
     example_inputs: Mapping[str, Any] | None = None,
+    disable: Iterable[str] = (),
     backend: str = "inductor",
 ) -> QLoRAModel:
     """Compile a Hugging Face model into its QLoRA form.
@@ -58,6 +67,8 @@ def transform(
             tied to the embedding needs both.
         example_inputs: arguments of one call, by name; only their shapes and dtypes are used. Default: made
             from the model's signature.
+        disable: names of optimizations to leave out, to find out what one of them does: members of
+            ``qlora_fx.pipeline.OPTIONAL``. The numbers stay the same but for rounding.
         backend: "inductor", "aot_eager" (same graphs, PyTorch's kernels), or "eager" (plain autograd for
             debugging; it keeps dequantized weights until backward).
 
@@ -75,6 +86,8 @@ def transform(
         raise ConfigError(f"backend={backend!r}; accepted: {', '.join(BACKENDS)}")
     check_model(model)
     blueprint = Blueprint(model)
+    if blueprint.device.type == "cpu":
+        keep_freed_memory()
     compute = choose_compute_dtype(compute_dtype, asked, blueprint.device)
     activations = torch.promote_types(blueprint.dtype, compute.dtype)
     config = Config(
@@ -84,10 +97,12 @@ def transform(
         output_heads(model, blueprint),
         input_embeddings(model, blueprint),
         check_roles(also_quantize),
+        disabled=check_disabled(disable, pipeline.OPTIONAL),
     )
 
     values = example_values(model, blueprint, example_inputs)
     capture = blueprint.capture(values, training=True, dtype=activations)
+    config = config.with_(return_logits=not skips_logits(True, values))
     result = pipeline.run(capture.gm, config, title=graph_title(True, values))
     decided = decide(result.flat)
 
@@ -95,8 +110,11 @@ def transform(
     qmodel._sites = decided
     move_weights(model, qmodel, config)
     add_adapters(qmodel, config)
-    qmodel._install((True, True, signature_key(values)), capture, result)
+    qmodel._install(
+        Signature(True, True, config.return_logits, signature_key(values)), capture, result
+    )
     mark_used_up(model)
+    give_back(blueprint.device)
     return qmodel
 
 

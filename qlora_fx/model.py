@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -26,9 +26,31 @@ from .passes.nodes import Site, sites
 from .report import Explanation, Row
 from .runtime import checkpoint
 from .runtime.dtype import ComputeDtype
-from .runtime.optimizer import paged_optimizer
+from .runtime.optimizer import Flat, paged_optimizer
 from .runtime.program import DoesNotFit, Program
 from .runtime.store import Store
+
+
+class Signature(NamedTuple):
+    """What makes two calls share a captured and compiled graph.
+
+    Attributes:
+        training: the mode.
+        adapter: whether the adapter is in it.
+        logits: whether the output has logits where it has a loss.
+        arguments: names, ranks, dtypes and constant values.
+    """
+
+    training: bool
+    adapter: bool
+    logits: bool
+    arguments: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        mode = "train" if self.training else "eval"
+        without = "" if self.adapter else ", no adapter"
+        without += "" if self.logits else ", no logits"
+        return f"{mode}{without}({', '.join(name for name, _ in self.arguments)})"
 
 
 class QLoRAModel(nn.Module):
@@ -58,9 +80,10 @@ class QLoRAModel(nn.Module):
         self._store = Store(self)
         self._sites: dict[str, Site] = {}
         self._dense_bytes: dict[str, int] = {}
-        self._programs: dict[Any, list[Program]] = {}
-        self._graphs: dict[Any, fx.GraphModule] = {}
+        self._programs: dict[Signature, list[Program]] = {}
+        self._graphs: dict[Signature, fx.GraphModule] = {}
         self._adapter_enabled = True
+        self._flat: Flat | None = None
         self._vocabulary = vocabulary_size(blueprint.model)
 
     # -- the model it stands for ------------------------------------------------------------------
@@ -96,10 +119,14 @@ class QLoRAModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward.
 
+        In training mode, when ``labels`` are given, the loss is computed without its logits and ``logits`` is
+        None; ``return_logits=True`` asks for them. In eval mode they are there unless it is False.
+
         Raises:
             InputError: an unknown argument, or tensors whose shapes or devices do not fit.
             CaptureError: a new set of arguments could not be captured.
         """
+        wanted = kwargs.pop("return_logits", None)
         values = bind(self._blueprint.signature, args, kwargs)
         if "use_cache" in self._blueprint.signature.parameters:
             if values.get("use_cache"):
@@ -115,7 +142,8 @@ class QLoRAModel(nn.Module):
             values["num_items_in_batch"] = torch.tensor(count, device=self.device)
         paired = bool(getattr(self.config, "is_encoder_decoder", False))
         check_call(values, self.device, self._vocabulary, paired)
-        key = (self.training, self._adapter_enabled, signature_key(values))
+        logits = not skips_logits(self.training, values) if wanted is None else bool(wanted)
+        key = Signature(self.training, self._adapter_enabled, logits, signature_key(values))
         misfits = []
         for program in self._programs.get(key, ()):
             try:
@@ -136,11 +164,12 @@ class QLoRAModel(nn.Module):
                 f"the tensors of this call do not fit each other: {misfits[0] if misfits else error}"
             ) from None
 
-    def _capture(self, key: Any, values: Mapping[str, Any]) -> Program:
+    def _capture(self, key: Signature, values: Mapping[str, Any]) -> Program:
         """Capture a further signature over the same parameters."""
         config = self._config.with_(
-            training=self.training,
-            adapter=self._adapter_enabled,
+            training=key.training,
+            adapter=key.adapter,
+            return_logits=key.logits,
             decided=self._sites,
         )
         try:
@@ -156,7 +185,7 @@ class QLoRAModel(nn.Module):
         result = pipeline.run(capture.gm, config, title=graph_title(self.training, values))
         return self._install(key, capture, result)
 
-    def _install(self, key: Any, capture: Capture, result: pipeline.Result) -> Program:
+    def _install(self, key: Signature, capture: Capture, result: pipeline.Result) -> Program:
         for name, tensor in capture.constants.items():
             self._store.tensors[name] = tensor.to(self.device)
         gm = result.gm
@@ -184,10 +213,7 @@ class QLoRAModel(nn.Module):
     @property
     def graph_modules(self) -> dict[str, fx.GraphModule]:
         """Every captured graph, by mode and arguments."""
-        return {
-            f"{'train' if k[0] else 'eval'}{'' if k[1] else ', no adapter'}({', '.join(n for n, _ in k[2])})": g
-            for k, g in self._graphs.items()
-        }
+        return {str(key): gm for key, gm in self._graphs.items()}
 
     def explain(self) -> Explanation:
         """What was quantized and adapted, what was not, and why."""
@@ -250,14 +276,20 @@ class QLoRAModel(nn.Module):
             lr: learning rate. QLoRA uses 2e-4 up to 13B parameters, 1e-4 above.
             optimizer: ``PagedAdamW32bit``, ``PagedAdamW8bit``, ``PagedLion``, or another paged one by name.
             weight_decay: decoupled weight decay; 0 as in QLoRA.
-            params: parameters or group dicts, each of them an adapter parameter; default all in one group.
+            params: parameters or group dicts, each of them an adapter parameter. Default: all of them as one
+                flat tensor, so that ``step`` is one call and the state is large enough to be paged;
+                ``optimizer.param_groups[0]["params"]`` is that tensor and may be clipped in one call too.
             options: passed on to bitsandbytes (``betas``, ``eps``, ...).
 
         Raises:
             ConfigError: unknown optimizer, or a parameter that is no adapter of this model.
         """
+        if params is None:
+            if self._flat is None:
+                self._flat = Flat(p for _, p in self.adapter_parameters())
+            return self._bitsandbytes(self._flat, optimizer, lr, weight_decay, options)
         ours = {id(p): n for n, p in self.adapter_parameters()}
-        groups = list(params) if params is not None else [p for _, p in self.adapter_parameters()]
+        groups = list(params)
         flat: list[Any] = []
         for i, group in enumerate(groups):
             if isinstance(group, dict):
@@ -274,8 +306,13 @@ class QLoRAModel(nn.Module):
                     f"{what} is not an adapter parameter of this model; accepted: parameters from "
                     "qmodel.adapter_parameters()"
                 )
+        return self._bitsandbytes(groups, optimizer, lr, weight_decay, options)
+
+    def _bitsandbytes(
+        self, params: Any, name: str, lr: float, weight_decay: float, options: dict[str, Any]
+    ) -> torch.optim.Optimizer:
         try:
-            return paged_optimizer(groups, optimizer, lr=lr, weight_decay=weight_decay, **options)
+            return paged_optimizer(params, name, lr=lr, weight_decay=weight_decay, **options)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -406,6 +443,11 @@ class QLoRAModel(nn.Module):
         twin = copy.copy(model)
         twin.__class__ = type(type(model).__name__, (type(model),), members)
         return twin
+
+
+def skips_logits(training: bool, values: Mapping[str, Any]) -> bool:
+    """Whether logits are left out unless asked for: they only feed the loss of a training step."""
+    return training and values.get("labels") is not None
 
 
 def graph_title(training: bool, values: Mapping[str, Any]) -> str:

@@ -3,7 +3,8 @@
     capture -> normalize -> select -> quantize -> adapt -> fuse -> outline -> lower
 
 ``capture`` makes the first graph (capture.py) and ``lower`` makes it run (passes/lower.py); what stands
-between them is this list. ``fuse`` has no pass yet: new rewrites go between adapt and outline.
+between them is this list. ``fuse`` is several passes, each of which may be left out by name
+(``transform(..., disable=["attention"])``) without changing what is computed.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from . import invariants, printer
 from .config import Config
 from .errors import GraphError
 from .passes.adapt import adapt
+from .passes.attention import attention
+from .passes.loss_head import loss_head
 from .passes.normalize import normalize
 from .passes.outline import outline
 from .passes.quantize import quantize
 from .passes.select import select
+from .passes.siblings import siblings
 
 log = logging.getLogger("qlora_fx")
 
@@ -35,6 +39,7 @@ class Stage:
 
     run: Callable[..., PassResult]
     establishes: tuple[invariants.Invariant, ...] = ()
+    optional: bool = False
 
     @property
     def name(self) -> str:
@@ -57,8 +62,15 @@ PIPELINE: tuple[Stage, ...] = (
             invariants.every_adapted_site_has_a_live_branch,
         ),
     ),
+    Stage(siblings, optional=True),
+    Stage(attention, optional=True),
+    Stage(loss_head, optional=True),
     Stage(outline, (invariants.each_distinct_body_occurs_once,)),
 )
+
+
+OPTIONAL = tuple(stage.name for stage in PIPELINE if stage.optional)
+"""What ``disable`` accepts."""
 
 
 @dataclass

@@ -26,7 +26,7 @@ from . import pipeline
 from .capture import holders, named_tensors, transposed_stacks
 from .entry import transform
 from .inputs import bind
-from .model import QLoRAModel
+from .model import QLoRAModel, skips_logits
 from .passes.adapt import lora_keys
 from .passes.nodes import Site
 from .runtime.storage import dequantize_weight
@@ -331,6 +331,8 @@ def compare(
     true_out, true_grads = step(Oracle(model, qmodel), batch)
     eager_out, eager_grads = step(Oracle(model, qmodel, dtype=torch.float32), batch)
     out, grads = step(qmodel, batch)
+    if not true_out.keys() <= out.keys():
+        out = uncompiled_outputs(qmodel, batch) | out
     outputs = {k: relative_error(out[k], v) for k, v in true_out.items()}
     eager_outputs = {k: relative_error(eager_out[k], v) for k, v in true_out.items()}
     largest = max((float(g.norm()) for g in true_grads.values()), default=0.0)
@@ -368,6 +370,16 @@ def step(
         adapters = dict(run.adapter_parameters())
     found = leaves(output)
     return found, gradients(scalar(output, found), adapters)
+
+
+def uncompiled_outputs(qmodel: QLoRAModel, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """All outputs, also those that a training step leaves out because nobody asked for them."""
+    backend, qmodel._backend = qmodel._backend, "eager"
+    try:
+        with torch.no_grad():
+            return leaves(qmodel(**batch, return_logits=True))
+    finally:
+        qmodel._backend = backend
 
 
 def gradients(loss: torch.Tensor, adapters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -438,7 +450,8 @@ def bisect(model: nn.Module, qmodel: QLoRAModel, batch: Mapping[str, Any]) -> di
         found = leaves(output)
         adapted = any(n.meta.get("trainable") for n in placeholders)
         true = full if adapted else plain
-        worst = max((relative_error(found[k], v) for k, v in true.items()), default=0.0)
+        there = [k for k in true if k in found]
+        worst = max((relative_error(found[k], true[k]) for k in there), default=0.0)
         if adapted:
             adapters = dict(qmodel.adapter_parameters())
             for key, grad in gradients(scalar(output, found), adapters).items():
@@ -447,6 +460,10 @@ def bisect(model: nn.Module, qmodel: QLoRAModel, batch: Mapping[str, Any]) -> di
                 worst = max(worst, distance / floor if distance else 0.0)
         errors[stage] = worst
 
-    config = qmodel._config.with_(training=qmodel.training, decided=qmodel._sites)
+    config = qmodel._config.with_(
+        training=qmodel.training,
+        decided=qmodel._sites,
+        return_logits=not skips_logits(qmodel.training, values),
+    )
     pipeline.run(capture.gm, config, title="check", observe=observe)
     return errors

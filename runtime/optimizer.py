@@ -8,6 +8,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from torch import nn
 
 PAGED = (
     "PagedAdamW32bit",
@@ -21,10 +22,70 @@ PAGED = (
     "PagedLion",
 )
 _warned: set[str] = set()
+ALIGNMENT = 16
+"""Elements; each parameter starts at a whole vector of the flat buffer."""
+
+
+class Flat:
+    """Parameters as views of one buffer, and their gradients as views of another.
+
+    An optimizer, or gradient clipping, over ``buffer`` is one call instead of one per parameter; and
+    bitsandbytes pages only tensors of at least 100,000 elements, which a single LoRA matrix seldom has.
+    Autograd adds into the views, so ``buffer.grad`` is always the whole gradient.
+
+    Attributes:
+        buffer: all values, with ``grad``.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        self.params = list(params)
+        places = []
+        size = 0
+        for p in self.params:
+            places.append((size, p.numel(), p.shape))
+            size += -(-p.numel() // ALIGNMENT) * ALIGNMENT
+        first = self.params[0]
+        values = torch.zeros(size, dtype=first.dtype, device=first.device)
+        self.buffer = nn.Parameter(values)
+        self.buffer.grad = torch.zeros_like(values)
+        self.grads = []
+        for p, (start, count, shape) in zip(self.params, places, strict=True):
+            view = values[start : start + count].view(shape)
+            view.copy_(p.detach())
+            p.data = view
+            self.grads.append(self.buffer.grad[start : start + count].view(shape))
+        self.link()
+
+    def link(self) -> None:
+        """Let every parameter's gradient be its view again, with what was put in its place meanwhile."""
+        for p, view in zip(self.params, self.grads, strict=True):
+            if p.grad is None:
+                view.zero_()
+            elif p.grad.data_ptr() != view.data_ptr():
+                view.copy_(p.grad)
+            else:
+                continue
+            p.grad = view
+
+    def optimizer(self, kind: type, **options: Any) -> torch.optim.Optimizer:
+        """An optimizer of the class ``kind`` over the buffer, whose ``zero_grad`` keeps the views."""
+        flat = self
+
+        def step(self: Any, closure: Any = None) -> Any:
+            flat.link()
+            return kind.step(self, closure)  # type: ignore[attr-defined]
+
+        def zero_grad(self: Any, set_to_none: bool = True) -> None:
+            flat.buffer.grad.zero_()  # type: ignore[union-attr]
+            for p, view in zip(flat.params, flat.grads, strict=True):
+                p.grad = view
+
+        made: Any = type(kind.__name__, (kind,), {"step": step, "zero_grad": zero_grad})
+        return made([self.buffer], **options)  # type: ignore[no-any-return]
 
 
 def paged_optimizer(
-    params: Iterable[Any], name: str, *, lr: float, weight_decay: float, **options: Any
+    params: Iterable[Any] | Flat, name: str, *, lr: float, weight_decay: float, **options: Any
 ) -> torch.optim.Optimizer:
     """Construct ``bitsandbytes.optim.<name>``.
 
@@ -32,7 +93,7 @@ def paged_optimizer(
     bitsandbytes has no paging: the state is ordinary memory, and this is said once.
 
     Args:
-        params: parameters, or group dicts as for any ``torch.optim`` optimizer.
+        params: a ``Flat``; or parameters or group dicts as for any ``torch.optim`` optimizer.
         name: one of ``PAGED``.
         lr: learning rate.
         weight_decay: decoupled weight decay of the groups that give none.
@@ -43,8 +104,13 @@ def paged_optimizer(
     """
     if name not in PAGED or not hasattr(bnb.optim, name):
         raise ValueError(f"optimizer {name!r}; accepted: {', '.join(PAGED)}")
-    groups = list(params)
-    optimizer: Any = getattr(bnb.optim, name)(groups, lr=lr, weight_decay=weight_decay, **options)
+    kind = getattr(bnb.optim, name)
+    options = {"lr": lr, "weight_decay": weight_decay, **options}
+    optimizer: Any
+    if isinstance(params, Flat):
+        optimizer = params.optimizer(kind, **options)
+    else:
+        optimizer = kind(list(params), **options)
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     if any(p.device.type == "cpu" for p in tensors):
         optimizer._cpu_paged_warned = (
@@ -55,6 +121,6 @@ def paged_optimizer(
             warnings.warn(
                 f"{name} on a CPU: bitsandbytes does not page optimizer state there, it is held in "
                 "ordinary memory. Training is the same.",
-                stacklevel=4,
+                stacklevel=5,
             )
     return optimizer  # type: ignore[no-any-return]

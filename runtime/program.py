@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from .allocator import give_back
+
 
 class DoesNotFit(Exception):
     """The call's tensors are outside of what this program was captured for."""
@@ -37,7 +39,8 @@ class Program:
         self.inputs = inputs
         self.guards = [(g, compile(g, "<guard>", "eval")) for g in guards]
         self.out_spec = out_spec
-        self.device_type = inputs[0][1].device.type
+        self.device = inputs[0][1].device
+        self.calls = 0
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Run on the call's arguments.
@@ -46,8 +49,11 @@ class Program:
             DoesNotFit: a size, dtype or device is not what was captured; nothing was run.
         """
         tensors = self.fit(values)
+        self.calls += 1
+        if self.calls == 2:  # forward and backward are compiled now
+            give_back(self.device)
         # The graph's dtypes are decided; an autocast around the call must not change them while it compiles.
-        with torch.autocast(self.device_type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):
             outputs = self.run(*self.stored, *tensors)
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 

@@ -146,9 +146,16 @@ def ours(
 def step(
     model: Any, params: Mapping[str, nn.Parameter], batch: Any
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits and every adapter's gradient of one forward and backward."""
+    """Logits and every adapter's gradient of one forward and backward.
+
+    A training step of ours makes no logits; they are asked for in a call of their own.
+    """
     for p in params.values():
         p.grad = None
     out = model(**batch)
     out.loss.backward()
-    return out.logits.detach(), {n: p.grad.clone() for n, p in params.items() if p.grad is not None}
+    grads = {n: p.grad.clone() for n, p in params.items() if p.grad is not None}
+    if out.logits is None:
+        with torch.no_grad():
+            out = model(**batch, return_logits=True)
+    return out.logits.detach(), grads

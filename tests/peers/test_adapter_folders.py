@@ -21,7 +21,9 @@ LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
 
 def logits(model: Any) -> torch.Tensor:
-    inputs = batch()
+    inputs: dict[str, Any] = dict(batch())
+    if isinstance(model, qlora_fx.QLoRAModel):
+        inputs["return_logits"] = True
     with torch.no_grad():
         return model(**inputs).logits  # type: ignore[no-any-return]
 

@@ -145,8 +145,8 @@ def test_dropout_acts_on_experts_in_training_only() -> None:
         for name, p in qmodel.adapter_parameters():
             if "experts" not in name:
                 p.zero_()
-        trained = [qmodel.train()(**batch()).logits for _ in range(2)]
-        evaluated = [qmodel.eval()(**batch()).logits for _ in range(2)]
+        trained = [qmodel.train()(**batch(), return_logits=True).logits for _ in range(2)]
+        evaluated = [qmodel.eval()(**batch(), return_logits=True).logits for _ in range(2)]
     assert relative_error(trained[0], trained[1]) > 1e-4
     assert torch.equal(evaluated[0], evaluated[1])
 
@@ -154,9 +154,9 @@ def test_dropout_acts_on_experts_in_training_only() -> None:
 def test_a_zero_b_leaves_the_experts_unchanged() -> None:
     qmodel = transformed(tiny_mixtral())
     with torch.no_grad():
-        adapted = qmodel(**batch()).logits
+        adapted = qmodel(**batch(), return_logits=True).logits
         with qmodel.disable_adapter():
-            assert torch.equal(adapted, qmodel(**batch()).logits)
+            assert torch.equal(adapted, qmodel(**batch(), return_logits=True).logits)
 
 
 def test_no_stack_is_dense_in_the_graph() -> None:

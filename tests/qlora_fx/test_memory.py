@@ -17,26 +17,23 @@ LORA = LoraConfig(r=4, target_modules="all-linear")
 
 def saved_for_backward(monkeypatch: pytest.MonkeyPatch, frozen_marked: bool) -> list[list[fx.Node]]:
     """What each compiled body's forward graph hands to its backward, from the partitioner itself."""
-    import torch._inductor.compile_fx as inductor
-
-    found: list[list[fx.Node]] = []
-    partition = inductor.min_cut_rematerialization_partition
-
-    def watching(joint: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        forward, backward = partition(joint, inputs, *args, **kwargs)
-        outputs = next(iter(forward.graph.find_nodes(op="output"))).args[0]
-        found.append([n for n in outputs[kwargs["num_fwd_outputs"] :] if isinstance(n, fx.Node)])
-        return forward, backward
-
-    monkeypatch.setattr(inductor, "min_cut_rematerialization_partition", watching)
     if not frozen_marked:
         monkeypatch.setattr(lower, "mark_recompute", lambda joint, frozen: 0)
-        monkeypatch.setattr(lower.RecomputeWeights, "uuid", lambda self: "unmarked")
-    torch._dynamo.reset()
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        qmodel = qlora_fx.transform(tiny_llama(2), LORA)
-        qmodel(**batch()).loss.backward()
-    return found
+        monkeypatch.setattr(lower.Partition, "uuid", lambda self: "unmarked")
+    qmodel = qlora_fx.transform(tiny_llama(2), LORA)
+    qmodel(**batch()).loss.backward()
+    return [p.saved for p in partitions(qmodel)]
+
+
+def partitions(qmodel: Any) -> list[lower.Partition]:
+    """What each compiled body's forward hands to its backward, from the partitioner itself."""
+    return [
+        partition
+        for programs in qmodel._programs.values()
+        for program in programs
+        for body in program.run.children()
+        for partition in body.partitions.values()
+    ]
 
 
 def dense(node: fx.Node) -> bool:

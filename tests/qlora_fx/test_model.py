@@ -40,7 +40,7 @@ def true_logits(model: nn.Module, adapter: dict[str, torch.Tensor], inputs: Any)
 
 def test_output_class_and_fields_are_the_models_own(adapted: Any) -> None:
     model, qmodel, _ = adapted
-    out = qmodel(**batch())
+    out = qmodel(**batch(), return_logits=True)
     theirs = model(**batch(), use_cache=False)
     assert type(out) is CausalLMOutputWithPast
     assert list(out.keys()) == list(theirs.keys())
@@ -78,6 +78,7 @@ def test_any_batch_and_sequence_is_right_without_capturing_or_compiling_again(
     model, qmodel, adapter = adapted
     qmodel.train()
     qmodel(**batch()).loss.backward()
+    qmodel(**batch(), return_logits=True)
     qmodel.zero_grad()
     compiled = compilations(qmodel)
     assert compiled >= 4  # prologue, first and later blocks, epilogue
@@ -86,6 +87,7 @@ def test_any_batch_and_sequence_is_right_without_capturing_or_compiling_again(
     out = qmodel(**inputs)
     if tokens > 1:
         out.loss.backward()
+    out = qmodel(**inputs, return_logits=True)
     assert relative_error(out.logits, true_logits(model, adapter, inputs)) < 2e-6
     assert len(qmodel.graph_modules) == graphs
     assert compilations(qmodel) == compiled
@@ -102,7 +104,7 @@ def test_other_arguments_are_captured_lazily_over_the_same_weights(adapted: Any)
         {"input_ids": ids, "labels": ids},
         {"input_ids": ids, "logits_to_keep": 2},
     ):
-        out = qmodel(**inputs)
+        out = qmodel(**inputs, return_logits=True)
         assert ("loss" in out) == ("labels" in inputs)
         assert relative_error(out.logits, true_logits(model, adapter, inputs)) < 2e-6, list(inputs)
     assert sum(t.nbytes for _, t in qmodel._store.items()) == held
@@ -142,7 +144,7 @@ def test_dropout_draws_anew_each_step_and_scales_by_its_survivors() -> None:
     qmodel, _ = ours(model, adapter, LoraConfig(**LORA, lora_dropout=0.3))
     inputs = batch()
     with torch.no_grad():
-        draws = torch.stack([qmodel(**inputs).logits for _ in range(200)])
+        draws = torch.stack([qmodel(**inputs, return_logits=True).logits for _ in range(200)])
     assert not torch.equal(draws[0], draws[1])
     right = true_logits(model, adapter, inputs)
     assert relative_error(draws.mean(0), right) < 0.15 * relative_error(draws[0], right)
@@ -152,9 +154,9 @@ def test_adapter_with_zero_b_leaves_the_quantized_model_unchanged_bitwise() -> N
     for backend in ("inductor", "eager"):
         qmodel = qlora_fx.transform(tiny_llama(), LoraConfig(**LORA), backend=backend)
         with torch.no_grad():
-            adapted = qmodel(**batch()).logits
+            adapted = qmodel(**batch(), return_logits=True).logits
             with qmodel.disable_adapter():
-                plain = qmodel(**batch()).logits
+                plain = qmodel(**batch(), return_logits=True).logits
         assert torch.equal(adapted, plain), backend
 
 
@@ -162,9 +164,12 @@ def test_disabled_adapter_is_the_quantized_model(adapted: Any) -> None:
     model, qmodel, _ = adapted
     inputs = batch()
     with qmodel.disable_adapter():
-        logits = qmodel(**inputs).logits
+        logits = qmodel(**inputs, return_logits=True).logits
     assert relative_error(logits, true_logits(model, {}, inputs)) < 2e-6
-    assert relative_error(qmodel(**inputs).logits, true_logits(model, {}, inputs)) > 1e-2
+    assert (
+        relative_error(qmodel(**inputs, return_logits=True).logits, true_logits(model, {}, inputs))
+        > 1e-2
+    )
 
 
 def test_conv1d_is_quantized_and_adapted() -> None:
@@ -196,7 +201,7 @@ def test_a_bfloat16_model_keeps_its_storage_and_runs_in_the_wider_dtype() -> Non
         if not p.requires_grad and p.is_floating_point()
     }
     assert set(dense.values()) == {torch.bfloat16}
-    out = qmodel(**batch())
+    out = qmodel(**batch(), return_logits=True)
     assert out.logits.dtype == torch.float32
     assert relative_error(out.logits, true_logits(model.float(), adapter, batch())) < 1e-2
     out.loss.backward()
@@ -294,7 +299,7 @@ def test_a_tied_head_is_named_as_a_head_and_its_bytes_count_once() -> None:
     held = sum(t.nbytes for _, t in qmodel._store.items())
     assert totals["bytes_after"] + totals["adapter_bytes"] + totals["other_bytes"] == held
     with torch.no_grad():
-        logits = qmodel(**batch()).logits
+        logits = qmodel(**batch(), return_logits=True).logits
     model = tiny_llama(1, tie_word_embeddings=True)
     assert relative_error(logits, true_logits(model, {}, batch())) < 2e-6
 
@@ -318,7 +323,12 @@ def test_state_dict_has_bitsandbytes_keys_and_loads_back(adapted: Any) -> None:
             p.zero_()
     assert other.load_state_dict(state) is not None
     inputs = batch()
-    assert relative_error(other(**inputs).logits, true_logits(model, adapter, inputs)) < 2e-6
+    assert (
+        relative_error(
+            other(**inputs, return_logits=True).logits, true_logits(model, adapter, inputs)
+        )
+        < 2e-6
+    )
     del state[f"{base}.absmax"], state[f"{base}.quant_state.bitsandbytes__nf4"]
     with pytest.raises((RuntimeError, ValueError)):
         other.load_state_dict(state)
@@ -462,7 +472,7 @@ def test_a_model_that_looks_at_the_shape_is_captured_again_and_says_so() -> None
             inputs = {"input_ids": batch(rows, tokens)["input_ids"]}
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                logits = qmodel(**inputs).logits
+                logits = qmodel(**inputs, return_logits=True).logits
             assert (
                 any(
                     "captured again" in str(w.message) or "capturing" in str(w.message)
@@ -475,9 +485,9 @@ def test_a_model_that_looks_at_the_shape_is_captured_again_and_says_so() -> None
 
 def test_autocast_around_a_call_changes_nothing(adapted: Any) -> None:
     _, qmodel, _ = adapted
-    plain = qmodel(**batch()).logits
+    plain = qmodel(**batch(), return_logits=True).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(qmodel(**batch()).logits, plain)
+        assert torch.equal(qmodel(**batch(), return_logits=True).logits, plain)
 
 
 def test_no_warning_is_raised_by_the_main_path() -> None:

@@ -1,0 +1,84 @@
+"""siblings: linears that read the same input share the first product of their adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from .adapt import is_adapter_key
+from .nodes import CASTS, Emitter, aten, parameter_behind
+from .stored import cast
+
+
+def siblings(gm: fx.GraphModule, *, config: Any) -> PassResult:
+    """Stack ``lora_A`` of linears with one input (q, k and v; gate and up): one product where there were several.
+
+    The backward gains more: one product for the gradient of all ``lora_A``, and one for that of the input,
+    which is then added up once. The parameters stay separate tensors; the stack is small. Base weights are
+    not stacked: their products are large enough, and one wide product was no faster here. Dropout gives each
+    linear an input of its own, so with it there are no siblings.
+
+    Before::
+
+        %q_lora_a: f32[B, S, 2] = aten.linear(%x, %q_lora_A_weight)
+        %k_lora_a: f32[B, S, 2] = aten.linear(%x, %k_lora_A_weight)
+
+    After::
+
+        %q_lora_stack: f32[4, 8] = aten.cat([%q_lora_A_weight, %k_lora_A_weight])
+        %q_lora_a_all: f32[B, S, 4] = aten.linear(%x, %q_lora_stack)
+        %q_lora_a: f32[B, S, 2] = aten.slice(%q_lora_a_all, -1, 0, 2)
+        %k_lora_a: f32[B, S, 2] = aten.slice(%q_lora_a_all, -1, 2, 4)
+    """
+    graph = gm.graph
+    families: dict[Any, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.linear.default):
+        if "stack_of" in node.meta or not reads_lora_a(node):
+            continue
+        x = uncast(node.args[0])
+        families.setdefault((x, node.meta["val"].dtype), []).append(node)
+    found = [family for family in families.values() if len(family) > 1]
+    for family in found:
+        stack(graph, family)
+    if found:
+        graph.eliminate_dead_code()
+    return PassResult(gm, bool(found))
+
+
+def reads_lora_a(node: fx.Node) -> bool:
+    """True for the first product of an adapter's branch."""
+    factor = parameter_behind(node.args[1])
+    return (
+        factor is not None
+        and is_adapter_key(factor.meta["stored"])
+        and node.name.endswith("_lora_a")
+    )
+
+
+def uncast(node: Any) -> Any:
+    while node.op == "call_function" and node.target in CASTS:
+        node = node.args[0]
+    return node
+
+
+def stack(graph: fx.Graph, family: list[fx.Node]) -> None:
+    first = family[0]
+    name = first.name.removesuffix("_a")
+    then = Emitter(graph, first, name)
+    with graph.inserting_before(first):
+        factors = [uncast(node.args[1]) for node in family]
+        whole = then(aten.cat.default, factors, suffix="stack")
+        whole = cast(graph, whole, first.meta["val"].dtype, f"{name}_stack_low", like=first)
+        together = then(aten.linear.default, first.args[0], whole, suffix="a_all")
+        together.meta["stack_of"] = tuple(node.name for node in family)
+        start = 0
+        for node in family:
+            stop = start + int(node.meta["val"].shape[-1])
+            emit = Emitter(graph, node, node.name)
+            part = emit(aten.slice.Tensor, together, -1, start, stop, suffix="part")
+            node.replace_all_uses_with(part)
+            start = stop
+    for node in family:
+        graph.erase_node(node)
