@@ -1,10 +1,13 @@
 """Step time and memory of qlora_fx beside PEFT + bitsandbytes and the pure-GEMM lower bound.
 
-    python benchmarks/step.py [--tokens 512] [--rows 1] [--rank 16] [--rounds 5]
+    python benchmarks/step.py [--rounds 5] [--rank 16] [--workloads text chat] [--json figures.json]
 
-Every stack lives in a process of its own. They take turns, one step each, round after round, so that a
+Two workloads: ``text``, one row of 512 tokens, all of which give loss; ``chat``, four rows of 256, of which the
+last quarter does (the rest stands for prompts). Every stack lives in a process of its own. They take turns, one step each, round after round, so that a
 drift of the machine's speed hits all alike; only one computes at any time. The bound is the time of the
-step's matrix products alone (each linear's forward and input gradient, and LoRA's), in the fastest dtype.
+step's matrix products alone (each linear's forward and input gradient, and LoRA's; of the head the rows that
+give loss), in the dtype that multiplies fastest here; attention is not in it. qlora_fx loads the model in that dtype too, as the
+references do in theirs. Memory is the peak of a step above the process before the model was loaded.
 Quote ratios; absolute times hold for one machine and one hour. Nothing else may run meanwhile.
 """
 
@@ -34,6 +37,8 @@ STACKS = {
     "ref-bf16-ckpt": "PEFT + bitsandbytes, bfloat16, gradient checkpointing",
     "gemm": "matrix products alone (lower bound)",
 }
+WORKLOADS = {"text": (1, 512, 0), "chat": (4, 256, 192)}
+"""Rows, tokens per row, and tokens at the start of each row that give no loss."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -44,8 +49,9 @@ def main() -> None:
     p.add_argument(
         "--model", help="local folder (default: SmolLM2-135M-Instruct, see examples/obtain.py)"
     )
-    p.add_argument("--tokens", type=int, default=512, help="tokens per row")
-    p.add_argument("--rows", type=int, default=1)
+    p.add_argument(
+        "--workloads", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS), metavar="NAME"
+    )
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--stacks", nargs="*", default=list(STACKS), choices=list(STACKS))
@@ -70,14 +76,7 @@ class Worker:
 
     def __init__(self, stack: str, args: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "--worker", stack, "--model", args.model]
-        command += [
-            "--tokens",
-            str(args.tokens),
-            "--rows",
-            str(args.rows),
-            "--rank",
-            str(args.rank),
-        ]
+        command += ["--rank", str(args.rank)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -85,7 +84,8 @@ class Worker:
             text=True,
             env={**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
         )
-        self.times: list[float] = []
+        self.times: dict[str, list[float]] = {name: [] for name in WORKLOADS}
+        self.last: dict[str, dict[str, Any]] = {}
         self.ready: dict[str, Any] = self.answer()
 
     def answer(self) -> dict[str, Any]:
@@ -95,12 +95,12 @@ class Worker:
                 return json.loads(line)  # type: ignore[no-any-return]
         raise SystemExit(f"worker ended: {self.process.args}")
 
-    def ask(self) -> dict[str, Any]:
+    def ask(self, workload: str) -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
+        self.process.stdin.write(f"{workload}\n")
         self.process.stdin.flush()
-        self.last = self.answer()
-        return self.last
+        self.last[workload] = self.answer()
+        return self.last[workload]
 
 
 def drive(args: argparse.Namespace) -> None:
@@ -110,51 +110,58 @@ def drive(args: argparse.Namespace) -> None:
     ) in args.stacks:  # one after the other: loading and compiling also wants the machine to itself
         print(f"starting {STACKS[stack]}", flush=True)
         workers[stack] = Worker(stack, args)
-        workers[stack].ask()  # warm-up
-    for number in range(args.rounds):
+    tables = []
+    figures = {}
+    for workload in args.workloads:
         for worker in workers.values():
-            time.sleep(0.5)  # let the other process's threads go to sleep
-            worker.times.append(worker.ask()["seconds"])
-        print(
-            f"round {number + 1}: "
-            + ", ".join(f"{s} {w.times[-1]:.2f}" for s, w in workers.items()),
-            flush=True,
-        )
-    rows = [row(stack, w, workers, args) for stack, w in workers.items()]
+            worker.ask(workload)  # warm-up
+            worker.ask(workload)
+        for number in range(args.rounds):
+            for worker in workers.values():
+                time.sleep(0.5)  # let the other process's threads go to sleep
+                worker.times[workload].append(worker.ask(workload)["seconds"])
+            line = ", ".join(f"{s} {w.times[workload][-1]:.2f}" for s, w in workers.items())
+            print(f"{workload}, round {number + 1}: {line}", flush=True)
+        rows = [row(stack, w, workers, workload) for stack, w in workers.items()]
+        figures[workload] = rows
+        tables.append(table(rows, workload, args))
     for w in workers.values():
         assert w.process.stdin is not None
         w.process.stdin.close()
         w.process.wait()
-    print(table(rows, args))
+    print("\n".join(tables))
     if args.json:
-        Path(args.json).write_text(
-            json.dumps({"machine": machine(), "args": vars(args), "rows": rows}, indent=2)
-        )
+        found = {"machine": machine(), "args": vars(args), "workloads": figures}
+        Path(args.json).write_text(json.dumps(found, indent=2))
 
 
-def row(
-    stack: str, w: Worker, workers: dict[str, Worker], args: argparse.Namespace
-) -> dict[str, Any]:
-    def ratio(other: str) -> float | None:
-        if other not in workers:
+def row(stack: str, w: Worker, workers: dict[str, Worker], workload: str) -> dict[str, Any]:
+    times = {name: worker.times[workload] for name, worker in workers.items()}
+    references = [name for name in times if name.startswith("ref-")]
+
+    def ratio(other: str | None) -> float | None:
+        if other not in times:
             return None
-        return statistics.median(a / b for a, b in zip(w.times, workers[other].times, strict=True))
+        return statistics.median(a / b for a, b in zip(times[stack], times[other], strict=True))
 
-    median = statistics.median(w.times)
+    fastest = min(references, key=lambda name: statistics.median(times[name]), default=None)
+    median = statistics.median(times[stack])
+    rows, tokens, _ = WORKLOADS[workload]
+    last = w.last[workload]
     return {
         "stack": STACKS[stack],
         "median_s": median,
-        "min_s": min(w.times),
-        "max_s": max(w.times),
-        "tokens_per_second": args.tokens * args.rows / median,
+        "min_s": min(times[stack]),
+        "max_s": max(times[stack]),
+        "tokens_per_second": rows * tokens / median,
         "ratio_to_gemm": ratio("gemm"),
-        "ratio_to_fastest_reference": ratio("ref-fp32"),
-        "peak_rss": w.last.get("peak_rss"),
+        "ratio_to_fastest_reference": ratio(fastest),
+        "peak_above_idle": last["peak_rss"] - w.ready["idle_rss"] if "peak_rss" in last else None,
         "idle_rss": w.ready.get("idle_rss"),
         "first_step_s": w.ready.get("setup_s"),
-        "grad_norm_min": w.last.get("grad_norm_min"),
-        "adapters": w.last.get("adapters"),
-        "loss": w.last.get("loss"),
+        "grad_norm_min": last.get("grad_norm_min"),
+        "adapters": last.get("adapters"),
+        "loss": last.get("loss"),
     }
 
 
@@ -174,21 +181,19 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores"
 
 
-def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
+def table(found: list[dict[str, Any]], workload: str, args: argparse.Namespace) -> str:
+    rows, tokens, silent = WORKLOADS[workload]
     lines = [
         "",
-        f"{args.rows} x {args.tokens} tokens, r={args.rank}, all linears; median of {args.rounds} alternating rounds; {machine()}",
+        f"{workload}: {rows} x {tokens} tokens, {rows * (tokens - silent)} with loss, r={args.rank}, all linears; "
+        f"median of {args.rounds} alternating rounds; {machine()}",
         "",
-        "| stack | step s (min-max) | tokens/s | x GEMM bound | x fastest reference | peak GB (idle) | setup + first step s | smallest adapter gradient |",
+        "| stack | step s (min-max) | tokens/s | x GEMM bound | x fastest reference | peak GB above idle | setup + first step s | smallest adapter gradient |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for r in rows:
+    for r in found:
         number = lambda v, f: "-" if v is None else format(v, f)  # noqa: E731
-        gb = (
-            "-"
-            if r["peak_rss"] is None
-            else f"{r['peak_rss'] / 1e9:.2f} ({r['idle_rss'] / 1e9:.2f})"
-        )
+        gb = "-" if r["peak_above_idle"] is None else f"{r['peak_above_idle'] / 1e9:.2f}"
         norm = "-" if r["grad_norm_min"] is None else f"{r['grad_norm_min']:.1e} of {r['adapters']}"
         lines.append(
             f"| {r['stack']} | {r['median_s']:.2f} ({r['min_s']:.2f}-{r['max_s']:.2f}) | {r['tokens_per_second']:.0f} "
@@ -214,13 +219,17 @@ def work(args: argparse.Namespace) -> None:
     idle = rss()
     start = time.perf_counter()
     step = gemm(args) if args.worker == "gemm" else training_step(args)
-    first = step()
+    first = step("text")
     answer = {"setup_s": time.perf_counter() - start, "idle_rss": idle}
     print(json.dumps(answer if first else {"idle_rss": idle}), flush=True)
-    reset_peak()
-    for _ in sys.stdin:
+    current = ""
+    for line in sys.stdin:
+        if line != current:
+            step(line.strip())  # its allocations and captures are not this workload's peak
+            reset_peak()
+        current = line
         start = time.perf_counter()
-        result = step()
+        result = step(line.strip())
         result["seconds"] = time.perf_counter() - start
         if result.pop("has_memory", True):
             result["peak_rss"] = peak()
@@ -228,7 +237,7 @@ def work(args: argparse.Namespace) -> None:
         print(json.dumps(result | norms), flush=True)
 
 
-def batch(args: argparse.Namespace) -> dict[str, Any]:
+def batch(args: argparse.Namespace, workload: str) -> dict[str, Any]:
     """Real text, cut into rows."""
     import torch
     from transformers import AutoTokenizer
@@ -236,9 +245,17 @@ def batch(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = (ROOT / "tests" / "data" / "alice.txt").read_text()
     ids = torch.tensor(tokenizer(text)["input_ids"])
-    need = args.rows * args.tokens
-    ids = ids.repeat(-(-need // len(ids)))[:need].view(args.rows, args.tokens)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    rows, tokens, silent = WORKLOADS[workload]
+    ids = ids.repeat(-(-rows * tokens // len(ids)))[: rows * tokens].view(rows, tokens)
+    labels = ids.clone()
+    labels[:, :silent] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def fastest_dtype() -> Any:
+    from qlora_fx.runtime.dtype import fastest
+
+    return fastest("cpu").dtype
 
 
 def training_step(args: argparse.Namespace) -> Any:
@@ -249,11 +266,11 @@ def training_step(args: argparse.Namespace) -> Any:
         import bitsandbytes as bnb
 
         optimizer = bnb.optim.PagedAdamW32bit(params.values(), lr=1e-4, weight_decay=0.0)
-    inputs = batch(args)
+    inputs = {name: batch(args, name) for name in WORKLOADS}
 
-    def step() -> dict[str, Any]:
+    def step(workload: str) -> dict[str, Any]:
         optimizer.zero_grad()
-        loss = model(**inputs).loss
+        loss = model(**inputs[workload]).loss
         loss.backward()
         optimizer.step()
 
@@ -271,7 +288,7 @@ def ours(args: argparse.Namespace) -> Any:
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=fastest_dtype())
     qmodel = qlora_fx.transform(
         model, LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules="all-linear")
     )
@@ -322,17 +339,19 @@ def gemm(args: argparse.Namespace) -> Any:
     )
     layer = [(q, h), (kv, h), (kv, h), (h, q), (m, h), (m, h), (h, m)]
     linears = layer * c.num_hidden_layers + [(c.vocab_size, h)]
-    rows = args.tokens * args.rows
+    dtype = fastest_dtype()
     made: dict[tuple[int, int, str], Any] = {}
 
     def buffer(a: int, b: int, role: str) -> Any:
         if (a, b, role) not in made:
-            made[a, b, role] = torch.randn(a, b)
+            made[a, b, role] = torch.randn(a, b).to(dtype)
         return made[a, b, role]
 
-    def step() -> dict[str, Any]:
+    def step(workload: str) -> dict[str, Any]:
         r = args.rank
+        count, tokens, silent = WORKLOADS[workload]
         for out, inn in linears:
+            rows = count * (tokens - (silent if out == c.vocab_size else 0))
             w, x, y = buffer(out, inn, "w"), buffer(rows, inn, "x"), buffer(rows, out, "y")
             torch.mm(x, w.t(), out=y)
             torch.mm(y, w, out=buffer(rows, inn, "dx"))
@@ -347,9 +366,11 @@ def gemm(args: argparse.Namespace) -> Any:
             torch.mm(z, a, out=buffer(rows, inn, "dx"))
         return {"has_memory": False}
 
-    with torch.no_grad():
-        step()
-    return step
+    def without_autograd(workload: str) -> dict[str, Any]:
+        with torch.no_grad():
+            return step(workload)
+
+    return without_autograd
 
 
 def rss() -> int:

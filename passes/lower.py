@@ -26,6 +26,7 @@ the same backend compiles each body once for every batch and sequence.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,6 +37,7 @@ from torch._functorch import config as functorch
 from torch._functorch import partitioners
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch._inductor.exc import InductorError
 from torch.utils.checkpoint import CheckpointPolicy
@@ -118,6 +120,9 @@ class CompiledBody(nn.Module):
 
     Shapes never cause another compilation: sizes are symbols of the capture.
 
+    Attributes:
+        usual: which inputs need grad in most calls, where the body is called often; empty otherwise.
+
     Args:
         foreign: free sizes that no input of the body shows by itself (only ``[B * S, 8]``); the caller passes
             them behind the tensors.
@@ -136,16 +141,29 @@ class CompiledBody(nn.Module):
         self.single = isinstance(output.args[0], fx.Node)
         self.sizes = [where for _, where in symbols(self.inputs)]
         self.foreign = list(foreign)
+        self.usual: tuple[bool, ...] = ()
         self.told = False
 
     def forward(self, *values: Any) -> Any:
         args, foreign = values[: len(self.inputs)], values[len(self.inputs) :]
         needs_grad = tuple(a.requires_grad for a in args) if torch.is_grad_enabled() else ()
+        if any(needs_grad) and self.covers(needs_grad):
+            args = tuple(
+                a.detach().requires_grad_() if usual and not a.requires_grad else a
+                for a, usual in zip(args, self.usual, strict=True)
+            )
+            needs_grad = self.usual
         compiled = self.compiled.get(needs_grad)
         if compiled is None:
             compiled = self.compiled[needs_grad] = self.build(needs_grad)
         outputs = compiled(*args, *(args[i].shape[dim] for i, dim in self.sizes), *foreign)
         return outputs[0] if self.single else outputs
+
+    def covers(self, needs_grad: tuple[bool, ...]) -> bool:
+        """True if the usual program computes every gradient that is asked for. Note [The first of many blocks]."""
+        return bool(self.usual) and all(
+            usual or not need for usual, need in zip(self.usual, needs_grad, strict=True)
+        )
 
     def build(self, needs_grad: tuple[bool, ...]) -> Callable[..., Any]:
         sizes = [size for size, _ in symbols(self.inputs)] + self.foreign
@@ -165,6 +183,8 @@ class CompiledBody(nn.Module):
             if "stored" in n.meta and not n.meta.get("trainable")
         )
         partition = self.partitions[needs_grad] = Partition(frozen)
+        if warm_up.thread is not None:
+            warm_up.thread.join()
         with tracing(TracingContext(mode)):
             if self.backend == "inductor":
                 patches = {"custom_partitioner_fn": partition}
@@ -249,6 +269,49 @@ def tuple_output(body: fx.GraphModule, sizes: Sequence[torch.SymInt]) -> fx.Grap
     return fx.GraphModule(nn.Module(), graph)
 
 
+class WarmUp:
+    """Lets Inductor find out what this CPU can do, which takes 10 s of test compilations, while a model is captured.
+
+    The work is in compiler processes; Python's lock is free meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        if self.thread is None:
+            self.thread = threading.Thread(target=pick_vec_isa, daemon=True)
+            self.thread.start()
+
+
+warm_up = WarmUp()
+
+
+# Note [The first of many blocks]
+# The first block's input needs no gradient: nothing below it trains. That makes its backward another program,
+# which takes as long to compile as that of all other blocks together, for the sake of the input gradient of
+# a few products in one block. So a body that is called often is compiled once, and its first block computes a
+# gradient that nobody reads. Blocks below the first adapter compute no gradient at all.
+
+OFTEN = 4
+
+
+def mark_usual(outer: fx.Graph, root: nn.Module) -> None:
+    """Note in each body that is called often which of its inputs need grad in any call."""
+    flows: set[fx.Node] = set()
+    for node in outer.nodes:
+        trained = node.op == "placeholder" and node.meta.get("trainable")
+        val = node.meta.get("val")
+        number = isinstance(val, torch.Tensor) and not val.is_floating_point()
+        if trained or (not number and any(n in flows for n in node.all_input_nodes)):
+            flows.add(node)
+    for name, body in root.named_children():
+        calls = list(outer.find_nodes(op="call_module", target=name))
+        if len(calls) >= OFTEN and isinstance(body, CompiledBody):
+            columns = zip(*(call.args[: len(body.inputs)] for call in calls), strict=True)
+            body.usual = tuple(any(arg in flows for arg in column) for column in columns)
+
+
 def skip_gradients(graph: fx.Graph) -> None:
     """Let no loss form its gradient in the forward: nobody will ask for it."""
     for node in graph.find_nodes(op="call_function", target=ops.linear_cross_entropy.default):
@@ -292,4 +355,5 @@ def lower(gm: fx.GraphModule, *, backend: str = "inductor") -> fx.GraphModule:
                     for _, (i, dim) in foreign
                 ]
             node.args = (*node.args, *sizes)
+    mark_usual(outer, root)
     return fx.GraphModule(root, outer, type(gm).__name__)

@@ -8,6 +8,7 @@ from it such as ``....weight.absmax``). User inputs are placeholders with ``meta
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -172,12 +173,40 @@ def call(
     """
     kwargs = kwargs or {}
     node = graph.create_node("call_function", target, args, kwargs, name=name)
-    with fake_mode(graph), torch.no_grad():
-        node.meta["val"] = target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
+    node.meta["val"] = fake_value(graph, target, args, kwargs)
     for field in ("nn_module_stack", "stack_trace", "module"):
         if field in like.meta:
             node.meta[field] = like.meta[field]
     return node
+
+
+def fake_value(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
+    """What the op's fake kernel gives. Layers repeat, so the same question is answered once per graph.
+
+    Fake tensors are descriptions that nobody writes to: nodes may share one.
+    """
+    mode = fake_mode(graph)
+    known = _KNOWN.setdefault(mode, {})
+    key = (target, str(fx.map_arg((args, kwargs), described)))
+    found = known.get(key)
+    if found is None:
+        with mode, torch.no_grad():
+            found = target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
+        known[key] = found
+    return found
+
+
+_KNOWN: weakref.WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def described(node: fx.Node) -> str:
+    """What a fake kernel can see of a value."""
+    val = node.meta["val"]
+    if isinstance(val, torch.Tensor):
+        return f"{val.dtype} {tuple(val.shape)} {val.stride()} {val.device}"
+    if isinstance(val, (tuple, list)):
+        return f"{id(val)}"
+    return str(val)
 
 
 class Emitter:

@@ -21,6 +21,7 @@ from .nodes import (
     WeightView,
     aten,
     fake_mode,
+    fake_value,
     ops,
     placeholders,
     sites,
@@ -119,9 +120,7 @@ def quantize_site(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config
     linear.meta["weight_read"] = view
     if is_grouped:
         linear.target = ops.grouped_linear_4bit.default
-    with fake_mode(graph):
-        values = fx.map_arg(linear.args, lambda n: n.meta["val"])
-        linear.meta["val"] = linear.target(*values)  # type: ignore[operator]
+    linear.meta["val"] = fake_value(graph, linear.target, linear.args, {})
 
 
 def dequantize(

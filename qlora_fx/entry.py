@@ -26,7 +26,7 @@ from .errors import ConfigError, ModelError
 from .inputs import bind, example_inputs, signature_key
 from .model import QLoRAModel, Signature, decide, graph_title, skips_logits
 from .passes.adapt import lora_keys
-from .passes.lower import BACKENDS
+from .passes.lower import BACKENDS, warm_up
 from .runtime.allocator import give_back, keep_freed_memory
 from .runtime.dtype import ComputeDtype, fastest
 from .runtime.storage import QUANT_MAP, quantize_weight
@@ -88,6 +88,8 @@ def transform(
     blueprint = Blueprint(model)
     if blueprint.device.type == "cpu":
         keep_freed_memory()
+        if backend == "inductor":
+            warm_up.start()
     compute = choose_compute_dtype(compute_dtype, asked, blueprint.device)
     activations = torch.promote_types(blueprint.dtype, compute.dtype)
     config = Config(

@@ -276,9 +276,9 @@ class QLoRAModel(nn.Module):
             lr: learning rate. QLoRA uses 2e-4 up to 13B parameters, 1e-4 above.
             optimizer: ``PagedAdamW32bit``, ``PagedAdamW8bit``, ``PagedLion``, or another paged one by name.
             weight_decay: decoupled weight decay; 0 as in QLoRA.
-            params: parameters or group dicts, each of them an adapter parameter. Default: all of them as one
-                flat tensor, so that ``step`` is one call and the state is large enough to be paged;
-                ``optimizer.param_groups[0]["params"]`` is that tensor and may be clipped in one call too.
+            params: parameters or group dicts, each of them an adapter parameter. Default: all of them as
+                views of one buffer, updated in pieces of 1M elements, so that a step is a few calls and the
+                state is large enough to be paged; ``optimizer.param_groups[0]["params"]`` are the pieces.
             options: passed on to bitsandbytes (``betas``, ``eps``, ...).
 
         Raises:

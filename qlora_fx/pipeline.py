@@ -94,7 +94,7 @@ def run(
     title: str = "graph",
     observe: Callable[[str, fx.GraphModule], None] | None = None,
 ) -> Result:
-    """Run ``stages`` in order; recompile, lint and check all invariants held so far after each.
+    """Run ``stages`` in order; lint and check all invariants held so far after each.
 
     Each stage's diff is logged at debug level on the logger ``qlora_fx`` (``TORCH_LOGS="+qlora_fx"``), and
     its graph written to ``$QLORA_FX_DUMP/<title>.<n>_<stage>.txt`` if that variable names a folder.
@@ -124,7 +124,8 @@ def run(
             raise
         gm = result.graph_module
         gm.graph.lint()
-        gm.recompile()
+        if observe is not None:
+            gm.recompile()
         held += stage.establishes
         check(gm, held, config, stage.name)
         after = printer.text(gm) if wanted and result.modified else before
@@ -134,6 +135,7 @@ def run(
             observe(stage.name, gm)
         if stage.run is not outline:
             flat = gm
+    gm.recompile()  # once: writing out the code of a deep model takes as long as a pass
     return Result(gm, flat)
 
 

@@ -84,8 +84,9 @@ def attention(
         out.copy_(y)
         lse.copy_(sums)
     else:
+        query, key = q.float() * scale, k.float()
         for part in blocks(q, k):
-            p = part.probabilities(q, k, mask if how == WITHIN_CAUSAL else None, scale)
+            p = part.probabilities(query, key, mask if how == WITHIN_CAUSAL else None)
             o = torch.bmm(part.low(p, v.dtype), part.keys(v))
             part.queries_of(out).copy_(part.unfold(o))
     return out, lse
@@ -124,19 +125,21 @@ def attention_backward(
         return dq.contiguous(), shared(dk, k), shared(dv, v)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (k, v))
+    query, key, value, grad32 = q.float() * scale, k.float(), v.float(), grad.float()
+    deltas = (grad32 * out).sum(-1, keepdim=True)
     for part in blocks(q, k):
-        p = part.probabilities(q, k, mask if how == WITHIN_CAUSAL else None, scale)
+        p = part.probabilities(query, key, mask if how == WITHIN_CAUSAL else None)
         g = part.fold(part.queries_of(grad))
-        g32 = g.float()
-        delta = (g32 * part.fold(part.queries_of(out))).sum(-1, keepdim=True)
         low = part.low(p, v.dtype)
         part.keys_of(dv).add_(part.heads(torch.bmm(low.transpose(1, 2), g)))
         ds = part.buffer("ds", torch.float32)
-        torch.bmm(g32, part.keys(v).float().transpose(1, 2), out=ds)
-        low = part.low(ds.sub_(delta).mul_(p).mul_(scale), q.dtype)
+        g32 = part.fold(part.queries_of(grad32))
+        torch.bmm(g32, part.keys(value).transpose(1, 2), out=ds)
+        ds.sub_(part.fold(part.queries_of(deltas)))
+        low = part.low(ds.mul_(p).mul_(scale), q.dtype)
         part.queries_of(dq).copy_(part.unfold(torch.bmm(low, part.keys(k))))
-        query = part.fold(part.queries_of(q))
-        part.keys_of(dk).add_(part.heads(torch.bmm(low.transpose(1, 2), query)))
+        rows = part.fold(part.queries_of(q))
+        part.keys_of(dk).add_(part.heads(torch.bmm(low.transpose(1, 2), rows)))
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -246,11 +249,10 @@ class Block:
     def heads(self, t: Tensor) -> Tensor:
         return t.view(self.count, self.key_heads, t.shape[1], t.shape[2])
 
-    def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Softmax of the block's scores, float32."""
-        query = self.fold(self.queries_of(q)).float() * scale
+    def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        """Softmax of the block's scores, from scaled queries and keys in float32."""
         scores = self.buffer("p", torch.float32)
-        torch.bmm(query, self.keys(k).float().transpose(1, 2), out=scores)
+        torch.bmm(self.fold(self.queries_of(q)), self.keys(k).transpose(1, 2), out=scores)
         at = self.unfold(scores)
         if mask is None:
             size = self.stop - self.start

@@ -124,11 +124,14 @@ def losses_to_gradients(
 ) -> Tensor:
     """The sum of the rows' losses; ``logits`` becomes its gradient, before scale, cap and bias."""
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
-    step = max(1, TILE_BYTES // (4 * logits.shape[1]))
+    step = min(len(logits), max(1, TILE_BYTES // (4 * logits.shape[1])))
+    low = logits.dtype != torch.float32
+    if low:
+        memory = torch.empty(step, logits.shape[1], dtype=torch.float32, device=logits.device)
     for start in range(0, len(logits), step):
         tile = logits[start : start + step]
         label = labels[start : start + step, None]
-        p = tile.float()  # the tile itself where it is float32
+        p = memory[: len(tile)].copy_(tile) if low else tile
         if bias is not None:
             p = p.add_(bias)
         if scale != 1:
@@ -147,7 +150,7 @@ def losses_to_gradients(
             p.mul_(slope)
         if scale != 1:
             p.mul_(scale)
-        if p.data_ptr() != tile.data_ptr():
+        if low:
             tile.copy_(p)
     return total
 

@@ -24,17 +24,19 @@ PAGED = (
 _warned: set[str] = set()
 ALIGNMENT = 16
 """Elements; each parameter starts at a whole vector of the flat buffer."""
+PIECE = 1 << 20
+"""Elements that one update takes at a time: its temporaries fit a cache, and paging starts at 100,000."""
 
 
 class Flat:
     """Parameters as views of one buffer, and their gradients as views of another.
 
-    An optimizer, or gradient clipping, over ``buffer`` is one call instead of one per parameter; and
+    An update, or gradient clipping, over ``pieces`` is a few calls instead of one per parameter; and
     bitsandbytes pages only tensors of at least 100,000 elements, which a single LoRA matrix seldom has.
-    Autograd adds into the views, so ``buffer.grad`` is always the whole gradient.
+    Autograd adds into the views, so the pieces' gradients are always the whole gradient.
 
     Attributes:
-        buffer: all values, with ``grad``.
+        pieces: the buffer in parts of ``PIECE`` elements, each with its ``grad``.
     """
 
     def __init__(self, params: Iterable[nn.Parameter]) -> None:
@@ -46,14 +48,16 @@ class Flat:
             size += -(-p.numel() // ALIGNMENT) * ALIGNMENT
         first = self.params[0]
         values = torch.zeros(size, dtype=first.dtype, device=first.device)
-        self.buffer = nn.Parameter(values)
-        self.buffer.grad = torch.zeros_like(values)
+        self.gradient = torch.zeros_like(values)
+        self.pieces = [nn.Parameter(part) for part in torch.split(values, PIECE)]
+        for piece, part in zip(self.pieces, torch.split(self.gradient, PIECE), strict=True):
+            piece.grad = part
         self.grads = []
         for p, (start, count, shape) in zip(self.params, places, strict=True):
             view = values[start : start + count].view(shape)
             view.copy_(p.detach())
             p.data = view
-            self.grads.append(self.buffer.grad[start : start + count].view(shape))
+            self.grads.append(self.gradient[start : start + count].view(shape))
         self.link()
 
     def link(self) -> None:
@@ -68,7 +72,7 @@ class Flat:
             p.grad = view
 
     def optimizer(self, kind: type, **options: Any) -> torch.optim.Optimizer:
-        """An optimizer of the class ``kind`` over the buffer, whose ``zero_grad`` keeps the views."""
+        """An optimizer of the class ``kind`` over the pieces, whose ``zero_grad`` keeps the views."""
         flat = self
 
         def step(self: Any, closure: Any = None) -> Any:
@@ -76,12 +80,12 @@ class Flat:
             return kind.step(self, closure)  # type: ignore[attr-defined]
 
         def zero_grad(self: Any, set_to_none: bool = True) -> None:
-            flat.buffer.grad.zero_()  # type: ignore[union-attr]
+            flat.gradient.zero_()
             for p, view in zip(flat.params, flat.grads, strict=True):
                 p.grad = view
 
         made: Any = type(kind.__name__, (kind,), {"step": step, "zero_grad": zero_grad})
-        return made([self.buffer], **options)  # type: ignore[no-any-return]
+        return made(self.pieces, **options)  # type: ignore[no-any-return]
 
 
 def paged_optimizer(
