@@ -283,14 +283,16 @@ def training_step(args: argparse.Namespace) -> Any:
     return step
 
 
-def ours(args: argparse.Namespace) -> Any:
+def ours(args: argparse.Namespace, **options: Any) -> Any:
     import qlora_fx
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=fastest_dtype())
     qmodel = qlora_fx.transform(
-        model, LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules="all-linear")
+        model,
+        LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules="all-linear"),
+        **options,
     )
     return qmodel, dict(qmodel.adapter_parameters())
 

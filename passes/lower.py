@@ -10,12 +10,8 @@ tensors of the op would be invisible to the partitioner that decides what to rec
 
 The price is that autograd wants the dequantized weight again for ``grad @ W``. The partitioner would save
 it (16 or 32 bits per weight from forward to backward), so ``Partition`` marks every value that is
-computed from storage alone as MUST_RECOMPUTE in the joint graph. See Note [What is recomputed].
-
-# Note [What is recomputed]
-The rule is by provenance, not by op: in the joint graph, a node of the forward all of whose inputs lead
-back to frozen placeholders (weights, absmax, maps) is a function of storage. It is always cheaper to
-keep the storage, which lives anyway, than its dense value. So such nodes are recomputed.
+computed from storage alone as MUST_RECOMPUTE in the joint graph. See Note [What is
+recomputed] in partition.py.
 
 # Note [Why not through Dynamo]
 ``torch.compile(fn)`` is Dynamo (trace Python, make guards) in front of AOTAutograd and Inductor. Our graph
@@ -33,86 +29,15 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._functorch import config as functorch
-from torch._functorch import partitioners
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch._inductor.exc import InductorError
-from torch.utils.checkpoint import CheckpointPolicy
 
 from .nodes import ops
+from .partition import Partition
 
 BACKENDS = ("inductor", "aot_eager", "eager")
-
-
-class Partition(CustomPartitionerFn):  # type: ignore[misc]
-    """Splits a joint graph into forward and backward. Note [What is recomputed].
-
-    Args:
-        frozen: positions of inputs that come from storage and need no gradient.
-
-    Attributes:
-        saved: what the forward hands to the backward, once it has run.
-    """
-
-    def __init__(self, frozen: frozenset[int]) -> None:
-        super().__init__()
-        self.frozen = frozen
-        self.saved: list[fx.Node] = []
-
-    def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        mark_recompute(gm.graph, self.frozen)
-        with functorch.patch(CHEAP_IS_RECOMPUTED):
-            forward, backward = partitioners.min_cut_rematerialization_partition(
-                gm, joint_inputs, **kwargs
-            )
-        outputs: Any = next(iter(forward.graph.find_nodes(op="output"))).args[0]
-        self.saved = [n for n in outputs[kwargs["num_fwd_outputs"] :] if isinstance(n, fx.Node)]
-        return forward, backward
-
-    def uuid(self) -> Any:
-        return get_hash_for_files((__file__,), extra=str(sorted(self.frozen)))
-
-    # Inductor copies its settings and pickles them for its cache key: without what was saved.
-    def __deepcopy__(self, memo: Any) -> Partition:
-        return self
-
-    def __getstate__(self) -> Any:
-        return self.uuid()
-
-
-CHEAP_IS_RECOMPUTED = {
-    "ban_recompute_used_far_apart": False,
-    "ban_recompute_long_fusible_chains": False,
-    "ban_recompute_materialized_backward": False,
-}
-"""Pointwise chains are recomputed however far or long they are: products and attention are what is kept."""
-
-
-def mark_recompute(joint: fx.Graph, frozen: frozenset[int]) -> int:
-    """Tag forward nodes computed from frozen inputs alone; returns how many were tagged.
-
-    Args:
-        joint: AOTAutograd's joint graph; its first placeholders are the body's inputs in order.
-        frozen: positions of inputs that come from storage and need no gradient.
-    """
-    from_storage: set[fx.Node] = set()
-    tagged = 0
-    primals = [n for n in joint.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
-    for i, node in enumerate(primals):
-        if i in frozen:
-            from_storage.add(node)
-    for node in joint.nodes:
-        if node.op != "call_function" or not node.all_input_nodes:
-            continue
-        if all(n in from_storage for n in node.all_input_nodes):
-            from_storage.add(node)
-            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-            node.meta["ac_graph_id"] = 0
-            tagged += 1
-    return tagged
 
 
 class CompiledBody(nn.Module):
@@ -166,36 +91,45 @@ class CompiledBody(nn.Module):
         )
 
     def build(self, needs_grad: tuple[bool, ...]) -> Callable[..., Any]:
-        sizes = [size for size, _ in symbols(self.inputs)] + self.foreign
-        gm = tuple_output(self.body, sizes)
-        if not needs_grad:
-            skip_gradients(gm.graph)
-        mode = next(iter(self.inputs)).meta["val"].fake_mode
-        args: list[Any] = []
-        with mode:
-            for i, node in enumerate(self.inputs):
-                val = node.meta["val"].detach()
-                args.append(val.requires_grad_() if needs_grad and needs_grad[i] else val)
-        args += sizes
-        frozen = frozenset(
-            i
-            for i, n in enumerate(self.inputs)
-            if "stored" in n.meta and not n.meta.get("trainable")
-        )
-        partition = self.partitions[needs_grad] = Partition(frozen)
+        gm, args, partition = self.prepared(needs_grad)
+        self.partitions[needs_grad] = partition
         if warm_up.thread is not None:
             warm_up.thread.join()
-        with tracing(TracingContext(mode)):
+        with tracing(TracingContext(args[0].fake_mode)):
             if self.backend == "inductor":
                 patches = {"custom_partitioner_fn": partition}
                 try:
                     compiled: Any = compile_fx(gm, args, config_patches=patches)
                 except InductorError as error:
                     self.tell(error)
-                    gm = tuple_output(self.body, sizes)
+                    gm, *_ = self.prepared(needs_grad)
                 else:
                     return compiled  # type: ignore[no-any-return]
             return aot_eager(gm, args, partition)
+
+    def prepared(self, needs_grad: tuple[bool, ...]) -> tuple[fx.GraphModule, list[Any], Partition]:
+        """A copy of the body, fake arguments for it, and its partitioner."""
+        sizes = [size for size, _ in symbols(self.inputs)] + self.foreign
+        gm = tuple_output(self.body, sizes)
+        if not needs_grad:
+            skip_gradients(gm.graph)
+        args: list[Any] = []
+        with next(iter(self.inputs)).meta["val"].fake_mode:
+            for i, node in enumerate(self.inputs):
+                val = node.meta["val"].detach()
+                args.append(val.requires_grad_() if needs_grad and needs_grad[i] else val)
+        held = frozenset(i for i, n in enumerate(self.inputs) if "stored" in n.meta)
+        return gm, args + sizes, Partition(held)
+
+    def partitioned(self, needs_grad: tuple[bool, ...]) -> Partition:
+        """How a program was split, which is found out again where the program came from a cache."""
+        partition = self.partitions[needs_grad]
+        if not partition.inputs and any(needs_grad):
+            gm, args, partition = self.prepared(needs_grad)
+            with tracing(TracingContext(args[0].fake_mode)):
+                aot_eager(gm, args, partition)
+            self.partitions[needs_grad] = partition
+        return partition
 
     def tell(self, error: Exception) -> None:
         """Warn once that Inductor refused."""

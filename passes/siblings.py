@@ -29,8 +29,8 @@ def siblings(gm: fx.GraphModule, *, config: Any) -> PassResult:
 
         %q_lora_stack: f32[4, 8] = aten.cat([%q_lora_A_weight, %k_lora_A_weight])
         %q_lora_a_all: f32[B, S, 4] = aten.linear(%x, %q_lora_stack)
-        %q_lora_a: f32[B, S, 2] = aten.slice(%q_lora_a_all, -1, 0, 2)
-        %k_lora_a: f32[B, S, 2] = aten.slice(%q_lora_a_all, -1, 2, 4)
+        %q_lora_a_part: f32[B, S, 2] = aten.slice(%q_lora_a_all, -1, 0, 2)
+        %k_lora_a_part: f32[B, S, 2] = aten.slice(%q_lora_a_all, -1, 2, 4)
     """
     graph = gm.graph
     families: dict[Any, list[fx.Node]] = {}

@@ -8,6 +8,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 )
 
 from . import testing  # noqa: E402
+from .activations import saved_activations  # noqa: E402
 from .entry import graph_text, transform  # noqa: E402
 from .errors import (  # noqa: E402
     AdapterError,
@@ -44,6 +45,7 @@ __all__ = [
     "Row",
     "explain",
     "graph_text",
+    "saved_activations",
     "testing",
     "transform",
 ]

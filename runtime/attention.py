@@ -71,25 +71,23 @@ def attention(
     Returns:
         ``[batch, heads, sequence, value size]`` with the strides of a transposed ``[batch, sequence, heads, ...]``;
         a query that sees no key gets zeros. And for backward the float32 log-sum-exp of the scores,
-        ``[batch, heads, sequence]``, left undefined by the ways that compute the scores again.
+        ``[batch, heads, sequence]``, zero where backward computes the scores again.
     """
-    how = way(q, mask, kind)
+    how = way(mask, kind)
     out, lse = like_output(q, v)
-    if how == ANY:
-        out.copy_(masked(q, k, v, mask, scale))
-    elif how == CAUSAL and q.shape[2] > LONG:
+    if pytorchs_is_faster(how, q, v):
         y, sums = aten._scaled_dot_product_flash_attention_for_cpu(
             q, repeated(k, q), repeated(v, q), 0.0, True, scale=scale
         )
         out.copy_(y)
         lse.copy_(sums)
-    else:
-        query, key = q.float() * scale, k.float()
-        for part in blocks(q, k):
-            p = part.probabilities(query, key, mask if how == WITHIN_CAUSAL else None)
-            o = torch.bmm(part.low(p, v.dtype), part.keys(v))
-            part.queries_of(out).copy_(part.unfold(o))
-    return out, lse
+        return out, lse
+    query, key = q.float() * scale, k.float()
+    for part in blocks(q, k, how):
+        p = part.probabilities(query, key, None if how == CAUSAL else mask)
+        o = torch.bmm(part.low(p, v.dtype), part.keys(v))
+        part.queries_of(out).copy_(part.unfold(o))
+    return out, lse.zero_()
 
 
 @attention.register_fake
@@ -112,13 +110,8 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``attention`` for ``q``, ``k`` and ``v``, contiguous and in their dtypes."""
-    how = way(q, mask, kind)
-    if how == ANY:
-        with torch.enable_grad():
-            q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-            dq, dk, dv = torch.autograd.grad(masked(q, k, v, mask, scale), (q, k, v), grad)
-        return dq.contiguous(), dk.contiguous(), dv.contiguous()
-    if how == CAUSAL and q.shape[2] > LONG:
+    how = way(mask, kind)
+    if pytorchs_is_faster(how, q, v):
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, repeated(k, q), repeated(v, q), out, lse, 0.0, True, scale=scale
         )
@@ -127,8 +120,8 @@ def attention_backward(
     dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (k, v))
     query, key, value, grad32 = q.float() * scale, k.float(), v.float(), grad.float()
     deltas = (grad32 * out).sum(-1, keepdim=True)
-    for part in blocks(q, k):
-        p = part.probabilities(query, key, mask if how == WITHIN_CAUSAL else None)
+    for part in blocks(q, k, how):
+        p = part.probabilities(query, key, None if how == CAUSAL else mask)
         g = part.fold(part.queries_of(grad))
         low = part.low(p, v.dtype)
         part.keys_of(dv).add_(part.heads(torch.bmm(low.transpose(1, 2), g)))
@@ -173,8 +166,12 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> Any:
 torch.library.register_autograd("qlora_fx::attention", _backward, setup_context=_context)
 
 
-def way(q: Tensor, mask: Tensor | None, kind: Tensor | None) -> int:
+def way(mask: Tensor | None, kind: Tensor | None) -> int:
     return CAUSAL if mask is None or kind is None else int(kind)
+
+
+def pytorchs_is_faster(how: int, q: Tensor, v: Tensor) -> bool:
+    return how == CAUSAL and q.shape[2] > LONG and q.shape[3] == v.shape[3]
 
 
 def like_output(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,15 +191,8 @@ def shared(grad: Tensor, t: Tensor) -> Tensor:
     return grad.reshape(batch, heads, -1, rows, size).sum(2)
 
 
-def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """PyTorch's own attention, for masks that are not causal."""
-    return torch.nn.functional.scaled_dot_product_attention(
-        q, repeated(k, q), repeated(v, q), mask, 0.0, False, scale=scale
-    )
-
-
 class Block:
-    """Rows ``start:stop`` of the queries of some examples and key heads, and the keys before ``stop``.
+    """Rows ``start:stop`` of the queries of some examples, and the first ``seen`` keys.
 
     Args:
         shape: examples, key heads, and query heads that share a key head.
@@ -213,16 +203,17 @@ class Block:
         batch: slice,
         start: int,
         stop: int,
+        seen: int,
         shape: tuple[int, int, int],
         device: torch.device,
     ) -> None:
-        self.batch, self.start, self.stop = batch, start, stop
+        self.batch, self.start, self.stop, self.seen = batch, start, stop, seen
         self.count, self.key_heads, self.shared = shape
         self.device = device
 
     def buffer(self, name: str, dtype: torch.dtype) -> Tensor:
         """Room for ``[examples * key heads, shared * rows, keys]``."""
-        shape = (self.count * self.key_heads, self.shared * (self.stop - self.start), self.stop)
+        shape = (self.count * self.key_heads, self.shared * (self.stop - self.start), self.seen)
         return BUFFERS.get(name, math.prod(shape), dtype, self.device).view(shape)
 
     def low(self, t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -233,7 +224,7 @@ class Block:
         return t[self.batch, :, self.start : self.stop]
 
     def keys_of(self, t: Tensor) -> Tensor:
-        return t[self.batch, :, : self.stop]
+        return t[self.batch, :, : self.seen]
 
     def keys(self, t: Tensor) -> Tensor:
         """``[examples * key heads, keys, size]``."""
@@ -260,7 +251,7 @@ class Block:
             at[..., self.start :].add_(hidden)
             return torch.softmax(scores, -1, out=scores)
         examples = self.batch if mask.shape[0] > 1 else slice(None)
-        seen = mask[examples, :, self.start : self.stop, : self.stop]
+        seen = mask[examples, :, self.start : self.stop, : self.seen]
         at.add_(torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, float("-inf")))
         p = torch.softmax(scores, -1, out=scores)
         if not bool(seen.any(-1).all()):
@@ -268,7 +259,7 @@ class Block:
         return p
 
 
-def blocks(q: Tensor, k: Tensor) -> Iterator[Block]:
+def blocks(q: Tensor, k: Tensor, how: int) -> Iterator[Block]:
     batch, heads, rows, _ = q.shape
     size = min(batch, max(1, SCORES_BYTES // (4 * heads * min(rows, BLOCK) * rows)))
     for first in range(0, batch, size):
@@ -276,7 +267,8 @@ def blocks(q: Tensor, k: Tensor) -> Iterator[Block]:
         for start in range(0, rows, BLOCK):
             shape = (count, k.shape[1], heads // k.shape[1])
             stop = min(start + BLOCK, rows)
-            yield Block(slice(first, first + count), start, stop, shape, q.device)
+            seen = rows if how == ANY else stop
+            yield Block(slice(first, first + count), start, stop, seen, shape, q.device)
 
 
 class Buffers(threading.local):

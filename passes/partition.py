@@ -1,0 +1,130 @@
+"""The part of lower that splits a joint graph: what the forward keeps for the backward.
+
+# Note [What is recomputed]
+The rule is by provenance, not by op: in the joint graph, a node of the forward all of whose inputs lead
+back to frozen placeholders (weights, absmax, maps) is a function of storage. It is always cheaper to
+keep the storage, which lives anyway, than its dense value. So such nodes are recomputed.
+#
+# Of what depends on the input, products, attention and reductions are kept, and everything pointwise is
+# computed again, however long the chain: on a machine that multiplies as fast as it can, reading a tensor
+# back costs as much as computing it from one that is read anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._functorch import config as functorch
+from torch._functorch import partitioners
+from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
+from torch.utils.checkpoint import CheckpointPolicy
+
+from .nodes import CASTS, VIEWS_AND_CASTS
+
+
+class Partition(CustomPartitionerFn):  # type: ignore[misc]
+    """Splits a joint graph into forward and backward. Note [What is recomputed].
+
+    Args:
+        held: positions of inputs that are parameters or storage, which live anyway.
+
+    Attributes:
+        saved: what the forward hands to the backward, once it has run.
+        inputs: the forward's inputs, in order.
+    """
+
+    def __init__(self, held: frozenset[int]) -> None:
+        super().__init__()
+        self.held = held
+        self.saved: list[fx.Node] = []
+        self.inputs: list[fx.Node] = []
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        mark_recompute(gm.graph, self.held)
+        with functorch.patch(CHEAP_IS_RECOMPUTED):
+            forward, backward = partitioners.min_cut_rematerialization_partition(
+                gm, joint_inputs, **kwargs
+            )
+        outputs: Any = next(iter(forward.graph.find_nodes(op="output"))).args[0]
+        self.saved = [n for n in outputs[kwargs["num_fwd_outputs"] :] if isinstance(n, fx.Node)]
+        self.inputs = list(forward.graph.find_nodes(op="placeholder"))
+        return forward, backward
+
+    def uuid(self) -> Any:
+        return get_hash_for_files((__file__,), extra=str(sorted(self.held)))
+
+    # Inductor copies its settings and pickles them for its cache key: without what was saved.
+    def __deepcopy__(self, memo: Any) -> Partition:
+        return self
+
+    def __getstate__(self) -> Any:
+        return self.uuid()
+
+
+CHEAP_IS_RECOMPUTED = {
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+    "ban_recompute_materialized_backward": False,
+}
+"""Pointwise chains are recomputed however far or long they are: products and attention are what is kept."""
+
+
+def mark_recompute(joint: fx.Graph, held: frozenset[int]) -> int:
+    """Tag forward nodes computed from parameters and storage alone; returns how many were tagged.
+
+    Args:
+        joint: AOTAutograd's joint graph; its first placeholders are the body's inputs in order.
+        held: positions of inputs that are parameters or storage, which live anyway.
+    """
+    from_stored: set[fx.Node] = set()
+    tagged = 0
+    primals = [n for n in joint.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
+    for i, node in enumerate(primals):
+        if i in held:
+            from_stored.add(node)
+    for node in joint.nodes:
+        if node.op != "call_function" or not node.all_input_nodes:
+            continue
+        if all(n in from_stored for n in node.all_input_nodes):
+            from_stored.add(node)
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            node.meta["ac_graph_id"] = 0
+            tagged += 1
+    return tagged
+
+
+def activations(partition: Partition, flowing: tuple[bool, ...]) -> list[tuple[str, sympy.Expr]]:
+    """Name and bytes of each tensor that is held from forward to backward because of the input.
+
+    Views of one tensor count once; parameters and storage, which live anyway, do not.
+
+    Args:
+        partition: after the body was compiled.
+        flowing: which inputs of the body are activations of its own, as the output of the block before.
+    """
+    own = {n for n, flows in zip(partition.inputs, flowing, strict=False) if flows}
+    found: dict[fx.Node, sympy.Expr] = {}
+    for node in partition.saved:
+        base = viewed(node)
+        val = base.meta["val"]
+        if isinstance(val, torch.Tensor) and (base.op != "placeholder" or base in own):
+            size = sympy.prod([getattr(getattr(s, "node", None), "expr", s) for s in val.shape])
+            found[base] = size * val.element_size()
+    return [(node.name, size) for node, size in found.items()]
+
+
+def viewed(node: fx.Node) -> fx.Node:
+    """The node whose memory a view shows."""
+    views = VIEWS_AND_CASTS - CASTS - COPIES
+    while node.target in views and isinstance(node.meta.get("val"), torch.Tensor):
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), torch.Tensor):
+            break
+        node = source
+    return node
+
+
+COPIES = heldset({torch.ops.aten.clone.default, torch.ops.aten.contiguous.default})

@@ -1,0 +1,116 @@
+"""Causal attention on CPUs: values and gradients against float64, for every kind of mask and size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from qlora_fx.runtime import attention as module
+from qlora_fx.runtime.attention import ANY, CAUSAL, WITHIN_CAUSAL, attention, mask_kind
+from qlora_fx.testing import relative_error
+from torch import Tensor
+
+SIZES = [(2, 1), (1, 5), (2, 128), (1, 131), (1, 800)]
+"""Batch and sequence: one token, within a block, a whole block, over its edge, PyTorch's kernel."""
+
+
+def tensors(batch: int, rows: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Six query heads that share two key heads; values of another size than keys."""
+    generator = torch.Generator().manual_seed(rows)
+    shapes = [(batch, rows, 6, 8), (batch, rows, 2, 8), (batch, rows, 2, 8 if rows > 700 else 4)]
+    made = [torch.randn(s, generator=generator).to(dtype).transpose(1, 2) for s in shapes]
+    return [t.requires_grad_() for t in made]
+
+
+def masks(batch: int, rows: int) -> dict[str, Tensor]:
+    causal = torch.ones(rows, rows, dtype=torch.bool).tril().expand(batch, 1, rows, rows)
+    padded = torch.ones(batch, 1, 1, rows, dtype=torch.bool)
+    padded[-1, ..., : rows // 3] = False  # on the left: the first queries see no key at all
+    window = causal & torch.ones(rows, rows, dtype=torch.bool).triu(-3)
+    return {"causal": causal, "padded": causal & padded, "window": window}
+
+
+def by_definition(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    keys, values = (t.repeat_interleave(3, 1) for t in (k, v))
+    scores = (q @ keys.transpose(2, 3)) * 0.3
+    scores = scores.masked_fill(~mask, float("-inf"))
+    p = torch.softmax(scores, -1)
+    result: Tensor = torch.where(mask.any(-1, keepdim=True), p, 0.0) @ values
+    return result
+
+
+def with_gradients(run: Any, inputs: list[Tensor]) -> list[Tensor]:
+    out = run(*inputs)
+    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
+    return [out, *torch.autograd.grad((out * probe).sum(), inputs)]
+
+
+@pytest.mark.parametrize("kind", ["causal", "padded", "window", "none"])
+@pytest.mark.parametrize(("batch", "rows"), SIZES)
+def test_values_and_gradients_are_the_definitions(batch: int, rows: int, kind: str) -> None:
+    inputs = tensors(batch, rows)
+    given = None if kind == "none" else masks(batch, rows)[kind]
+    seen = masks(batch, rows)["causal" if kind == "none" else kind]
+    number = None if given is None else mask_kind(given)
+    got = with_gradients(lambda q, k, v: attention(q, k, v, given, number, 0.3)[0], inputs)
+    true_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    true = with_gradients(lambda q, k, v: by_definition(q, k, v, seen), true_inputs)
+    for g, t in zip(got, true, strict=True):
+        assert bool(torch.isfinite(g).all())
+        torch.testing.assert_close(g.double(), t, rtol=1e-4, atol=2e-6)
+
+
+def test_a_mask_that_looks_ahead_is_honoured() -> None:
+    inputs = tensors(2, 7)
+    mask = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask[..., 0] = True
+    assert int(mask_kind(mask)) == ANY
+    got = with_gradients(lambda q, k, v: attention(q, k, v, mask, mask_kind(mask), 0.3)[0], inputs)
+    true = with_gradients(lambda q, k, v: by_definition(q, k, v, mask), inputs)
+    for g, t in zip(got, true, strict=True):
+        torch.testing.assert_close(g, t, rtol=1e-4, atol=2e-6)
+
+
+def test_the_kind_of_a_mask() -> None:
+    for name, mask in masks(2, 9).items():
+        assert int(mask_kind(mask)) == (CAUSAL if name == "causal" else WITHIN_CAUSAL)
+    assert int(mask_kind(torch.ones(1, 1, 4, 5, dtype=torch.bool))) == ANY
+    assert int(mask_kind(torch.zeros(1, 1, 4, 4))) == ANY, "an additive mask may hold a bias"
+
+
+def test_scores_are_taken_a_few_examples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = tensors(3, 20)
+    whole = with_gradients(lambda q, k, v: attention(q, k, v, None, None, 0.3)[0], inputs)
+    monkeypatch.setattr(module, "SCORES_BYTES", 1)
+    apart = with_gradients(lambda q, k, v: attention(q, k, v, None, None, 0.3)[0], inputs)
+    for a, b in zip(whole, apart, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_bfloat16_is_about_as_good_as_pytorchs_kernel() -> None:
+    inputs = tensors(2, 200, torch.bfloat16)
+    mask = masks(2, 200)["causal"]
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = (t.repeat_interleave(3, 1) for t in (k, v))
+        result: Tensor = torch.nn.functional.scaled_dot_product_attention(
+            q, keys, values, mask, scale=0.3
+        )
+        return result
+
+    mine = with_gradients(lambda q, k, v: attention(q, k, v, mask, mask_kind(mask), 0.3)[0], inputs)
+    other = with_gradients(theirs, inputs)
+    true_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    true = with_gradients(lambda q, k, v: by_definition(q, k, v, mask), true_inputs)
+    # Its kernel rounds probabilities before it normalizes them, ours after.
+    for m, o, t in zip(mine, other, true, strict=True):
+        assert relative_error(m, t) < 1.5 * relative_error(o, t)
+
+
+def test_the_operators_pass_opcheck() -> None:
+    q, k, v = tensors(2, 9)
+    for mask in (masks(2, 9)["padded"], None):
+        kind = None if mask is None else mask_kind(mask)
+        torch.library.opcheck(attention, (q, k, v, mask, kind, 0.3))
+    torch.library.opcheck(mask_kind, (masks(2, 9)["padded"],))
