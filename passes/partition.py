@@ -2,12 +2,13 @@
 
 # Note [What is recomputed]
 The rule is by provenance, not by op: in the joint graph, a node of the forward all of whose inputs lead
-back to frozen placeholders (weights, absmax, maps) is a function of storage. It is always cheaper to
-keep the storage, which lives anyway, than its dense value. So such nodes are recomputed.
-#
-# Of what depends on the input, products, attention and reductions are kept, and everything pointwise is
-# computed again, however long the chain: on a machine that multiplies as fast as it can, reading a tensor
-# back costs as much as computing it from one that is read anyway.
+back to stored placeholders (weights, absmax, maps, lora_A) is a function of what is stored. It is always
+cheaper to keep that, which lives anyway, than a dense weight or a stack of factors. So such nodes are
+recomputed.
+
+Of what depends on the input, products, attention and reductions are kept, and everything pointwise is
+computed again, however long the chain: reading a tensor back costs about what computing it costs from one
+that is read anyway.
 """
 
 from __future__ import annotations
@@ -127,4 +128,4 @@ def viewed(node: fx.Node) -> fx.Node:
     return node
 
 
-COPIES = heldset({torch.ops.aten.clone.default, torch.ops.aten.contiguous.default})
+COPIES = frozenset({torch.ops.aten.clone.default, torch.ops.aten.contiguous.default})

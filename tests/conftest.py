@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from qlora_fx import entry
 from qlora_fx.capture import Blueprint, Capture
 from qlora_fx.config import Config, Quantization, default_lora
+from qlora_fx.runtime.dtype import ComputeDtype
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -129,3 +132,12 @@ def config() -> Config:
     lora = default_lora()
     lora.r, lora.lora_alpha = 2, 4
     return Config(lora, Quantization(), torch.float32, frozenset({"head.weight"}))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def auto_is_float32() -> Iterator[None]:
+    """``compute_dtype="auto"`` measures the machine; what a test expects must not depend on it."""
+    fixed = ComputeDtype(torch.float32, "fixed for the tests")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entry, "fastest", lambda device: fixed)
+        yield
