@@ -35,8 +35,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED)  ## beside PEFT + bitsandbytes; nothing else may run meanwhile
+bench: $(INSTALLED)  ## step, cold start and profile, beside PEFT + bitsandbytes; nothing else may run meanwhile
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/cold_start.py
+	$(BIN)/python benchmarks/profile.py --out build/profile.png
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[0] = str(ROOT / "examples")  # not this folder, whose profile.py would hide Python's own
 
 STACKS = {
     "qlora_fx": "qlora_fx, its defaults",

@@ -8,7 +8,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .adapt import is_adapter_key
-from .nodes import CASTS, Emitter, aten, parameter_behind
+from .nodes import CASTS, Emitter, aten
 from .stored import cast
 
 
@@ -48,11 +48,14 @@ def siblings(gm: fx.GraphModule, *, config: Any) -> PassResult:
 
 
 def reads_lora_a(node: fx.Node) -> bool:
-    """True for the first product of an adapter's branch."""
-    factor = parameter_behind(node.args[1])
+    """True for the first product of a branch with a whole ``lora_A``, which is there from the start of the graph.
+
+    Factors that are cut out of a stack, or exchanged, are computed where they are used and stay there.
+    """
+    factor = uncast(node.args[1])
     return (
-        factor is not None
-        and is_adapter_key(factor.meta["stored"])
+        factor.op == "placeholder"
+        and is_adapter_key(factor.meta.get("stored", ""))
         and node.name.endswith("_lora_a")
     )
 

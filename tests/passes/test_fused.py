@@ -209,7 +209,7 @@ def test_an_unknown_name_lists_what_can_be_left_out() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_combination_of_passes_is_right(dtype: torch.dtype) -> None:
-    """Uncompiled, padded: loss and gradients of each combination beside float64."""
+    """Uncompiled, padded: logits and gradients beside float64; in bfloat16 with all passes and with none."""
     model = tiny_llama()
     for p in model.parameters():
         if p.dim() == 2:
@@ -222,7 +222,8 @@ def test_every_combination_of_passes_is_right(dtype: torch.dtype) -> None:
     limit = 5e-6 if dtype == torch.float32 else 6e-2
     from oracle import ours
 
-    for count in range(len(pipeline.OPTIONAL) + 1):
+    every = range(len(pipeline.OPTIONAL) + 1)
+    for count in every if dtype == torch.float32 else (0, len(pipeline.OPTIONAL)):
         for left_out in itertools.combinations(pipeline.OPTIONAL, count):
             config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear")
             qmodel, params = ours(
