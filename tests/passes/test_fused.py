@@ -207,7 +207,9 @@ def test_an_unknown_name_lists_what_can_be_left_out() -> None:
         qlora_fx.transform(tiny_llama(), disable=["atention"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_every_combination_of_passes_is_right(dtype: torch.dtype) -> None:
     """Uncompiled, padded: logits and gradients beside float64; in bfloat16 with all passes and with none."""
     model = tiny_llama()

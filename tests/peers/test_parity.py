@@ -79,13 +79,16 @@ def models(dtype: torch.dtype) -> Iterator[Any]:
         yield model.to(dtype)
 
 
-@pytest.mark.parametrize("backend", ["inductor", "eager"])
+BACKENDS = ["inductor", pytest.param("eager", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_errors_are_no_larger_than_the_references_in_float32(backend: str) -> None:
     batches = [batch(seed=i) for i in range(16)]
     no_larger([ratios(m, batches, torch.float32, backend, 3e-6) for m in models(torch.float32)])
 
 
-@pytest.mark.parametrize("backend", ["inductor", "eager"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_errors_are_no_larger_than_the_references_in_bfloat16(backend: str) -> None:
     batches = [batch(seed=i) for i in range(16)]
     no_larger([ratios(m, batches, torch.bfloat16, backend, 5e-2) for m in models(torch.bfloat16)])

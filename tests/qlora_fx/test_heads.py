@@ -29,8 +29,15 @@ def rows(qmodel: Any) -> dict[str, Any]:
     return {row.name: row for row in qmodel.explain()}
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("tied", "backend"),
+    [
+        (False, "eager"),
+        (True, "eager"),
+        (True, "inductor"),
+        pytest.param(False, "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_head_and_embedding_in_4_bits_are_right(tied: bool, backend: str) -> None:
     model = tiny_llama(tie_word_embeddings=tied)
     qmodel = transformed(copy.deepcopy(model), also_quantize=BOTH, backend=backend)

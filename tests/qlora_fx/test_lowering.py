@@ -22,16 +22,25 @@ def bodies(qmodel: Any) -> dict[str, CompiledBody]:
     return dict(programs[0].run.named_children())
 
 
-def test_equal_blocks_share_one_program_and_their_gradients_are_right() -> None:
-    """The first block's input needs no gradient; it runs the others' program all the same."""
+@pytest.fixture(scope="module")
+def trained() -> Any:
+    """A compiled model after one training step, and the true gradients of that step."""
     model = tiny_llama(4)
     adapter = random_adapter(model, 4, scale=0.05)
     dense, true_params = truth(model, adapter, 2.0)
     with Float64():
         _, true_grads = step(dense, true_params, batch())
     qmodel = qlora_fx.transform(model, LoraConfig(**LORA), compute_dtype="float32")
+    with pytest.raises(ModelError, match="run one training step"):
+        qlora_fx.saved_activations(qmodel, batch_size=1, sequence_length=1)
     qmodel.load_adapter_state_dict(adapter)
     qmodel(**batch()).loss.backward()
+    return qmodel, true_grads
+
+
+def test_equal_blocks_share_one_program_and_their_gradients_are_right(trained: Any) -> None:
+    """The first block's input needs no gradient; it runs the others' program all the same."""
+    qmodel, true_grads = trained
     block = bodies(qmodel)["LlamaDecoderLayer"]
     assert len(block.compiled) == 1
     for name, p in qmodel.adapter_parameters():
@@ -74,12 +83,9 @@ def count_products(qmodel: Any) -> int:
     return Count.found
 
 
-def test_a_block_holds_products_attention_and_little_else() -> None:
+def test_a_block_holds_products_attention_and_little_else(trained: Any) -> None:
     """Per token of one block, float32: its input, q, k, v, attention's result, o's and the residual, gate and up."""
-    qmodel = qlora_fx.transform(tiny_llama(4), LoraConfig(**LORA), compute_dtype="float32")
-    with pytest.raises(ModelError, match="run one training step"):
-        qlora_fx.saved_activations(qmodel, batch_size=1, sequence_length=1)
-    qmodel(**batch()).loss.backward()
+    qmodel, _ = trained
     held = qlora_fx.saved_activations(qmodel, batch_size=5, sequence_length=7)
     hidden, q, kv, mlp, r, sites, heads = 48, 64, 32, 80, 4, 7, 4
     tensors = hidden + q + 2 * kv + q + hidden + 2 * mlp
@@ -90,9 +96,8 @@ def test_a_block_holds_products_attention_and_little_else() -> None:
     assert twice.total > 1.9 * held.total
 
 
-def test_fifty_shapes_compile_nothing_again() -> None:
-    qmodel = qlora_fx.transform(tiny_llama(4), LoraConfig(**LORA), compute_dtype="float32")
-    qmodel(**batch()).loss.backward()
+def test_fifty_shapes_compile_nothing_again(trained: Any) -> None:
+    qmodel, _ = trained
     before = {name: dict(body.compiled) for name, body in bodies(qmodel).items()}
     torch._dynamo.utils.counters.clear()
     for i in range(50):

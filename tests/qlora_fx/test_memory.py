@@ -86,7 +86,7 @@ def bytes_saved(backend: str) -> int:
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.slow), "aot_eager"])
 def test_bytes_really_saved_are_less_than_plain_autograds_by_the_dense_weights(
     backend: str,
 ) -> None:
