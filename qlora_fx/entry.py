@@ -116,7 +116,7 @@ def transform(
         Signature(True, True, config.return_logits, signature_key(values)), capture, result
     )
     mark_used_up(model)
-    give_back(blueprint.device)
+    give_back(blueprint.device, (t for _, t in qmodel._store.items()))
     return qmodel
 
 

@@ -14,6 +14,7 @@ import functools
 import gc
 import os
 import platform
+from collections.abc import Iterable
 
 import torch
 
@@ -45,8 +46,18 @@ def keep_freed_memory() -> bool:
     return True
 
 
-def give_back(device: torch.device) -> None:
-    """Return what compiling left behind to the system, once, before training goes on."""
+WORTH_IT = 32 << 20
+"""Bytes of a model from which on it is worth the second that collecting takes."""
+
+
+def give_back(device: torch.device, tensors: Iterable[torch.Tensor]) -> None:
+    """Return what compiling left behind to the system, once, before training goes on.
+
+    Args:
+        tensors: of the model; for a small one nothing is done.
+    """
+    if sum(t.nbytes for t in tensors) < WORTH_IT:
+        return
     gc.collect()
     libc = glibc()
     if device.type == "cpu" and libc is not None:

@@ -51,7 +51,7 @@ class Program:
         tensors = self.fit(values)
         self.calls += 1
         if self.calls == 2:  # forward and backward are compiled now
-            give_back(self.device)
+            give_back(self.device, self.stored)
         # The graph's dtypes are decided; an autocast around the call must not change them while it compiles.
         with torch.autocast(self.device.type, enabled=False):
             outputs = self.run(*self.stored, *tensors)

@@ -55,8 +55,12 @@ def test_whole_pipeline_on_a_one_layer_llama() -> None:
     %model_layers_0_self_attn_q_proj_dequant: f32[48, 64] = bitsandbytes.dequantize_4bit(%model_layers_0_self_attn_q_proj_weight_packed, %model_layers_0_self_attn_q_proj_absmax_offset, 64, nf4, [48, 64], f32)
     %model_layers_0_self_attn_q_proj_dequant_matrix: f32[64, 48] = aten.view(%model_layers_0_self_attn_q_proj_dequant, [64, 48])
     %model_layers_0_self_attn_q_proj: f32[B, S, 64] = aten.linear(%model_layers_0_input_layernorm_mul_1, %model_layers_0_self_attn_q_proj_dequant_matrix)  # site model.layers.0.self_attn.q_proj: quantize, adapt r=4
-    %model_layers_0_self_attn_q_proj_lora_a: f32[B, S, 4] = aten.linear(%model_layers_0_input_layernorm_mul_1, %model_layers_0_self_attn_q_proj_lora_A_weight)
-    %model_layers_0_self_attn_q_proj_lora_b: f32[B, S, 64] = aten.linear(%model_layers_0_self_attn_q_proj_lora_a, %model_layers_0_self_attn_q_proj_lora_B_weight)
+    %model_layers_0_self_attn_q_proj_lora_stack: f32[12, 48] = aten.cat([%model_layers_0_self_attn_q_proj_lora_A_weight, %model_layers_0_self_attn_k_proj_lora_A_weight, %model_layers_0_self_attn_v_proj_lora_A_weight])
+    %model_layers_0_self_attn_q_proj_lora_a_all: f32[B, S, 12] = aten.linear(%model_layers_0_input_layernorm_mul_1, %model_layers_0_self_attn_q_proj_lora_stack)
+    %model_layers_0_self_attn_q_proj_lora_a_part: f32[B, S, 4] = aten.slice(%model_layers_0_self_attn_q_proj_lora_a_all, -1, 0, 4)
+    %model_layers_0_self_attn_k_proj_lora_a_part: f32[B, S, 4] = aten.slice(%model_layers_0_self_attn_q_proj_lora_a_all, -1, 4, 8)
+    %model_layers_0_self_attn_v_proj_lora_a_part: f32[B, S, 4] = aten.slice(%model_layers_0_self_attn_q_proj_lora_a_all, -1, 8, 12)
+    %model_layers_0_self_attn_q_proj_lora_b: f32[B, S, 64] = aten.linear(%model_layers_0_self_attn_q_proj_lora_a_part, %model_layers_0_self_attn_q_proj_lora_B_weight)
     %model_layers_0_self_attn_q_proj_scaled: f32[B, S, 64] = aten.mul(%model_layers_0_self_attn_q_proj_lora_b, 2.0)
     %model_layers_0_self_attn_q_proj_adapted: f32[B, S, 64] = aten.add(%model_layers_0_self_attn_q_proj, %model_layers_0_self_attn_q_proj_scaled)
     %model_layers_0_self_attn_view: f32[B, S, 4, 16] = aten.view(%model_layers_0_self_attn_q_proj_adapted, [%sym_size, %sym_size_1, -1, 16])
@@ -226,7 +230,7 @@ def test_each_stage_is_logged_as_a_diff(config: Config, caplog: pytest.LogCaptur
         pipeline.run(captured().gm, config, title="train")
     messages = [r.getMessage() for r in caplog.records if r.name == "qlora_fx"]
     assert [m.split("\n")[0] for m in messages] == [
-        f"train: {s}" for s in ("capture", "normalize", "select", "quantize", "adapt", "outline")
+        f"train: {stage}" for stage in ("capture", *(s.name for s in pipeline.PIPELINE))
     ]
     assert (
         "+    %layers_0_up_lora_a: f32[B, S, 2] = aten.linear(%x, %layers_0_up_lora_A_weight)"
@@ -246,9 +250,12 @@ def test_the_graph_after_every_stage_is_dumped(
         "train.2_select.txt",
         "train.3_quantize.txt",
         "train.4_adapt.txt",
-        "train.5_outline.txt",
+        "train.5_siblings.txt",
+        "train.6_attention.txt",
+        "train.7_loss_head.txt",
+        "train.8_outline.txt",
     ]
-    assert "def ToyBlock(" in (tmp_path / "dump" / "train.5_outline.txt").read_text(
+    assert "def ToyBlock(" in (tmp_path / "dump" / "train.8_outline.txt").read_text(
         encoding="ascii"
     )
 
