@@ -332,7 +332,8 @@ class Run:
         batch = {k: v.to(self.qmodel.device) for k, v in batch.items()}
         self.qmodel.train()
         with torch.no_grad():
-            a, b = self.qmodel(**batch).logits, theirs(**batch, use_cache=False).logits
+            a = self.qmodel(**batch, return_logits=True).logits
+            b = theirs(**batch, use_cache=False).logits
         real = batch["attention_mask"].bool()
         difference = float((a - b)[real].abs().max())
         scale = float(b[real].abs().max())

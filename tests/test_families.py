@@ -89,7 +89,7 @@ def run(family: Family, backend: str) -> list[str]:
         )
         randomize_adapter(qmodel)
         for batch in (first, second):
-            report = compare(model, qmodel, batch)
+            report = compare(model, qmodel, batch, all_outputs=False)
             assert report.passed, str(report)
             assert sum(line.norm > 0 for line in report.sites) >= len(report.sites) / 2
     said = [str(w.message) for w in caught if w.category is UserWarning]
