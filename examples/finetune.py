@@ -337,7 +337,9 @@ class Run:
         real = batch["attention_mask"].bool()
         difference = float((a - b)[real].abs().max())
         scale = float(b[real].abs().max())
-        verdict = "agree" if difference < 1e-2 * scale else "DO NOT AGREE"
+        # Two right programs differ by rounding: in bfloat16 by some percent of the largest logit.
+        limit = 1e-2 if self.qmodel.compute_dtype == torch.float32 else 1e-1
+        verdict = "agree" if difference < limit * scale else "DO NOT AGREE"
         print(
             f"reloaded in PEFT + transformers: logits {verdict} "
             f"(largest difference {difference:.1e}, largest logit {scale:.1f})"
