@@ -9,7 +9,6 @@ empty cache again (its weights are the model's own, each layer twice).
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT / "examples")  # not this folder, whose profile.py would hide Python's own
+# This folder comes last: its profile.py would hide Python's own.
+sys.path = [str(ROOT / "examples"), *sys.path[1:], str(ROOT / "benchmarks")]
 
 
 def main() -> None:
-    benchmark = step_benchmark()
+    import step as benchmark
+
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,16 +50,6 @@ def main() -> None:
         print(f"| {name} | {transform:.1f} | {first:.1f} | {transform + first:.1f} |")
     ratio = sum(found["twice as deep"]) / sum(found["empty cache"])
     print(f"\ntwice as deep / empty cache: {ratio:.2f}")
-
-
-def step_benchmark() -> Any:
-    """``benchmarks/step.py``: its workloads and how it makes a model."""
-    spec = importlib.util.spec_from_file_location("step", Path(__file__).with_name("step.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(model: str, times: int, cache: str) -> tuple[float, float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import importlib.util
 import sys
 import time
 import warnings
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT / "examples")  # not this folder, whose profile.py would hide Python's own
+# This folder comes last: its profile.py would hide Python's own.
+sys.path = [str(ROOT / "examples"), *sys.path[1:], str(ROOT / "benchmarks")]
 
 KINDS = {
     "base products": "linears of the frozen model, without the head",
@@ -33,7 +33,8 @@ KINDS = {
 
 
 def main() -> None:
-    benchmark = step_benchmark()
+    import step as benchmark
+
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,16 +58,6 @@ def main() -> None:
     print("\n".join(lines))
     draw(times, lines[0], args.out)
     print(f"\n{args.out}")
-
-
-def step_benchmark() -> Any:
-    """``benchmarks/step.py``: its workloads and how it makes a model."""
-    spec = importlib.util.spec_from_file_location("step", Path(__file__).with_name("step.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def measure(args: argparse.Namespace, benchmark: Any) -> tuple[dict[str, float], float]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .nodes import Emitter, aten, call, ops
+from .nodes import Emitter, arguments, aten, call, ops
 
 COMPARISONS = frozenset(
     {
@@ -54,13 +54,11 @@ def attention(gm: fx.GraphModule, *, config: Any) -> PassResult:
 
 
 def rewrite(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, fx.Node]) -> bool:
-    given = dict(zip(("q", "k", "v", "mask", "dropout", "causal"), node.args, strict=False))
-    given.update({"causal" if k == "is_causal" else k: v for k, v in node.kwargs.items()})
-    q, k, v = (before_repeat(given[name], given["q"]) for name in "qkv")
-    mask: Any = given.get("mask", given.get("attn_mask"))
-    if given.get("dropout", given.get("dropout_p", 0.0)) or not may_be_causal(q, k, v, mask, given):
+    given = arguments(node)
+    q, mask, scale = given["query"], given["attn_mask"], given["scale"]
+    k, v = before_repeat(given["key"], q), before_repeat(given["value"], q)
+    if given["dropout_p"] or not may_be_causal(q, k, v, mask, given["is_causal"]):
         return False
-    scale = given.get("scale")
     if scale is None:
         scale = float(int(q.meta["val"].shape[-1]) ** -0.5)
     if mask is not None and mask not in kinds:
@@ -76,7 +74,7 @@ def rewrite(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, fx.Node]) -> bo
     return True
 
 
-def may_be_causal(q: Any, k: Any, v: Any, mask: Any, given: dict[str, Any]) -> bool:
+def may_be_causal(q: Any, k: Any, v: Any, mask: Any, is_causal: bool) -> bool:
     """True where every query stands for one key, and the mask compares positions."""
     values = [n.meta["val"] for n in (q, k, v)]
     if any(t.dim() != 4 or t.device.type != "cpu" for t in values):
@@ -86,7 +84,7 @@ def may_be_causal(q: Any, k: Any, v: Any, mask: Any, given: dict[str, Any]) -> b
     if isinstance(values[0].shape[3], torch.SymInt) or isinstance(values[0].shape[1], torch.SymInt):
         return False
     if mask is None:
-        return bool(given.get("causal"))
+        return is_causal
     shape = mask.meta["val"].shape
     return (
         mask.meta["val"].dtype == torch.bool

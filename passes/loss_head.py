@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .nodes import CASTS, Emitter, Site, aten, ops
+from .nodes import CASTS, Emitter, Site, arguments, aten, ops
 from .quantize import bnb
 from .stored import cast
 
@@ -22,7 +22,6 @@ KEEPS_ROWS = CASTS | {
     aten.flatten.using_ints,
 }
 MEAN, SUM = 1, 2
-IGNORE = -100
 
 
 @dataclass
@@ -75,11 +74,13 @@ def loss_head(gm: fx.GraphModule, *, config: Any) -> PassResult:
 
 def chain_to_head(loss: fx.Node, config: Any) -> Chain | None:
     """The way from a loss back to a frozen head; None if another reader needs the logits, or it is another loss."""
-    logits: Any = loss.args[0]
-    weight, reduction, _, smoothing = options(loss)
-    if weight is not None or reduction not in (MEAN, SUM) or smoothing:
+    given = arguments(loss)
+    logits, labels = given["self"], given["target"]
+    if given["weight"] is not None or given["label_smoothing"]:
         return None
-    if logits.meta["val"].dim() != 2 or loss.args[1].meta["val"].dim() != 1:  # type: ignore[union-attr]
+    if given["reduction"] not in (MEAN, SUM):
+        return None
+    if logits.meta["val"].dim() != 2 or labels.meta["val"].dim() != 1:
         return None
     nodes = []
     node = logits
@@ -134,7 +135,7 @@ def understand(chain: Chain) -> bool:
 def rewrite(graph: fx.Graph, loss: fx.Node, chain: Chain, config: Any) -> None:
     head = chain.head
     site: Site = head.meta["site"]
-    _, reduction, ignore, _ = options(loss)
+    given = arguments(loss)
     x, weight, *bias = head.args
     then = Emitter(graph, head)
     with graph.inserting_before(loss):
@@ -145,36 +146,24 @@ def rewrite(graph: fx.Graph, loss: fx.Node, chain: Chain, config: Any) -> None:
         storage, blocksize, quant_type = storage_of(weight)
         triple = then(
             ops.linear_cross_entropy.default,
-            *(rows, storage, bias[0] if bias else None, loss.args[1], ignore),
+            *(rows, storage, bias[0] if bias else None, given["target"], given["ignore_index"]),
             *(chain.scale, chain.softcap, list(site.shape), blocksize, quant_type, True),
             suffix="loss",
         )
         triple.meta["site"] = site
         result = then(operator.getitem, triple, 0, suffix="total")
-        if reduction == MEAN:
+        if given["reduction"] == MEAN:
             count = then(operator.getitem, triple, 1, suffix="count")
             result = then(aten.div.Tensor, result, count, suffix="mean")
         result = cast(graph, result, loss.meta["val"].dtype, f"{head.name}_mean_cast")
     loss.replace_all_uses_with(result)
     gone = {chain.head, *chain.nodes}
     output = next(iter(graph.find_nodes(op="output")))
-    output.args = (tuple(None if value in gone else value for value in output.args[0]),)  # type: ignore[union-attr]
+    results: Any = output.args[0]
+    output.args = (tuple(None if value in gone else value for value in results),)
     graph.erase_node(loss)
     for node in (*chain.nodes[::-1], chain.head):
         graph.erase_node(node)
-
-
-def options(loss: fx.Node) -> tuple[Any, Any, Any, Any]:
-    """Class weights, reduction, ignored label and label smoothing of a ``cross_entropy_loss``."""
-    names = ("self", "target", "weight", "reduction", "ignore_index", "label_smoothing")
-    given = dict(zip(names, loss.args, strict=False)) | dict(loss.kwargs)
-    found: tuple[Any, Any, Any, Any] = (
-        given.get("weight"),
-        given.get("reduction", MEAN),
-        given.get("ignore_index", IGNORE),
-        given.get("label_smoothing", 0.0),
-    )
-    return found
 
 
 def storage_of(weight: Any) -> tuple[list[fx.Node], int, str]:

@@ -8,7 +8,6 @@ from it such as ``....weight.absmax``). User inputs are placeholders with ``meta
 from __future__ import annotations
 
 import operator
-import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from ..runtime.ops import ops as ops
 
@@ -181,12 +181,13 @@ def call(
 
 
 def fake_value(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
-    """What the op's fake kernel gives. Layers repeat, so the same question is answered once per graph.
+    """What the op's fake kernel gives. Layers repeat, so the same question is answered once per capture.
 
-    Fake tensors are descriptions that nobody writes to: nodes may share one.
+    Fake tensors are descriptions that nobody writes to: nodes may share one. The answers are kept with the
+    capture's fake mode, which they hold on to themselves: kept elsewhere they would outlive it.
     """
     mode = fake_mode(graph)
-    known = _KNOWN.setdefault(mode, {})
+    known: dict[Any, Any] = vars(mode).setdefault("_qlora_fx_known", {})
     key = (target, str(fx.map_arg((args, kwargs), described)))
     found = known.get(key)
     if found is None:
@@ -196,17 +197,23 @@ def fake_value(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
     return found
 
 
-_KNOWN: weakref.WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = weakref.WeakKeyDictionary()
-
-
 def described(node: fx.Node) -> str:
-    """What a fake kernel can see of a value."""
-    val = node.meta["val"]
+    """What a fake kernel can see of a node's value."""
+    return str(pytree.tree_map(seen, node.meta["val"]))
+
+
+def seen(val: Any) -> str:
     if isinstance(val, torch.Tensor):
         return f"{val.dtype} {tuple(val.shape)} {val.stride()} {val.device}"
-    if isinstance(val, (tuple, list)):
-        return f"{id(val)}"
     return str(val)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Every argument of an operator's call by the name in its schema, with the defaults of those not given."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    names = [a.name for a in schema.arguments]
+    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 class Emitter:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import NESTED_BLOCKSIZE
+from .ops import NESTED_BLOCKSIZE, whole_rows
 
 bnb = torch.ops.bitsandbytes
 
@@ -87,18 +87,9 @@ def linear_cross_entropy(
 
 @linear_cross_entropy.register_fake
 def _(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    scale: float,
-    softcap: float,
-    shape: Sequence[int],
-    blocksize: int,
-    quant_type: str,
-    with_grad: bool,
+    x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, labels: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, _, shape, *_ = options
     torch._check(x.shape[1] == shape[1])  # type: ignore[no-untyped-call]
     torch._check(x.shape[0] == labels.shape[0])  # type: ignore[no-untyped-call]
     scalar = x.new_empty((), dtype=torch.float32)
@@ -192,8 +183,6 @@ class Head:
 
     def dequantized(self, first: int, stop: int) -> Tensor:
         """Rows of whole blocks, for ``VOCABULARY`` is a multiple of the blocksize."""
-        from .ops import whole_rows
-
         size = self.inner
         packed = self.weight.view(torch.uint8)[first * size // 2 : (stop * size + 1) // 2]
         scales = self.absmax[first * size // self.blocksize : -(-stop * size // self.blocksize)]

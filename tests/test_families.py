@@ -73,7 +73,7 @@ class ParameterFlops(TorchDispatchMode):
         return 0
 
 
-def run(family: Family, backend: str) -> list[str]:
+def assert_right(family: Family, backend: str) -> list[str]:
     """Check one model; returns the warnings that were given."""
     model = build(family).train()
     first, second = family.batch(3, 21), family.batch(2, 17)
@@ -116,19 +116,19 @@ def run(family: Family, backend: str) -> list[str]:
 
 @pytest.mark.parametrize("model_type", ONE_OF_EACH)
 def test_a_model_of_each_kind(model_type: str) -> None:
-    run(BY_TYPE[model_type], "eager")
+    assert_right(BY_TYPE[model_type], "eager")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", BY_TYPE)
 def test_a_model_type(model_type: str) -> None:
-    run(BY_TYPE[model_type], "eager" if model_type in UNCOMPILED else "aot_eager")
+    assert_right(BY_TYPE[model_type], "eager" if model_type in UNCOMPILED else "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", COMPILED)
 def test_a_compiled_model_of_each_kind(model_type: str) -> None:
-    said = run(BY_TYPE[model_type], "inductor")
+    said = assert_right(BY_TYPE[model_type], "inductor")
     refused = any("Inductor cannot compile" in message for message in said)
     assert refused is (model_type in NOT_INDUCTOR)
 

@@ -62,7 +62,7 @@ def ratios(
     return {n: e / reference_errors[n] for n, e in my_errors.items()}
 
 
-def no_larger(draws: list[dict[str, float]]) -> None:
+def assert_no_larger(draws: list[dict[str, float]]) -> None:
     mean = {n: math.exp(sum(math.log(d[n]) for d in draws) / len(draws)) for n in draws[0]}
     worse = {n: r for n, r in mean.items() if r > 1.1}
     assert not worse, f"{len(worse)} of {len(mean)}: {worse}"
@@ -85,13 +85,17 @@ BACKENDS = ["inductor", pytest.param("eager", marks=pytest.mark.slow)]
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_errors_are_no_larger_than_the_references_in_float32(backend: str) -> None:
     batches = [batch(seed=i) for i in range(16)]
-    no_larger([ratios(m, batches, torch.float32, backend, 3e-6) for m in models(torch.float32)])
+    assert_no_larger(
+        [ratios(m, batches, torch.float32, backend, 3e-6) for m in models(torch.float32)]
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_errors_are_no_larger_than_the_references_in_bfloat16(backend: str) -> None:
     batches = [batch(seed=i) for i in range(16)]
-    no_larger([ratios(m, batches, torch.bfloat16, backend, 5e-2) for m in models(torch.bfloat16)])
+    assert_no_larger(
+        [ratios(m, batches, torch.bfloat16, backend, 5e-2) for m in models(torch.bfloat16)]
+    )
 
 
 @pytest.mark.slow
@@ -106,7 +110,7 @@ def test_errors_are_no_larger_than_the_references_on_smollm2(backend: str) -> No
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"])
     rows = [ids[i * 48 : (i + 2) * 48].view(2, 48) for i in range(12)]
     batches = [{"input_ids": r, "attention_mask": torch.ones_like(r), "labels": r} for r in rows]
-    no_larger([ratios(model, batches, torch.float32, backend, 1e-5)])
+    assert_no_larger([ratios(model, batches, torch.float32, backend, 1e-5)])
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
