@@ -8,18 +8,8 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .nodes import (
-    Emitter,
-    Site,
-    StoredInputs,
-    WeightView,
-    aten,
-    fake_mode,
-    is_flipped,
-    ops,
-    sites,
-    weight_view,
-)
+from .nodes import Emitter, StoredInputs, aten, fake_mode, ops, sites, weight_view
+from .site import Site, WeightView, is_flipped
 from .stored import cast, replace_other_uses
 
 ADAPTER_DTYPE = torch.float32

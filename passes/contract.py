@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .nodes import Emitter, Layout, WeightView, aten, call, ops, parameter_behind
+from .nodes import Emitter, aten, call, ops, parameter_behind
+from .site import Layout, WeightView
 from .weights import dims, matrix_view, whole_view
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from .contract import Builder
-from .nodes import Layout, aten, call, ops
+from .nodes import aten, call, ops
+from .site import Layout
 from .weights import dims, is_weight, whole_view
 
 

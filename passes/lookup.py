@@ -9,7 +9,8 @@ from torch import fx
 
 from ..runtime.ops import NESTED_BLOCKSIZE
 from ..runtime.storage import QUANT_MAP
-from .nodes import Emitter, Site, StoredInputs, aten, fake_mode
+from .nodes import Emitter, StoredInputs, aten, fake_mode
+from .site import Site
 from .stored import cast, stored_parts
 
 

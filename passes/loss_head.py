@@ -9,8 +9,9 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .nodes import CASTS, Emitter, Site, arguments, aten, ops
+from .nodes import CASTS, Emitter, arguments, aten, ops
 from .quantize import bnb
+from .site import Site
 from .stored import cast
 
 KEEPS_ROWS = CASTS | {

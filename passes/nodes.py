@@ -1,4 +1,4 @@
-"""What all passes share: the *site* mark, how nodes are born, how stored tensors enter a graph.
+"""What all passes share: how nodes are born, how stored tensors enter a graph.
 
 A graph holds no weights. Every tensor of the model comes in through a placeholder with
 ``meta["stored"]``, its key in the parameter store (the Hugging Face parameter name, or a name derived
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,129 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ..runtime.ops import ops as ops
+from .site import Layout, WeightView
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a parameter becomes a weight that multiplies: ``p.reshape(view).permute(permute).reshape(shape)``.
-
-    Attributes:
-        view: a shape of the parameter's elements, in the order in which they are stored.
-        permute: the order in which the weight takes those dimensions.
-        shape: ``(out, in)``, or ``(experts, out, in)``.
-    """
-
-    view: tuple[int, ...]
-    permute: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def plain(self) -> bool:
-        """True if the weight has the parameter's elements in the parameter's order."""
-        return self.permute == tuple(range(len(self.permute)))
-
-    def of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The weight ``[(experts,) out, in]`` of a parameter."""
-        return parameter.reshape(self.view).permute(self.permute).reshape(self.shape)
-
-    def inverse(self, weight: torch.Tensor) -> torch.Tensor:
-        """The parameter, as ``view``, of a weight."""
-        back = [self.permute.index(i) for i in range(len(self.permute))]
-        return weight.reshape([self.view[i] for i in self.permute]).permute(back)
-
-
-@dataclass(frozen=True)
-class WeightView:
-    """What the weight argument of a canonical product reads. ``meta["weight_view"]`` of the argument.
-
-    Attributes:
-        key: store key of the parameter.
-        layout: the whole weight.
-        rows: ``(start, stop)`` of the output features that are read, where not all are (a fused q/k/v weight).
-        expert: which matrix of a stack of experts is read, where it is one (a loop over experts).
-    """
-
-    key: str
-    layout: Layout
-    rows: tuple[int, int] | None = None
-    expert: int | None = None
-
-
-@dataclass(frozen=True)
-class Site:
-    """The verdict on one linear operation. ``meta["site"]`` of the canonical node holds it.
-
-    Attributes:
-        name: the module path as PEFT names it, e.g. ``model.layers.0.self_attn.q_proj``, or the parameter's
-            own path where the module is not a linear (``model.layers.0.mlp.experts.gate_up_proj``).
-        weight: key of the weight in the parameter store.
-        op: how the model spelled the operation (``linear``, ``addmm``, ``einsum``, ...).
-        layout: from the parameter to ``[(experts,) out, in]``; None where the operation was not recognised.
-        kind: what holds the weight: ``linear``, ``conv`` (PEFT's module adapters), ``embedding``, or
-            ``parameter`` (PEFT's ``target_parameters``).
-        quantize: whether the weight goes to 4-bit storage.
-        adapt: whether a LoRA branch is added.
-        reason: why not, where ``quantize`` or ``adapt`` is False; empty otherwise.
-        r, scaling, dropout: LoRA's rank, factor and dropout probability; meaningful if ``adapt``.
-        swapped: PEFT's ``lora_A`` multiplies the parameter's last dimension, which is not the input here:
-            the input meets ``lora_B`` first.
-        flops: of one forward, at the sizes of the capture's example.
-    """
-
-    name: str
-    weight: str
-    op: str
-    layout: Layout | None = None
-    kind: str = "linear"
-    quantize: bool = False
-    adapt: bool = False
-    reason: str = ""
-    r: int = 0
-    scaling: float = 1.0
-    dropout: float = 0.0
-    swapped: bool = False
-    flops: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``(out, in)`` or ``(experts, out, in)``; empty where the operation was not recognised."""
-        return self.layout.shape if self.layout is not None else ()
-
-    @property
-    def experts(self) -> int:
-        """Matrices in the weight; 0 for an ordinary ``[out, in]`` one."""
-        return self.shape[0] if len(self.shape) == 3 else 0
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[-2] if self.shape else 0
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[-1] if self.shape else 0
-
-    def lora_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of ``lora_A`` and ``lora_B`` as PEFT holds them.
-
-        ``[r, in]`` and ``[out, r]``; for experts ``[experts * r, in]`` and ``[out, r * experts]``
-        (``peft.tuners.lora.layer.ParamWrapper``); for a convolution with its window of ones behind.
-        """
-        out, inn = self.out_features, self.in_features
-        if self.swapped:
-            out, inn = inn, out
-        n = self.r * max(self.experts, 1)
-        window: tuple[int, ...] = ()
-        if self.kind == "conv" and self.layout is not None:
-            window = (1,) * (len(self.layout.view) - 2)
-        return (n, inn, *window), (out, n, *window)
-
-
-def is_flipped(view: WeightView, site: Site) -> bool:
-    """True if this reader takes the transpose of what the site describes."""
-    assert site.layout is not None
-    return len(site.shape) == 2 and view.layout.permute != site.layout.permute
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:

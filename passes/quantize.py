@@ -15,10 +15,7 @@ from .nodes import (
     CANONICAL,
     VIEWS,
     Emitter,
-    Layout,
-    Site,
     StoredInputs,
-    WeightView,
     aten,
     fake_mode,
     fake_value,
@@ -27,6 +24,7 @@ from .nodes import (
     sites,
     weight_view,
 )
+from .site import Layout, Site, WeightView
 from .stored import cast, replace_other_uses, stored_parts
 
 bnb = torch.ops.bitsandbytes

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from ..runtime.storage import NESTED_QUANT_MAP, layout
-from .nodes import Site, StoredInputs, aten, call, fake_mode, identifier
+from .nodes import StoredInputs, aten, call, fake_mode, identifier
+from .site import Site
 
 
 def stored_parts(

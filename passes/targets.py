@@ -10,7 +10,7 @@ from typing import Any
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from ..errors import ConfigError
-from .nodes import Site
+from .site import Site
 
 
 def targeted_parameter(lora: Any, key: str) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .nodes import CASTS, VIEWS, Layout, WeightView, aten, parameter_behind, weight_like
+from .nodes import CASTS, VIEWS, aten, parameter_behind, weight_like
+from .site import Layout, WeightView
 
 
 def is_weight(node: Any) -> bool:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from .errors import AdapterError
+from .config import Config, check_lora
+from .errors import AdapterError, ConfigError
 from .passes.adapt import lora_keys
-from .passes.nodes import Site
+from .passes.site import Site
 
 
 def apply_adapter(current: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
@@ -141,3 +142,26 @@ def parameter_names(sites: Mapping[str, Site]) -> list[str]:
     if any(other.endswith(f".{end}") for other in others for end in ends):
         return sorted(adapted)
     return sorted(ends)
+
+
+def check_saved(config: dict[str, Any], sites: Mapping[str, Site], folder: str) -> None:
+    """Raise if a saved adapter's ranks and scalings are not those of the model's sites.
+
+    Raises:
+        AdapterError: naming the first site that differs.
+    """
+    try:
+        theirs = check_lora(LoraConfig.from_peft_type(**config))
+    except (ConfigError, TypeError, ValueError) as error:
+        raise AdapterError(f"{folder}: {error}") from error
+    saved = Config(lora=theirs)
+    for site in sites.values():
+        if not site.adapt:
+            continue
+        new = (saved.rank(site.name), saved.scaling(site.name))
+        if new != (site.r, site.scaling):
+            raise AdapterError(
+                f"{folder}: {site.name} has rank {new[0]} and scaling {new[1]:g} there, rank {site.r} and "
+                f"scaling {site.scaling:g} here. Transform the model with "
+                f"lora=peft.LoraConfig.from_pretrained({folder!r}) to take them over"
+            )

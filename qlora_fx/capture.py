@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from .dims import automatic_dims, example, is_about_dims, resized, shared_dims
 from .errors import CaptureError
 from .flatten import Flattener
+from .inputs import is_paired
 from .seams import hard_models
 
 
@@ -147,7 +148,7 @@ class Blueprint:
         """One attempt, with one choice of free sizes and with or without patches."""
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         model = self.fake(mode, dtype).train(training)
-        paired = bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+        paired = is_paired(self.model)
         with mode:
             examples = {k: example(v) for k, v in resized(inputs, paired).items()}
         take_exactly(model, list(examples))

@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig
 
 from . import pipeline
 from .capture import Blueprint, named_tensors
+from .checks import check_model, mark_used_up
 from .config import (
     Config,
     check_compute_dtype,
@@ -22,15 +23,16 @@ from .config import (
     check_quantization,
     check_roles,
 )
-from .errors import ConfigError, ModelError
-from .inputs import bind, example_inputs, signature_key
-from .model import QLoRAModel, Signature, decide, graph_title, skips_logits
+from .errors import ConfigError
+from .inputs import bind, example_inputs, signature_key, without_cache
+from .model import QLoRAModel, decide
 from .passes.adapt import lora_keys
 from .passes.lower import BACKENDS, warm_up
 from .runtime.allocator import give_back, keep_freed_memory
 from .runtime.dtype import ComputeDtype, fastest
 from .runtime.storage import QUANT_MAP, quantize_weight
 from .runtime.store import QuantizedShape
+from .signature import Signature, graph_title, skips_logits
 
 
 def transform(
@@ -120,58 +122,6 @@ def transform(
     return qmodel
 
 
-def check_model(model: Any) -> None:
-    """Refuse what cannot be transformed, before anything is changed.
-
-    Raises:
-        ModelError: saying what is wrong and what to do.
-    """
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise ModelError(
-            f"model is a {type(model).__name__}; accepted: a transformers model (with a .config)"
-        )
-    if getattr(model, "_qlora_fx_used_up", False):
-        raise ModelError(USED_UP)
-    if hasattr(model, "peft_config"):
-        raise ModelError(
-            "the model already has PEFT adapters; pass the base model, and afterwards qmodel.load_adapter(folder)"
-        )
-    tensors = dict(named_tensors(model))
-    if not any(t.is_floating_point() for t in tensors.values()):
-        raise ModelError(f"{type(model).__name__} has no floating-point parameter")
-    devices: dict[torch.device, str] = {}
-    for name, tensor in tensors.items():
-        if hasattr(tensor, "quant_state") or not (
-            tensor.is_floating_point() or name_is_buffer(model, name)
-        ):
-            raise ModelError(
-                f"{name} is already quantized ({type(tensor).__name__}, {tensor.dtype}); load the model "
-                "without quantization_config and let transform quantize it"
-            )
-        devices.setdefault(tensor.device, name)
-    if torch.device("meta") in devices:
-        raise ModelError(
-            f"{devices[torch.device('meta')]} is on the meta device and has no values; load the model with "
-            "from_pretrained first"
-        )
-    if len(devices) > 1:
-        where = ", ".join(f"{name} on {device}" for device, name in devices.items())
-        raise ModelError(f"the model is on several devices ({where}); accepted: one device")
-    for name, tensor in dict(model.named_parameters()).items():
-        if not torch.isfinite(tensor.detach().sum()):
-            bad = int((~torch.isfinite(tensor.detach())).sum())
-            if bad:
-                raise ModelError(
-                    f"{name} {list(tensor.shape)} has {bad} values that are NaN or infinite; quantizing would "
-                    "spread them over whole blocks. Check the checkpoint"
-                )
-
-
-def name_is_buffer(model: nn.Module, name: str) -> bool:
-    path, _, leaf = name.rpartition(".")
-    return leaf in model.get_submodule(path)._buffers
-
-
 def choose_compute_dtype(
     argument: Any, asked: torch.dtype | None, device: torch.device
 ) -> ComputeDtype:
@@ -216,10 +166,7 @@ def example_values(
 ) -> dict[str, Any]:
     if given is None:
         given = example_inputs(model, blueprint.signature)
-    values = bind(blueprint.signature, (), dict(given))
-    if "use_cache" in blueprint.signature.parameters:
-        values["use_cache"] = False
-    return values
+    return without_cache(blueprint.signature, bind(blueprint.signature, (), dict(given)))
 
 
 def move_weights(model: nn.Module, qmodel: QLoRAModel, config: Config) -> None:
@@ -283,19 +230,6 @@ def add_adapters(qmodel: QLoRAModel, config: Config) -> None:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
         qmodel._store.add(key_a, nn.Parameter(a))
         qmodel._store.add(key_b, nn.Parameter(b))
-
-
-USED_UP = (
-    "this model's weights were moved into the QLoRAModel that transform returned; call that one"
-)
-
-
-def mark_used_up(model: Any) -> None:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        raise ModelError(USED_UP)
-
-    model.forward = forward
-    model._qlora_fx_used_up = True
 
 
 def graph_text(qmodel: QLoRAModel | fx.GraphModule) -> str:

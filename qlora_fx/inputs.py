@@ -31,7 +31,7 @@ def example_inputs(model: Any, signature: inspect.Signature) -> dict[str, torch.
     """
     names = signature.parameters
     device = next(model.parameters()).device
-    paired = bool(getattr(model.config, "is_encoder_decoder", False))
+    paired = is_paired(model)
 
     def ones(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.ones(shape, dtype=dtype, device=device)
@@ -110,6 +110,16 @@ def bind(
                 continue
             values[name] = value
     return {k: v for k, v in values.items() if v is not None}
+
+
+def without_cache(signature: inspect.Signature, values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with ``use_cache=False`` where the model takes it: a graph returns no cache."""
+    return values | {"use_cache": False} if "use_cache" in signature.parameters else values
+
+
+def is_paired(model: Any) -> bool:
+    """True for encoder-decoders, whose target has a length of its own."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def signature_key(values: Mapping[str, Any]) -> tuple[Any, ...]:

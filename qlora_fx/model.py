@@ -3,54 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import inspect
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from . import pipeline
-from .adapter import apply_adapter, peft_names, saved_config
+from .adapter import apply_adapter, check_saved, peft_names, saved_config
 from .capture import Blueprint, Capture
 from .config import Config
-from .errors import AdapterError, CaptureError, ConfigError, InputError
-from .inputs import bind, check_call, signature_key, vocabulary_size
+from .errors import CaptureError, ConfigError, InputError
+from .generation import stand_in
+from .inputs import (
+    bind,
+    check_call,
+    is_paired,
+    signature_key,
+    vocabulary_size,
+    without_cache,
+)
 from .passes.adapt import is_adapter_key, lora_keys
 from .passes.lower import lower
-from .passes.nodes import Site, sites
+from .passes.nodes import sites
+from .passes.site import Site
 from .report import Explanation, Row
 from .runtime import checkpoint
 from .runtime.dtype import ComputeDtype
 from .runtime.optimizer import Flat, paged_optimizer
 from .runtime.program import DoesNotFit, Program
 from .runtime.store import Store
-
-
-class Signature(NamedTuple):
-    """What makes two calls share a captured and compiled graph.
-
-    Attributes:
-        training: the mode.
-        adapter: whether the adapter is in it.
-        logits: whether the output has logits where it has a loss.
-        arguments: names, ranks, dtypes and constant values.
-    """
-
-    training: bool
-    adapter: bool
-    logits: bool
-    arguments: tuple[Any, ...]
-
-    def __str__(self) -> str:
-        mode = "train" if self.training else "eval"
-        without = "" if self.adapter else ", no adapter"
-        without += "" if self.logits else ", no logits"
-        return f"{mode}{without}({', '.join(name for name, _ in self.arguments)})"
+from .signature import Signature, graph_title, skips_logits
 
 
 class QLoRAModel(nn.Module):
@@ -128,20 +114,18 @@ class QLoRAModel(nn.Module):
         """
         wanted = kwargs.pop("return_logits", None)
         values = bind(self._blueprint.signature, args, kwargs)
-        if "use_cache" in self._blueprint.signature.parameters:
-            if values.get("use_cache"):
-                raise InputError(
-                    "use_cache=True is not supported; accepted: False (recompute the prefix)"
-                )
-            values["use_cache"] = False
+        if values.get("use_cache"):
+            raise InputError(
+                "use_cache=True is not supported; accepted: False (recompute the prefix)"
+            )
+        values = without_cache(self._blueprint.signature, values)
         if values.get("return_dict") is True:  # the default; not worth a capture of its own
             del values["return_dict"]
         count = values.get("num_items_in_batch")
         if isinstance(count, int):
             # It differs from step to step: an input of the graph, not a constant in it.
             values["num_items_in_batch"] = torch.tensor(count, device=self.device)
-        paired = bool(getattr(self.config, "is_encoder_decoder", False))
-        check_call(values, self.device, self._vocabulary, paired)
+        check_call(values, self.device, self._vocabulary, is_paired(self._blueprint.model))
         logits = not skips_logits(self.training, values) if wanted is None else bool(wanted)
         key = Signature(self.training, self._adapter_enabled, logits, signature_key(values))
         misfits = []
@@ -382,29 +366,8 @@ class QLoRAModel(nn.Module):
             AdapterError: it cannot be read or does not fit this model's adapter; nothing was changed.
         """
         tensors, config = checkpoint.load(folder)
-        self._check_saved(config, os.fspath(folder))
+        check_saved(config, self._sites, os.fspath(folder))
         self.load_adapter_state_dict(tensors)
-
-    def _check_saved(self, config: dict[str, Any], folder: str) -> None:
-        from peft import LoraConfig
-
-        from .config import check_lora
-
-        try:
-            theirs = check_lora(LoraConfig.from_peft_type(**config))
-        except (ConfigError, TypeError, ValueError) as error:
-            raise AdapterError(f"{folder}: {error}") from error
-        saved = Config(lora=theirs)
-        for site in self._sites.values():
-            if not site.adapt:
-                continue
-            new = (saved.rank(site.name), saved.scaling(site.name))
-            if new != (site.r, site.scaling):
-                raise AdapterError(
-                    f"{folder}: {site.name} has rank {new[0]} and scaling {new[1]:g} there, rank {site.r} and "
-                    f"scaling {site.scaling:g} here. Transform the model with "
-                    f"lora=peft.LoraConfig.from_pretrained({folder!r}) to take them over"
-                )
 
     # -- generation -------------------------------------------------------------------------------
 
@@ -419,39 +382,9 @@ class QLoRAModel(nn.Module):
         self.eval()
         try:
             with torch.no_grad():
-                return self._generator().generate(*args, **kwargs)
+                return stand_in(self).generate(*args, **kwargs)
         finally:
             self.train(was_training)
-
-    def _generator(self) -> Any:
-        """The model's own class with our forward, so that all of transformers' generation applies."""
-        model = self._blueprint.model
-        if not hasattr(model, "generate"):
-            raise InputError(f"{type(model).__name__} has no generate")
-        ours = self
-
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return ours(*args, **kwargs)
-
-        # generate looks at the signature to see which arguments the model takes.
-        forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
-        members = {
-            "forward": forward,
-            "device": property(lambda _: ours.device),
-            "dtype": property(lambda _: ours.dtype),
-        }
-        twin = copy.copy(model)
-        twin.__class__ = type(type(model).__name__, (type(model),), members)
-        return twin
-
-
-def skips_logits(training: bool, values: Mapping[str, Any]) -> bool:
-    """Whether logits are left out unless asked for: they only feed the loss of a training step."""
-    return training and values.get("labels") is not None
-
-
-def graph_title(training: bool, values: Mapping[str, Any]) -> str:
-    return f"{'train' if training else 'eval'}-{'-'.join(sorted(n for n, v in values.items() if isinstance(v, torch.Tensor)))}"
 
 
 def decide(flat: fx.GraphModule) -> dict[str, Site]:

@@ -1,15 +1,11 @@
 """Is the compiled model right? ``check(model, batch)`` compares it with float64 and names what went wrong.
 
-The oracle knows nothing of graphs: a copy of the user's model in eager PyTorch and float64, in which each
-quantized weight is replaced by the values its 4-bit storage stands for, and LoRA's ``scaling * B A`` (the
-definition, arXiv:2106.09685) is added to the weight. What it computes is the truth; the same copy in float32
-shows how much error the precision alone explains.
+The truth is ``oracle.Oracle``'s; the same in float32 shows how much error the precision alone explains.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,172 +13,31 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import fx, nn
-from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import BitsAndBytesConfig
 
 from . import pipeline
-from .capture import holders, named_tensors, transposed_stacks
+from .capture import named_tensors
 from .entry import transform
-from .inputs import bind
-from .model import QLoRAModel, skips_logits
+from .inputs import bind, without_cache
+from .model import QLoRAModel
+from .oracle import Float64, Oracle, dense_weights, relative_error
 from .passes.adapt import lora_keys
-from .passes.nodes import Site
-from .runtime.storage import dequantize_weight
+from .signature import skips_logits
+
+__all__ = [
+    "Float64",
+    "Line",
+    "Oracle",
+    "Report",
+    "check",
+    "compare",
+    "randomize_adapter",
+    "relative_error",
+]
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative error accepted, by compute dtype, unless float32 eager PyTorch itself is worse."""
-
-
-class Float64(TorchFunctionMode):
-    """Models cast to float32 inside norms and rotary tables; under this mode they stay in float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.float:
-            return args[0].double()
-        if func in (torch.Tensor.to, torch.Tensor.type, torch.nn.functional.softmax, torch.softmax):
-            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
-
-
-def relative_error(value: torch.Tensor, true: torch.Tensor) -> float:
-    """``|value - true| / |true|`` in the Frobenius norm, computed in float64; 0 where both are zero."""
-    value, true = value.detach().double(), true.detach().double()
-    distance = float((value - true).norm())
-    return distance / max(float(true.norm()), torch.finfo(torch.float64).tiny) if distance else 0.0
-
-
-class Oracle:
-    """An eager copy of ``model`` that computes what ``qmodel`` stands for.
-
-    Args:
-        model: the model as it was before ``transform``.
-        qmodel: the transformed model; its storage and adapter values are read.
-        dtype: ``torch.float64`` for the truth.
-        adapter: False leaves the adapter out.
-
-    Attributes:
-        adapters: the adapter's parameters in ``dtype``, by their names in ``qmodel``.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        qmodel: QLoRAModel,
-        *,
-        dtype: torch.dtype = torch.float64,
-        adapter: bool = True,
-    ) -> None:
-        self.dtype = dtype
-        self.model: Any = copy.deepcopy(model).to(dtype).requires_grad_(False)
-        for module in self.model.modules():  # the plain loop over experts
-            config: Any = getattr(module, "config", None)
-            if getattr(config, "_experts_implementation", None) is not None:
-                config._experts_implementation = "eager"
-        self.model.train(qmodel.training)
-        self.weights = {
-            name: tensor.to(dtype) for name, tensor in dense_weights(model, qmodel).items()
-        }
-        self.adapters: dict[str, nn.Parameter] = {}
-        self.sites = [s for s in qmodel._sites.values() if s.adapt and adapter]
-        for site in self.sites:
-            for key in lora_keys(site):
-                self.adapters[key] = nn.Parameter(qmodel._store[key].detach().to(dtype))
-        # Merged, an adapter would act on everybody who reads the weight; it belongs to the module.
-        borrowed = {s.weight for s in qmodel._sites.values() if s.kind == "reader"}
-        for site in self.sites:
-            if site.kind == "linear" and site.weight in borrowed:
-                self.add_beside(site)
-        self.sites = [s for s in self.sites if s.kind != "linear" or s.weight not in borrowed]
-        self.stacks = transposed_stacks(model)
-        self.kinds = holders(model)
-        self.conv1d = {n for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
-
-    def add_beside(self, site: Site) -> None:
-        """Add the adapter's product to the module's output instead of its weight."""
-        a, b = (self.adapters[k] for k in lora_keys(site))
-
-        def hook(_: nn.Module, args: Any, output: torch.Tensor) -> Any:
-            return output + site.scaling * (args[0] @ a.T) @ b.T
-
-        self.model.get_submodule(site.name).register_forward_hook(hook)
-
-    def parameters(self) -> dict[str, torch.Tensor]:
-        """Every replaced weight of the model, by name; those of adapted sites depend on the adapter."""
-        values = dict(self.weights)
-        for site in self.sites:
-            name = f"{site.name}.weight" if site.kind in ("linear", "conv") else site.weight
-            base = values.get(name)
-            if base is None:
-                base = self.model.get_parameter(name)
-            a, b = (self.adapters[k] for k in lora_keys(site))
-            values[name] = base + site.scaling * self.delta(site, a, b, tuple(base.shape))
-        return values
-
-    def delta(
-        self, site: Site, a: torch.Tensor, b: torch.Tensor, shape: tuple[int, ...]
-    ) -> torch.Tensor:
-        """PEFT's ``get_delta_weight`` for the parameter as the model holds it."""
-        if site.kind == "linear":
-            return (b @ a).T if site.name in self.conv1d else b @ a
-        if site.kind == "conv":
-            return (b.flatten(1) @ a.flatten(1)).reshape(shape)
-        if site.kind == "parameter" and len(shape) == 2:
-            return b @ a
-        if site.kind == "parameter":
-            stacked = a.reshape(shape[0], site.r, -1)
-            spread = b.reshape(b.shape[0], site.r, shape[0])
-            order = "eio" if site.weight.rpartition(".")[0] in self.stacks else "eoi"
-            return torch.einsum(f"ore,eri->{order}", spread, stacked)
-        assert site.layout is not None  # a form PEFT has no adapter for: the canonical weight's
-        if site.experts:
-            stacked = a.reshape(site.experts, site.r, -1)
-            spread = b.reshape(b.shape[0], site.r, site.experts).permute(2, 0, 1)
-            return site.layout.inverse(spread @ stacked).reshape(shape)
-        return site.layout.inverse(b @ a).reshape(shape)
-
-    def __call__(self, batch: Mapping[str, Any]) -> Any:
-        """The model's own output for ``batch``, whose floating-point tensors are cast."""
-        cast = {
-            k: v.to(self.dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-            for k, v in batch.items()
-        }
-        if "use_cache" in inspect.signature(self.model.forward).parameters:
-            cast["use_cache"] = False
-        if self.dtype is not torch.float64:
-            return functional_call(self.model, self.parameters(), (), cast, tie_weights=False)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            with Float64():
-                return functional_call(self.model, self.parameters(), (), cast, tie_weights=False)
-        finally:
-            torch.set_default_dtype(before)
-
-
-def dense_weights(model: nn.Module, qmodel: QLoRAModel) -> dict[str, torch.Tensor]:
-    """What the 4-bit storage stands for, float32, in each parameter's own shape and under all its names."""
-    dense: dict[str, torch.Tensor] = {}
-    q = qmodel._config.quantization
-    tensors = dict(named_tensors(model))
-    for site in qmodel._sites.values():
-        if not site.quantize or site.weight in dense:
-            continue
-        assert site.layout is not None
-        names = {"packed": site.weight, "nested_quant_map": "nested_quant_map"}
-        parts = {
-            part: qmodel._store[names.get(part, f"{site.weight}.{part}")]
-            for part in ("packed", "absmax", "nested_absmax", "offset", "nested_quant_map")
-            if names.get(part, f"{site.weight}.{part}") in qmodel._store
-        }
-        weight = dequantize_weight(parts, site.shape, torch.float32, q)
-        dense[site.weight] = site.layout.inverse(weight).reshape(tensors[site.weight].shape)
-    keys = qmodel._blueprint.keys
-    return {name: dense[key] for name, key in keys.items() if key in dense}
 
 
 @dataclass(frozen=True)
@@ -343,22 +198,16 @@ def compare(
     true_out = {k: v for k, v in true_out.items() if k in out}
     outputs = {k: relative_error(out[k], v) for k, v in true_out.items()}
     eager_outputs = {k: relative_error(eager_out[k], v) for k, v in true_out.items()}
-    largest = max((float(g.norm()) for g in true_grads.values()), default=0.0)
-
-    def error(found: Mapping[str, torch.Tensor], key: str) -> float:
-        """Relative to the gradient's own norm, or to a millionth of the largest one where that is larger."""
-        true = true_grads[key]
-        distance = float((found[key].double() - true).norm())
-        return distance / max(float(true.norm()), 1e-6 * largest) if distance else 0.0
-
+    errors = gradient_errors(grads, true_grads)
+    eager_errors = gradient_errors(eager_grads, true_grads)
     lines = []
     for site in qmodel._sites.values():
         if not site.adapt:
             continue
         a, b = lora_keys(site)
         norm = float(torch.stack([true_grads[a].norm(), true_grads[b].norm()]).norm())
-        eager = max(error(eager_grads, a), error(eager_grads, b))
-        lines.append(Line(site.name, error(grads, a), error(grads, b), eager, norm))
+        eager = max(eager_errors[a], eager_errors[b])
+        lines.append(Line(site.name, errors[a], errors[b], eager, norm))
     lines.sort(key=lambda line: -line.worst)
     if tolerance is None:
         own = max([*eager_outputs.values(), *(line.eager for line in lines)], default=0.0)
@@ -397,6 +246,15 @@ def gradients(loss: torch.Tensor, adapters: Mapping[str, nn.Parameter]) -> dict[
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}
 
 
+def gradient_errors(
+    grads: Mapping[str, torch.Tensor], true: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """Relative to each gradient's own norm, or to a millionth of the largest one where that is larger."""
+    floor = 1e-6 * max((float(g.norm()) for g in true.values()), default=0.0)
+    distances = {key: float((grads[key].double() - g).norm()) for key, g in true.items()}
+    return {k: d / max(float(true[k].norm()), floor) if d else 0.0 for k, d in distances.items()}
+
+
 def leaves(output: Any) -> dict[str, torch.Tensor]:
     """The floating-point tensors of an output, by place."""
     pairs, _ = pytree.tree_flatten_with_path(output)
@@ -426,9 +284,9 @@ def bisect(model: nn.Module, qmodel: QLoRAModel, batch: Mapping[str, Any]) -> di
     Before ``quantize`` the graph reads the dequantized weights, before ``adapt`` it has no adapter; each
     stage is compared with an oracle of the same.
     """
-    values = bind(qmodel._blueprint.signature, (), dict(batch))
-    if "use_cache" in qmodel._blueprint.signature.parameters:
-        values["use_cache"] = False
+    values = without_cache(
+        qmodel._blueprint.signature, bind(qmodel._blueprint.signature, (), dict(batch))
+    )
     capture = qmodel._blueprint.capture(
         values, training=qmodel.training, dtype=qmodel._activation_dtype
     )
@@ -437,7 +295,6 @@ def bisect(model: nn.Module, qmodel: QLoRAModel, batch: Mapping[str, Any]) -> di
     with torch.no_grad():
         plain = leaves(Oracle(model, qmodel, adapter=False)(batch))
     full, true_grads = step(Oracle(model, qmodel), batch)
-    largest = max((float(g.norm()) for g in true_grads.values()), default=0.0)
     errors: dict[str, float] = {}
 
     def stored(node: fx.Node) -> torch.Tensor:
@@ -462,10 +319,8 @@ def bisect(model: nn.Module, qmodel: QLoRAModel, batch: Mapping[str, Any]) -> di
         worst = max((relative_error(found[k], true[k]) for k in there), default=0.0)
         if adapted:
             adapters = dict(qmodel.adapter_parameters())
-            for key, grad in gradients(scalar(output, found), adapters).items():
-                distance = float((grad.double() - true_grads[key]).norm())
-                floor = max(float(true_grads[key].norm()), 1e-6 * largest)
-                worst = max(worst, distance / floor if distance else 0.0)
+            grads = gradients(scalar(output, found), adapters)
+            worst = max([worst, *gradient_errors(grads, true_grads).values()])
         errors[stage] = worst
 
     config = qmodel._config.with_(

@@ -17,8 +17,9 @@ from expecttest import assert_expected_inline
 from peft import LoraConfig
 from qlora_fx.config import Config
 from qlora_fx.errors import ConfigError
-from qlora_fx.passes.nodes import CANONICAL, Layout
+from qlora_fx.passes.nodes import CANONICAL
 from qlora_fx.passes.normalize import normalize
+from qlora_fx.passes.site import Layout
 from qlora_fx.testing import check
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
