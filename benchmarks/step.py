@@ -92,7 +92,8 @@ class Worker:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):
-                return json.loads(line)  # type: ignore[no-any-return]
+                answer: dict[str, Any] = json.loads(line)
+                return answer
         raise SystemExit(f"worker ended: {self.process.args}")
 
     def ask(self, workload: str) -> dict[str, Any]:
@@ -181,6 +182,10 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores"
 
 
+def number(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)
+
+
 def table(found: list[dict[str, Any]], workload: str, args: argparse.Namespace) -> str:
     rows, tokens, silent = WORKLOADS[workload]
     lines = [
@@ -192,7 +197,6 @@ def table(found: list[dict[str, Any]], workload: str, args: argparse.Namespace) 
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in found:
-        number = lambda v, f: "-" if v is None else format(v, f)  # noqa: E731
         gb = "-" if r["peak_above_idle"] is None else f"{r['peak_above_idle'] / 1e9:.2f}"
         norm = "-" if r["grad_norm_min"] is None else f"{r['grad_norm_min']:.1e} of {r['adapters']}"
         lines.append(

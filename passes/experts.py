@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from .contract import Builder
-from .nodes import aten, call, ops
+from .nodes import args_of, aten, call, ops
 from .site import Layout
 from .weights import dims, is_weight, whole_view
 
@@ -64,14 +64,14 @@ def batched(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node | None:
     """
     if node.target is not aten.bmm.default:
         return None
-    a, b = node.args
+    a, b = args_of(node)
     for gathered, other, left in ((a, b, True), (b, a, False)):
         index = indexed(gathered)
         if index is None:
             continue
         weight, ids, transposed = index
         layout = stack_layout(weight, transposed=transposed == left)
-        column = other.meta["val"].shape[2 if left else 1]  # type: ignore[union-attr]
+        column = other.meta["val"].shape[2 if left else 1]
         if layout is None or isinstance(column, torch.SymInt) or column != 1:
             continue
         build = Builder(graph, node, name)
@@ -108,17 +108,18 @@ def indexed(node: Any) -> tuple[fx.Node, fx.Node, bool] | None:
     """``(weight, ids, transposed)`` of ``weight[ids]`` with one index of one dimension, maybe transposed after."""
     transposed = False
     while isinstance(node, fx.Node) and node.target is aten.transpose.int:
-        if {d % 3 for d in node.args[1:]} != {1, 2}:  # type: ignore[operator]
+        if {d % 3 for d in args_of(node)[1:]} != {1, 2}:
             return None
         node, transposed = node.args[0], not transposed
     if not isinstance(node, fx.Node) or not node.args:
         return None
     ids: Any = None
-    if node.target is aten.index.Tensor and len(node.args[1]) == 1:  # type: ignore[arg-type]
-        ids = node.args[1][0]  # type: ignore[index]
-    elif node.target is aten.index_select.default and node.args[1] == 0:
-        ids = node.args[2]
+    args = args_of(node)
+    if node.target is aten.index.Tensor and len(args[1]) == 1:
+        ids = args[1][0]
+    elif node.target is aten.index_select.default and args[1] == 0:
+        ids = args[2]
     if not isinstance(ids, fx.Node) or dims(ids) != 1 or ids.meta["val"].dtype is torch.bool:
         return None
-    weight = node.args[0]
-    return (weight, ids, transposed) if is_weight(weight) and dims(weight) == 3 else None  # type: ignore[return-value]
+    weight = args[0]
+    return (weight, ids, transposed) if is_weight(weight) and dims(weight) == 3 else None

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from .contract import spelling
-from .nodes import CANONICAL, parameter_behind, weight_like
+from .nodes import CANONICAL, args_of, parameter_behind, weight_like
 
 
 def hint(size: Any) -> int:
@@ -26,10 +26,10 @@ def numel(node: Any) -> int:
 def flops(node: fx.Node) -> int:
     """Multiplications and additions of a product, 2 per weight and row, at the capture's example sizes."""
     if node.target in CANONICAL:
-        out, inn = (hint(s) for s in node.args[1].meta["val"].shape[-2:])  # type: ignore[union-attr]
+        out, inn = (hint(s) for s in args_of(node)[1].meta["val"].shape[-2:])
         return 2 * numel(node.args[0]) // max(inn, 1) * out * inn
     if "conv" in spelling(node):
-        size = [hint(s) for s in node.args[1].meta["val"].shape]  # type: ignore[union-attr]
+        size = [hint(s) for s in args_of(node)[1].meta["val"].shape]
         return 2 * numel(node) * math.prod(size[1:])
     inputs = [n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
     weights = [n for n in inputs if weight_like(parameter_behind(n))]

@@ -87,9 +87,15 @@ def seen(val: Any) -> str:
     return str(val)
 
 
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """``node.args``, whose types fx gives as everything an argument could be; a pass knows which it is."""
+    return node.args
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Every argument of an operator's call by the name in its schema, with the defaults of those not given."""
-    schema: Any = node.target._schema  # type: ignore[union-attr]
+    operator: Any = node.target
+    schema = operator._schema
     names = [a.name for a in schema.arguments]
     defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)

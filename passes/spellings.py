@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .contract import Product, part_of, splits
-from .nodes import aten
+from .nodes import args_of, aten
 from .weights import dims, is_weight, whole_view
 
 
@@ -70,13 +70,13 @@ def bmm(node: fx.Node) -> Product | None:
 
 
 def mv(node: fx.Node) -> Product | None:
-    weight, x = node.args
-    return Product(x, weight, ("k", "ok", "o")) if is_weight(weight) else None  # type: ignore[arg-type]
+    weight, x = args_of(node)
+    return Product(x, weight, ("k", "ok", "o")) if is_weight(weight) else None
 
 
 def matmul(node: fx.Node) -> Product | None:
     """``torch.matmul``: broadcasts leading dimensions; of a stack of weights each must be met or not at all."""
-    a, b = node.args
+    a, b = args_of(node)
     which = one_weight(a, b)
     if which is None:
         return None
@@ -91,8 +91,8 @@ def matmul(node: fx.Node) -> Product | None:
     letters_a, letters_b = lead[len(lead) - lead_a :], lead[len(lead) - lead_b :]
     for letter in set(letters_a) & set(letters_b):
         sizes = (
-            a.meta["val"].shape[letters_a.index(letter)],  # type: ignore[union-attr]
-            b.meta["val"].shape[letters_b.index(letter)],  # type: ignore[union-attr]
+            a.meta["val"].shape[letters_a.index(letter)],
+            b.meta["val"].shape[letters_b.index(letter)],
         )
         if isinstance(sizes[0], torch.SymInt) or sizes[0] != sizes[1]:
             return None
@@ -102,10 +102,10 @@ def matmul(node: fx.Node) -> Product | None:
 
 def linear_of_weight(node: fx.Node) -> Product | None:
     """``linear(weight, x)``: the weight stands where the input belongs."""
-    a, b, *bias = node.args
+    a, b, *bias = args_of(node)
     if one_weight(a, b) != (True, False) or dims(a) != 2 or dims(b) != 2 or any(bias):
         return None
-    return Product(b, a, ("nk", "ok", "on"))  # type: ignore[arg-type]
+    return Product(b, a, ("nk", "ok", "on"))
 
 
 def einsum(node: fx.Node) -> Product | None:
@@ -137,13 +137,13 @@ def einsum(node: fx.Node) -> Product | None:
 def convolution(node: fx.Node) -> Product | None:
     """A convolution of width 1, stride 1 and one group is a linear over the channels."""
     named = dict(
-        zip(("x", "weight", "bias", "stride", "padding", "dilation"), node.args, strict=False)
+        zip(("x", "weight", "bias", "stride", "padding", "dilation"), args_of(node), strict=False)
     )
     groups = node.args[-1] if len(node.args) >= 7 else 1
     x, weight = named["x"], named["weight"]
     if not is_weight(weight):
         return None
-    size = list(weight.meta["val"].shape)  # type: ignore[union-attr]
+    size = list(weight.meta["val"].shape)
     if len(size) < 3 or dims(x) != len(size) or any(k != 1 for k in size[2:]) or groups != 1:
         return None
     if node.target is aten.convolution.default and node.args[6]:
@@ -152,7 +152,7 @@ def convolution(node: fx.Node) -> Product | None:
     if not plain or any(v not in (0, "valid", "same") for v in many(named.get("padding", 0))):
         return None
     space = "hwd"[: len(size) - 2]
-    return Product(x, weight, (f"bk{space}", f"ok{space.upper()}", f"bo{space}"), named.get("bias"))  # type: ignore[arg-type]
+    return Product(x, weight, (f"bk{space}", f"ok{space.upper()}", f"bo{space}"), named.get("bias"))
 
 
 def many(value: Any) -> list[Any]:

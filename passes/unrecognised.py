@@ -9,7 +9,7 @@ from torch import fx
 
 from .contract import spelling
 from .flops import flops
-from .nodes import VIEWS_AND_CASTS, aten, parameter_behind, weight_like
+from .nodes import VIEWS_AND_CASTS, args_of, aten, parameter_behind, weight_like
 from .site import Site
 from .spellings import SPELLINGS
 
@@ -85,7 +85,7 @@ def unrecognised(node: fx.Node) -> Site | None:
     op = spelling(node)
     if "conv" in op:
         window = list(weight.meta["val"].shape[2:])
-        groups = weight.meta["val"].shape[1] != node.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
+        groups = weight.meta["val"].shape[1] != args_of(node)[0].meta["val"].shape[1]
         kind = ", in groups" if groups else ""
         reason = f"convolutions stay dense (window {'x'.join(map(str, window))}{kind})"
     else:
@@ -120,8 +120,8 @@ def is_multiplied_and_summed(node: fx.Node) -> bool:
     found = [weight_like(parameter_behind(a)) for a in node.args]
     if sum(found) != 1:
         return False
-    weight = node.args[found.index(True)]
-    if sum(s != 1 for s in weight.meta["val"].shape) < 2:  # type: ignore[union-attr]
+    weight = args_of(node)[found.index(True)]
+    if sum(s != 1 for s in weight.meta["val"].shape) < 2:
         return False
     users = list(node.users)
     return any(u.target in (aten.sum.dim_IntList, aten.sum.default) for u in users)
