@@ -13,6 +13,7 @@ from .entry import graph_text, transform  # noqa: E402
 from .errors import (  # noqa: E402
     AdapterError,
     CaptureError,
+    CheckpointError,
     ConfigError,
     DataError,
     GraphError,
@@ -34,6 +35,7 @@ def explain(model: QLoRAModel) -> Explanation:
 __all__ = [
     "AdapterError",
     "CaptureError",
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "Explanation",

@@ -31,5 +31,12 @@ class DataError(QLoRAError, ValueError):
     """A data file, download or checkpoint is missing, truncated or not what it should be."""
 
 
+class CheckpointError(QLoRAError, ValueError):
+    """A checkpoint is incomplete, damaged or in another format, or its folder cannot be written.
+
+    The message names the tensor and the file. Nothing was changed.
+    """
+
+
 class GraphError(QLoRAError, RuntimeError):
     """A pass broke an invariant. This is a defect of qlora_fx: please report it with the message."""

@@ -13,12 +13,14 @@ double quantization.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 
 from ..errors import ConfigError
+from .blocks import MatrixQuantizer, pieces_of
 from .ops import NESTED_BLOCKSIZE, whole_rows
 
 NESTED_QUANT_MAP = "nested_quant_map"
@@ -61,26 +63,57 @@ def layout(
 
 
 def quantize_weight(weight: torch.Tensor, quantization: Any) -> dict[str, torch.Tensor]:
-    """The stored parts of a dense ``[out, in]`` or ``[experts, out, in]`` weight, with the keys of ``layout``."""
-    if weight.dim() == 3:
-        experts = [quantize_weight(w, quantization) for w in weight]
-        return {
-            key: first if key == "nested_quant_map" else torch.stack([e[key] for e in experts])
-            for key, first in experts[0].items()
+    """The stored parts of a dense ``[out, in]`` or ``[experts, out, in]`` weight, with the keys of ``layout``.
+
+    Byte for byte what ``bitsandbytes.functional.quantize_4bit`` makes of it, on the weight's device.
+    """
+    builder = StorageBuilder(tuple(weight.shape), quantization, weight.device)
+    for i in range(builder.matrices):
+        matrix = weight[i] if weight.dim() == 3 else weight
+        builder.add(i, pieces_of(matrix, quantization.blocksize))
+    return builder.parts
+
+
+class StorageBuilder:
+    """Storage of a weight, filled matrix by matrix.
+
+    Args:
+        shape: ``[out, in]`` or ``[experts, out, in]``.
+        quantization: settings, as ``config.Quantization``.
+        device: where the storage is.
+
+    Attributes:
+        parts: with the keys of ``layout``; whole when every matrix was added.
+        matrices: how many there are.
+        finite: False if a value was NaN or infinite.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], quantization: Any, device: torch.device | str = "cpu"
+    ) -> None:
+        self.quantization = quantization
+        self.blocks = -(-shape[-2] * shape[-1] // quantization.blocksize)
+        self.stacked = len(shape) == 3
+        self.matrices = shape[0] if self.stacked else 1
+        self.finite = True
+        self.parts = {
+            name: torch.empty(size, dtype=dtype, device=device)
+            for name, (size, dtype) in layout(shape, quantization).items()
         }
-    packed, state = bnb.quantize_4bit(
-        weight.contiguous(),
-        blocksize=quantization.blocksize,
-        compress_statistics=quantization.double_quant,
-        quant_type=quantization.quant_type,
-        quant_storage=quantization.storage_dtype,
-    )
-    parts = {"packed": packed, "absmax": state.absmax}
-    if quantization.double_quant:
-        parts["nested_absmax"] = state.state2.absmax
-        parts["offset"] = state.offset
-        parts["nested_quant_map"] = state.state2.code
-    return parts
+
+    def add(self, index: int, pieces: Iterable[torch.Tensor]) -> None:
+        """Quantize matrix ``index`` from its elements, flat, in pieces of whole blocks."""
+        packed = self.parts["packed"]
+        matrix = MatrixQuantizer(
+            packed[index] if self.stacked else packed, self.blocks, self.quantization
+        )
+        for piece in pieces:
+            matrix.add(piece)
+        self.finite &= matrix.finite
+        for name, value in matrix.finish().items():
+            part = self.parts[name]
+            stacked = self.stacked and name != "nested_quant_map"
+            (part[index] if stacked else part).copy_(value)
 
 
 def quant_state(
