@@ -196,6 +196,10 @@ class Judge:
         """Why this weight is not quantized; empty if it is."""
         config = self.config
         key = view.key
+        if key in config.stored:
+            return self.other_readers(self.stored[key], view)
+        if key in config.kept:
+            return "dense in the checkpoint"
         if key in config.output_heads and "head" not in config.also_quantize:
             return "output head stays dense"
         if router and "routers" not in config.also_quantize:

@@ -66,15 +66,16 @@ class Blueprint:
 
     Args:
         model: a ``transformers.PreTrainedModel``; read, never changed.
+        device: where its weights will be when it runs; default: where they are.
 
     Attributes:
         keys: canonical store key of every parameter and buffer name (tied names share one).
         dtype: dtype of the model's first floating-point parameter.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
         tensors = dict(named_tensors(model))
-        self.device = next(iter(tensors.values())).device
+        self.device = next(iter(tensors.values())).device if device is None else device
         self.dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
         first: dict[int, str] = {}
         self.keys = {name: first.setdefault(id(t), name) for name, t in tensors.items()}

@@ -94,6 +94,8 @@ class Config:
         disabled: names of stages that are left out.
         decided: for captures after the first, the verdicts of the first, by site name: storage and adapters
             exist and are not decided again.
+        stored: store keys of weights that a checkpoint has in 4 bits: they stay so wherever the graph allows.
+        kept: store keys of weights that stay dense because a 4-bit checkpoint has them dense.
     """
 
     lora: LoraConfig
@@ -107,6 +109,8 @@ class Config:
     return_logits: bool = True
     disabled: frozenset[str] = frozenset()
     decided: Mapping[str, Any] | None = None
+    stored: frozenset[str] = frozenset()
+    kept: frozenset[str] = frozenset()
 
     def rank(self, site: str) -> int:
         pattern = self.lora.rank_pattern or {}

@@ -16,7 +16,9 @@ EXAMPLE_BATCH, EXAMPLE_SEQUENCE, EXAMPLE_TARGET = 2, 16, 11
 CLASSIFIERS = ("ForImageClassification", "ForSequenceClassification", "ForAudioClassification")
 
 
-def example_inputs(model: Any, signature: inspect.Signature) -> dict[str, torch.Tensor]:
+def example_inputs(
+    model: Any, signature: inspect.Signature, device: torch.device | None = None
+) -> dict[str, torch.Tensor]:
     """Arguments for the first capture, from the model's signature and config.
 
     - text: ``input_ids`` and ``attention_mask`` ``[2, 16]`` int64;
@@ -30,7 +32,7 @@ def example_inputs(model: Any, signature: inspect.Signature) -> dict[str, torch.
         InputError: if the model's main input is none of these; the user must pass ``example_inputs``.
     """
     names = signature.parameters
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if device is None else device
     paired = is_paired(model)
 
     def ones(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from qlora_fx import entry
+from qlora_fx import prepare
 from qlora_fx.capture import Blueprint, Capture
 from qlora_fx.config import Config, Quantization, default_lora
 from qlora_fx.runtime.dtype import ComputeDtype
@@ -139,5 +139,5 @@ def auto_is_float32() -> Iterator[None]:
     """``compute_dtype="auto"`` measures the machine; what a test expects must not depend on it."""
     fixed = ComputeDtype(torch.float32, "fixed for the tests")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entry, "fastest", lambda device: fixed)
+        patch.setattr(prepare, "fastest", lambda device: fixed)
         yield

@@ -241,18 +241,18 @@ def test_quantization_settings_reach_the_numbers(quantization: BitsAndBytesConfi
 
 
 def test_dense_weights_are_released_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    import qlora_fx.entry as entry
+    import qlora_fx.fill as fill
 
     model = tiny_llama()
     watched = {n: weakref.ref(p) for n, p in model.named_parameters() if n.endswith("proj.weight")}
     alive: list[int] = []
-    quantize = entry.quantize_weight
+    quantize = fill.quantize_weight
 
     def counting(weight: torch.Tensor, settings: Any) -> Any:
         alive.append(sum(ref() is not None for ref in watched.values()))
         return quantize(weight, settings)
 
-    monkeypatch.setattr(entry, "quantize_weight", counting)
+    monkeypatch.setattr(fill, "quantize_weight", counting)
     gc.disable()  # only reference counts may free them
     try:
         qmodel = qlora_fx.transform(model, LoraConfig(**LORA), backend="eager")
