@@ -21,6 +21,7 @@ from .errors import (  # noqa: E402
     ModelError,
     QLoRAError,
 )
+from .loading import from_pretrained  # noqa: E402
 from .model import QLoRAModel  # noqa: E402
 from .report import Explanation, Row  # noqa: E402
 
@@ -46,6 +47,7 @@ __all__ = [
     "QLoRAModel",
     "Row",
     "explain",
+    "from_pretrained",
     "graph_text",
     "saved_activations",
     "testing",

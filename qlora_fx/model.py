@@ -37,6 +37,7 @@ from .runtime.optimizer import Flat, paged_optimizer
 from .runtime.program import DoesNotFit, Program
 from .runtime.store import Store
 from .signature import Signature, graph_title, skips_logits
+from .source import Source
 
 
 class QLoRAModel(nn.Module):
@@ -70,6 +71,7 @@ class QLoRAModel(nn.Module):
         self._graphs: dict[Signature, fx.GraphModule] = {}
         self._adapter_enabled = True
         self._flat: Flat | None = None
+        self._source: Source | None = None
         self._vocabulary = vocabulary_size(blueprint.model)
 
     # -- the model it stands for ------------------------------------------------------------------

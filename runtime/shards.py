@@ -207,7 +207,8 @@ class Shards:
         """Read into a contiguous CPU tensor, from ``offset`` bytes into the entry on."""
         if tensor.numel() == 0:
             return
-        memory = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        memory = memoryview(array)
         descriptor = self.descriptor(e.file)
         at = e.start + offset
         if hasattr(os, "posix_fadvise"):
