@@ -14,59 +14,11 @@ import qlora_fx
 import pytest
 import torch
 from qlora_fx import CheckpointError, ConfigError
-from conftest import VOCABULARY, batch, tiny_gpt2, tiny_llama
+from checkpoints import EAGER, MODELS, assert_same_store, save
+from conftest import batch, tiny_llama
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
-
-EAGER: dict[str, Any] = {"backend": "eager", "progress": False}
-
-
-def tiny_mixtral() -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=3,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-    )
-    return MixtralForCausalLM(config)
-
-
-MODELS = {
-    "llama": tiny_llama,
-    "tied": lambda: tiny_llama(tie_word_embeddings=True),
-    "gpt2": tiny_gpt2,
-    "mixtral": tiny_mixtral,
-    "bfloat16": lambda: tiny_llama().bfloat16(),
-}
-
-
-def save(model: Any, folder: Path, **options: Any) -> Path:
-    model.save_pretrained(folder, **options)
-    return folder
-
-
-def assert_same_store(ours: Any, other: Any) -> None:
-    """Byte for byte, but for the adapters, which are random."""
-    ours, other = (dict(m._store.items()) for m in (ours, other))
-    assert ours.keys() == other.keys()
-    for key, tensor in ours.items():
-        assert tensor.dtype == other[key].dtype, key
-        assert isinstance(tensor, nn.Parameter) == isinstance(other[key], nn.Parameter), key
-        if "lora_" not in key:
-            assert torch.equal(tensor, other[key]), key
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -256,7 +208,7 @@ def test_what_is_no_checkpoint_is_refused_with_what_is_accepted(tmp_path: Path) 
         (changed / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ConfigError, match=message):
             qlora_fx.from_pretrained(changed, **EAGER)
-    with pytest.raises(ConfigError, match="dtype=torch.int8; accepted"):
+    with pytest.raises(ConfigError, match=r"dtype=torch.int8; accepted"):
         qlora_fx.from_pretrained(folder, dtype="int8", **EAGER)
 
 
