@@ -94,6 +94,8 @@ def open_checkpoint(
         names = [name for name in source.entries if not settings.belongs(name)]
         mapping: list[Any] | None = [] if any(w.own for w in settings.weights.values()) else None
         groups, unexpected = plan(model, names, mapping)
+        if mapping is not None:
+            model._weight_conversions = None  # what is saved from it has the names of its class
         checkpoint = Checkpoint(source, model, shards, settings=settings)
         produced = check_groups(checkpoint, groups)
         drop_equal_twins(checkpoint, groups, produced)

@@ -371,6 +371,29 @@ class QLoRAModel(nn.Module):
         check_saved(config, self._sites, os.fspath(folder))
         self.load_adapter_state_dict(tensors)
 
+    # -- the base ---------------------------------------------------------------------------------
+
+    def save_quantized(
+        self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Write the base in 4 bits: an ordinary transformers + bitsandbytes checkpoint, without the adapter.
+
+        Where bitsandbytes' format cannot say what the model holds (experts or embeddings in 4 bits), a format
+        that only qlora_fx loads is written, and a warning says so (``qlora_fx.saving`` describes it). A tokenizer
+        in the folder that the model came from is copied. The folder appears whole or not at all; files of
+        others in it stay.
+
+        Args:
+            folder: a new folder, or one that is written over.
+            max_shard_size: bytes of tensors per file, or ``"5GB"``; more are sharded with an index.
+
+        Raises:
+            CheckpointError: it cannot be written; what was there is as it was.
+        """
+        from .saving import save_quantized
+
+        save_quantized(self, folder, max_shard_size)
+
     # -- generation -------------------------------------------------------------------------------
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
