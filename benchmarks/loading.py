@@ -20,6 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path[0] = str(
+    Path(__file__).resolve().parent.parent
+)  # this folder's profile.py would hide Python's own
 GB = 1e9
 SIZES = {
     "hidden_size": 3072,

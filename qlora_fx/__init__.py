@@ -22,6 +22,7 @@ from .errors import (  # noqa: E402
     QLoRAError,
 )
 from .loading import from_pretrained  # noqa: E402
+from .merging import MergeReport  # noqa: E402
 from .model import QLoRAModel  # noqa: E402
 from .report import Explanation, Row  # noqa: E402
 
@@ -42,6 +43,7 @@ __all__ = [
     "Explanation",
     "GraphError",
     "InputError",
+    "MergeReport",
     "ModelError",
     "QLoRAError",
     "QLoRAModel",

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
     Concatenate,
     MergeModulelist,
     PrefixChange,
+    SplitModulelist,
     Transpose,
     WeightConverter,
     WeightRenaming,
@@ -69,6 +71,22 @@ class Group:
         if not (isinstance(first, MergeModulelist) and first.dim == 0 and within):
             return 0
         return counts.pop() if len(counts) == 1 else 0
+
+    def split_experts(self, model: Any) -> int:
+        """How many matrices of a stack are written apart and can be converted one at a time, in reverse.
+
+        True of a stack that is changed within each matrix and then split along its first dimension.
+        """
+        *others, last = getattr(self.transform, "operations", None) or [None]
+        within = all(
+            (isinstance(o, Chunk) and o.dim > 0)
+            or (isinstance(o, Transpose) and min(o.dim0, o.dim1) > 0)
+            for o in others
+        )
+        if not (isinstance(last, SplitModulelist) and last.dim == 0 and within):
+            return 0
+        counts = {model.get_parameter_or_buffer(name).shape[0] for name, _ in self.sources}
+        return int(counts.pop()) if len(counts) == 1 else 0
 
     def by_pattern(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -33,11 +33,15 @@ from .passes.site import Site
 from .report import Explanation, Row
 from .runtime import checkpoint
 from .runtime.dtype import ComputeDtype
+from .runtime.folder import parse_size
 from .runtime.optimizer import Flat, paged_optimizer
 from .runtime.program import DoesNotFit, Program
 from .runtime.store import Store
 from .signature import Signature, graph_title, skips_logits
 from .source import Source
+
+if TYPE_CHECKING:
+    from .merging import MergeReport
 
 
 class QLoRAModel(nn.Module):
@@ -390,9 +394,45 @@ class QLoRAModel(nn.Module):
         Raises:
             CheckpointError: it cannot be written; what was there is as it was.
         """
-        from .saving import save_quantized
+        from .saving import write_quantized
 
-        save_quantized(self, folder, max_shard_size)
+        write_quantized(self, folder, parse_size(max_shard_size))
+
+    def merge(
+        self,
+        folder: str | os.PathLike[str] | None,
+        mode: str = "dequantized",
+        *,
+        base: str | os.PathLike[str] | None = None,
+        sample: Any = None,
+        max_shard_size: int | str = "5GB",
+    ) -> MergeReport:
+        """Write an ordinary checkpoint with the adapter merged into the weights.
+
+        Measures first (logged at level info on the logger ``qlora_fx``, and returned): for each weight the relative
+        error beside what was trained, and how far the logits of the merged model are from this one's. Then writes
+        tensor by tensor. The folder appears whole or not at all.
+
+        Args:
+            folder: a new folder, or one that is written over; None only measures.
+            mode: "dequantized": the values that 4 bits stand for, plus the adapter: what was trained. "base16": the
+                original weights plus the adapter: nearer to the original model, not what was trained.
+                "requantized": the first in 4 bits again, saved as ``save_quantized`` does.
+            base: the original checkpoint for "base16". Default: where this model was loaded from.
+            sample: text (with the tokenizer beside the checkpoint), a dict of the model's arguments, or False for
+                none. Default: a paragraph, or random tokens where there is no tokenizer.
+            max_shard_size: as in ``save_quantized``.
+
+        Raises:
+            ConfigError: an unknown mode, no original checkpoint, or an adapted weight that others read too.
+            InputError: there is no sample and none can be made.
+            CheckpointError: the original is of another model, or the folder cannot be written.
+        """
+        from .merging import merge
+
+        return merge(
+            self, folder, mode=mode, base=base, sample=sample, max_shard_size=max_shard_size
+        )
 
     # -- generation -------------------------------------------------------------------------------
 

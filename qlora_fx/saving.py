@@ -22,7 +22,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +33,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .conversion import Group, plan_back
+from .conversion import plan_back
 from .fill import quantized_sites
-from .runtime.folder import FolderWriter, Spec, parse_size
+from .runtime.folder import FolderWriter, Spec
+from .runtime.storage import quant_state
 from .runtime.store import PARTS, QuantizedNode
 from .source import BESIDE, OWN_METHOD, OWN_SINGLE, SINGLE
 from .stored import bitsandbytes_layout
@@ -44,30 +45,40 @@ if TYPE_CHECKING:
     from .model import QLoRAModel
 
 
-def save_quantized(
-    qmodel: QLoRAModel, folder: str | os.PathLike[str], max_shard_size: int | str
+Replace = Callable[[str], dict[str, torch.Tensor] | None]
+"""New storage of the weight of a parameter name, or None where it stays as it is."""
+
+
+def unchanged(name: str) -> None:
+    """A ``Replace`` that changes nothing."""
+
+
+def write_quantized(
+    qmodel: QLoRAModel,
+    folder: str | os.PathLike[str],
+    limit: int,
+    replace: Replace | None = None,
 ) -> None:
-    """See ``QLoRAModel.save_quantized``."""
-    limit = parse_size(max_shard_size)
+    """Write the base in 4 bits in the format that can say it; what ``replace`` makes is held one at a time."""
     names = saved_names(qmodel)
     settings, obstacles = bitsandbytes_config(qmodel, names)
+    write = as_ours if settings is None else as_bitsandbytes
+    if settings is None:
+        warnings.warn(
+            f"{os.fspath(folder)!r} is saved in qlora_fx's own format, which qlora_fx.from_pretrained loads and "
+            f"transformers does not, because in bitsandbytes' format {obstacles[0]}"
+            + (f" (and {len(obstacles) - 1} more)" if len(obstacles) > 1 else ""),
+            stacklevel=4,
+        )
     with FolderWriter(folder) as writer:
-        if settings is not None:
-            write_config(qmodel, writer, settings)
-            tensors = dict(as_bitsandbytes(qmodel, names))
-        else:
-            warnings.warn(
-                f"{os.fspath(folder)!r} is saved in qlora_fx's own format, which qlora_fx.from_pretrained loads and "
-                f"transformers does not, because in bitsandbytes' format {obstacles[0]}"
-                + (f" (and {len(obstacles) - 1} more)" if len(obstacles) > 1 else ""),
-                stacklevel=3,
-            )
-            write_config(qmodel, writer, own_config(qmodel, names))
-            tensors = dict(as_ours(qmodel, names))
-        specs = [Spec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
+        write_config(qmodel, writer, settings or own_config(qmodel, names))
+        specs = [
+            Spec(name, tensor.dtype, tuple(tensor.shape))
+            for name, tensor in write(qmodel, names, replace and unchanged)
+        ]
         single = SINGLE if settings is not None else OWN_SINGLE
         writer.tensors(specs, single=single, max_shard_size=limit)
-        for name, tensor in tensors.items():
+        for name, tensor in write(qmodel, names, replace):
             writer.put(name, tensor)
         write_beside(qmodel, writer)
 
@@ -173,38 +184,52 @@ def described(qmodel: QLoRAModel, key: str) -> Any:
     return node.descriptions[leaf]
 
 
+DESCRIPTION = 512
+"""Bytes of a weight's description in JSON, filled up with spaces: its length is known before its values are."""
+
+
 def as_bitsandbytes(
-    qmodel: QLoRAModel, names: dict[str, str]
+    qmodel: QLoRAModel, names: dict[str, str], replace: Replace | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors under the names of a checkpoint; those of weights in 4 bits with their companions."""
-    sites = quantized_sites(qmodel)
-    for group in plan_back(qmodel._blueprint.model, names):
-        key = names[group.sources[0][0]]
+    model, store, sites = qmodel._blueprint.model, qmodel._store, quantized_sites(qmodel)
+    for group in plan_back(model, names):
+        name = group.sources[0][0]
+        key = names[name]
         if key not in sites:
-            yield from convert_back(qmodel, group, names)
+            yield from group.convert(lambda n: store[names[n]].detach(), model).items()
             continue
         path, _, leaf = key.rpartition(".")
-        node = qmodel._store.node(path)
+        node = store.node(path)
         assert isinstance(node, QuantizedNode)
-        yield group.first, qmodel._store[key]
-        for part, tensor in node.state(leaf).as_dict(packed=True).items():
+        parts = (replace(name) if replace is not None else None) or node.parts(leaf)
+        d = node.descriptions[leaf]
+        yield group.first, parts["packed"]
+        state = quant_state(parts, d.shape, d.dtype, d.quantization)
+        for part, tensor in state.as_dict(packed=True).items():
+            if "quant_state" in part and replace is not None:
+                spaces = torch.full((DESCRIPTION - tensor.numel(),), ord(" "), dtype=torch.uint8)
+                tensor = torch.cat([tensor.cpu(), spaces])
             yield f"{group.first}.{part}", tensor
 
 
-def convert_back(
-    qmodel: QLoRAModel, group: Group, names: dict[str, str]
+def as_ours(
+    qmodel: QLoRAModel, names: dict[str, str], replace: Replace | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    model = qmodel._blueprint.model
-    yield from group.convert(lambda name: qmodel._store[names[name]].detach(), model).items()
-
-
-def as_ours(qmodel: QLoRAModel, names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors under the model's names, with the parts of weights in 4 bits."""
+    store, sites = qmodel._store, quantized_sites(qmodel)
     for name, key in names.items():
-        yield name, qmodel._store[key]
+        if key not in sites:
+            yield name, store[key]
+            continue
+        path, _, leaf = key.rpartition(".")
+        node = store.node(path)
+        assert isinstance(node, QuantizedNode)
+        parts = (replace(name) if replace is not None else None) or node.parts(leaf)
+        yield name, parts["packed"]
         for part in PARTS:
-            if f"{key}.{part}" in qmodel._store:
-                yield f"{name}.{part}", qmodel._store[f"{key}.{part}"]
+            if part in parts:
+                yield f"{name}.{part}", parts[part]
 
 
 def write_config(qmodel: QLoRAModel, writer: FolderWriter, quantization: Any) -> None:
