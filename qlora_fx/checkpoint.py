@@ -17,7 +17,7 @@ import torch
 from .blank import build, complete, model_class, read_config, settle_dtype
 from .conversion import Group, plan, results
 from .errors import CheckpointError, ConfigError
-from .gguf import GgufFile
+from .gguf import LazyFile, TensorwiseFile, open_file
 from .runtime.shards import Shards
 from .source import Source
 from .stored import StoredWeight, StoredWeights, find_stored
@@ -43,7 +43,7 @@ class Checkpoint:
     groups: list[Group] = field(default_factory=list)
     stored: dict[str, StoredWeight] = field(default_factory=dict)
     settings: StoredWeights = field(default_factory=lambda: StoredWeights({}))
-    gguf: GgufFile | None = None
+    gguf: LazyFile | TensorwiseFile | None = None
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor of the checkpoint."""
@@ -108,15 +108,16 @@ def open_checkpoint(
 def open_gguf(source: Source, *, dtype: Any, kind: Any, device: torch.device) -> Checkpoint:
     """The same of a GGUF file, with transformers' conversions for it."""
     assert source.gguf is not None
+    gguf = open_file(source.gguf)
     config = read_config(source)
-    gguf = GgufFile(source.gguf)
     settled = settle_dtype(config, gguf.dtype if dtype == "auto" else dtype, ())
     model = build(config, model_class(config, kind), settled, source)
-    groups, unexpected = plan(model, gguf.names, gguf.mapping(model, settled))
+    groups, unexpected = gguf.plan(model, settled)
     model._weight_conversions = None  # what is saved has the model's own names, not the file's
     if unexpected:  # llama.cpp writes tensors that transformers computes (rope_freqs)
         warnings.warn(
-            f"{source.gguf} has tensors that the model does not use: {unexpected}", stacklevel=2
+            f"{source.gguf} has tensors that the model does not use: {', '.join(unexpected)}",
+            stacklevel=2,
         )
     checkpoint = Checkpoint(source, model, Shards({}), groups, gguf=gguf)
     produced = {name for group in groups for name in group.targets(model)}

@@ -123,7 +123,7 @@ def test_a_damaged_gguf_file_is_refused(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for length in (3, 30, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="model.gguf"):
+        with pytest.raises(CheckpointError, match=r"model.gguf"):
             qlora_fx.from_pretrained(file, **EAGER)
     with pytest.raises(CheckpointError, match=r"has no other.gguf \(it has: model.gguf\)"):
         qlora_fx.from_pretrained(tmp_path, gguf_file="other.gguf", **EAGER)
