@@ -2,6 +2,7 @@
 
     python benchmarks/loading.py                 # generates 3.6 GB in several shards, loads it with both
     python benchmarks/loading.py --model folder  # a checkpoint of yours
+    python benchmarks/loading.py --merge         # saves and merges what was loaded
     python benchmarks/loading.py --trace         # traces a Llama-3-70B-shaped model without weights
 
 Each stack runs in a process of its own, one after the other, each once before it is measured, so that the files are in
@@ -58,10 +59,12 @@ def main() -> None:
     parser.add_argument("--stacks", nargs="+", default=list(STACKS), choices=STACKS)
     parser.add_argument("--rounds", type=int, default=2, help="the last of them counts")
     parser.add_argument("--trace", action="store_true", help="trace the 70B config instead")
-    parser.add_argument("--child", choices=[*STACKS, "trace"], help=argparse.SUPPRESS)
+    parser.add_argument("--merge", action="store_true", help="save and merge instead of loading")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(trace() if args.child == "trace" else measure(args.child, args.model)))
+        work = {"trace": lambda: trace(), "write": lambda: write(args.model)}
+        print(json.dumps(work.get(args.child, lambda: measure(args.child, args.model))()))
         return
     if args.trace:
         t = child("trace", Path())
@@ -73,7 +76,19 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or generate(Path(scratch) / "model")
-        report(folder, args.stacks, args.rounds)
+        if args.merge:
+            report_writing(folder)
+        else:
+            report(folder, args.stacks, args.rounds)
+
+
+def report_writing(folder: Path) -> None:
+    print("| what is written | s | GB written | peak GB above the loaded model |")
+    print("|---|---|---|---|")
+    for row in child("write", folder)["rows"]:
+        print(
+            f"| {row['name']} | {row['seconds']:.1f} | {row['bytes'] / GB:.2f} | {row['peak'] / GB:.2f} |"
+        )
 
 
 def report(folder: Path, stacks: list[str], rounds: int) -> None:
@@ -179,6 +194,37 @@ def measure(stack: str, folder: Path) -> dict[str, Any]:
             held += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
     assert all(isinstance(t, torch.Tensor) for t in tensors)
     return result | {"seconds": seconds, "idle": idle, "peak": peak - idle, "held": held}
+
+
+def write(folder: Path) -> dict[str, Any]:
+    """Save and merge in this process; each peak counts from where its write began."""
+    import qlora_fx
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    qmodel = qlora_fx.from_pretrained(folder, lora, backend="eager", progress=False)
+    rows = []
+    modes = ("dequantized", "base16", "requantized")
+    for name in ("save_quantized", *modes, *(f"{m}, sample=False" for m in modes)):
+        with tempfile.TemporaryDirectory() as scratch:
+            Path("/proc/self/clear_refs").write_text("5")
+            before, start = status("VmRSS"), time.perf_counter()
+            if name == "save_quantized":
+                qmodel.save_quantized(Path(scratch) / "out")
+            else:
+                mode, *rest = name.split(",")
+                report = qmodel.merge(Path(scratch) / "out", mode, sample=False if rest else None)
+                if not rest:
+                    print(report, file=sys.stderr)
+            rows.append(
+                {
+                    "name": name if name == "save_quantized" else f"merge, {name}",
+                    "seconds": time.perf_counter() - start,
+                    "peak": status("VmHWM") - before,
+                    "bytes": sum(f.stat().st_size for f in (Path(scratch) / "out").iterdir()),
+                }
+            )
+    return {"rows": rows}
 
 
 def trace() -> dict[str, Any]:

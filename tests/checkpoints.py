@@ -19,7 +19,7 @@ def tiny_mixtral() -> MixtralForCausalLM:
         vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         num_local_experts=3,
@@ -31,10 +31,10 @@ def tiny_mixtral() -> MixtralForCausalLM:
 
 MODELS = {
     "llama": tiny_llama,
-    "tied": lambda: tiny_llama(tie_word_embeddings=True),
+    "tied": lambda: tiny_llama(1, tie_word_embeddings=True),
     "gpt2": tiny_gpt2,
     "mixtral": tiny_mixtral,
-    "bfloat16": lambda: tiny_llama().bfloat16(),
+    "bfloat16": lambda: tiny_llama(1).bfloat16(),
 }
 
 

@@ -133,7 +133,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 def test_tensors_that_do_not_fit_are_named_with_their_file(
     change: Any, message: str, tmp_path: Path
 ) -> None:
-    folder = save(tiny_llama(), tmp_path / "m")
+    folder = save(tiny_llama(1), tmp_path / "m")
     edited(folder, change)
     with pytest.raises(CheckpointError, match=message):
         qlora_fx.from_pretrained(folder, **EAGER)

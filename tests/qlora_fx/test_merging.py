@@ -49,7 +49,7 @@ def loaded(build: Callable[[], Any], tmp_path: Path, **options: Any) -> Any:
 
 
 BUILD: dict[str, Callable[[], Any]] = {
-    "llama": tiny_llama,
+    "llama": lambda: tiny_llama(1),
     "tied": MODELS["tied"],
     "gpt2": tiny_gpt2,
     "mixtral": tiny_mixtral,
@@ -93,7 +93,7 @@ def test_transformers_loads_what_is_merged_and_agrees_within_the_reported_drift(
 
 
 def test_base16_is_the_original_weight_plus_the_adapter(tmp_path: Path) -> None:
-    model = peer_llama()
+    model = peer_llama(1)
     qmodel = qlora_fx.from_pretrained(save(model, tmp_path / "base"), LoraConfig(**LORA), **EAGER)
     qmodel.merge(tmp_path / "merged", "base16", sample=False)
     merged = load_file(tmp_path / "merged" / "model.safetensors")
@@ -108,7 +108,7 @@ def test_base16_is_the_original_weight_plus_the_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_requantized_loads_and_agrees_within_the_reported_drift(name: str, tmp_path: Path) -> None:
-    build: Any = peer_llama if name == "llama" else BUILD[name]
+    build: Any = (lambda: peer_llama(1)) if name == "llama" else BUILD[name]
     qmodel = loaded(build, tmp_path)
     if name == "mixtral":
         with pytest.warns(UserWarning, match="own format"):

@@ -37,8 +37,8 @@ def test_transformers_loads_what_is_saved_and_gives_the_same_logits(
         bnb_4bit_use_double_quant=double,
         bnb_4bit_quant_storage=storage,
     )
-    qmodel = qlora_fx.transform(peer_llama(), quantization=settings, backend="eager")
-    qmodel.save_quantized(tmp_path / "q", max_shard_size="30KB")
+    qmodel = qlora_fx.transform(peer_llama(1), quantization=settings, backend="eager")
+    qmodel.save_quantized(tmp_path / "q", max_shard_size="20KB")
     assert (tmp_path / "q" / "model.safetensors.index.json").is_file()
     reference, info = AutoModelForCausalLM.from_pretrained(tmp_path / "q", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -50,7 +50,7 @@ def test_transformers_loads_what_is_saved_and_gives_the_same_logits(
 
 
 @pytest.mark.parametrize(
-    "build", [peer_llama, tiny_gpt2, lambda: peer_llama(tie_word_embeddings=True)]
+    "build", [lambda: peer_llama(1), tiny_gpt2, lambda: peer_llama(1, tie_word_embeddings=True)]
 )
 def test_what_transformers_saved_is_saved_again_with_the_same_files(
     build: Any, tmp_path: Path
@@ -93,7 +93,7 @@ def test_other_blocksizes_are_in_the_description_and_transformers_honours_it(
 
 
 def test_a_head_in_4_bits_is_said_in_the_config(tmp_path: Path) -> None:
-    qmodel = qlora_fx.transform(peer_llama(), also_quantize=["head"], backend="eager")
+    qmodel = qlora_fx.transform(peer_llama(1), also_quantize=["head"], backend="eager")
     qmodel.save_quantized(tmp_path / "q")
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     assert config["quantization_config"]["llm_int8_skip_modules"] == []
@@ -109,7 +109,7 @@ OWN = {
         tiny_mixtral,
         {"quantization": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")},
     ),
-    "embeddings": (tiny_llama, {"also_quantize": ["embeddings"]}),
+    "embeddings": (lambda: tiny_llama(1), {"also_quantize": ["embeddings"]}),
     "tied": (MODELS["tied"], {"also_quantize": ["head", "embeddings"]}),
     "routers": (tiny_mixtral, {"also_quantize": ["routers"], "blocksize": 32}),
 }
@@ -125,7 +125,7 @@ def test_what_bitsandbytes_cannot_say_is_saved_in_a_format_that_loads_here(
         UserWarning,
         match="own format, which qlora_fx.from_pretrained loads and transformers does not",
     ):
-        qmodel.save_quantized(tmp_path / "q", max_shard_size="30KB")
+        qmodel.save_quantized(tmp_path / "q", max_shard_size="20KB")
     again = qlora_fx.from_pretrained(tmp_path / "q", **EAGER)
     assert_same_store(again, qmodel)
     assert torch.equal(base_logits(again), base_logits(qmodel))
@@ -134,7 +134,7 @@ def test_what_bitsandbytes_cannot_say_is_saved_in_a_format_that_loads_here(
 
 
 def test_the_tokenizer_of_the_source_is_copied(tmp_path: Path) -> None:
-    folder = save(peer_llama(), tmp_path / "m")
+    folder = save(peer_llama(1), tmp_path / "m")
     (folder / "tokenizer.json").write_text('{"any": "thing"}')
     qmodel = qlora_fx.from_pretrained(folder, **EAGER)
     qmodel.save_quantized(tmp_path / "q")
@@ -143,7 +143,7 @@ def test_the_tokenizer_of_the_source_is_copied(tmp_path: Path) -> None:
 
 def test_the_adapter_fits_what_was_saved(tmp_path: Path) -> None:
     lora = LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear")
-    qmodel = qlora_fx.transform(peer_llama(), lora, backend="eager")
+    qmodel = qlora_fx.transform(peer_llama(1), lora, backend="eager")
     qmodel.save_quantized(tmp_path / "base")
     qmodel.save_pretrained(tmp_path / "adapter")
     again = qlora_fx.from_pretrained(tmp_path / "base", lora, **EAGER)

@@ -30,7 +30,7 @@ def test_a_4bit_checkpoint_of_transformers_keeps_its_bytes(
     kind: str, double: bool, storage: str, tmp_path: Path
 ) -> None:
     folder = bnb_folder(
-        peer_llama(),
+        peer_llama(1),
         tmp_path / "m",
         bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=double,
@@ -86,7 +86,7 @@ def test_experts_that_the_checkpoint_has_dense_are_quantized_on_the_way(tmp_path
 
 def test_a_head_in_4_bits_stays_so(tmp_path: Path) -> None:
     folder = bnb_folder(
-        peer_llama(), tmp_path / "m", bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["k_proj"]
+        peer_llama(1), tmp_path / "m", bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["k_proj"]
     )
     qmodel = qlora_fx.from_pretrained(folder, **EAGER)
     rows = {row.name: row for row in qlora_fx.explain(qmodel)}
@@ -95,7 +95,7 @@ def test_a_head_in_4_bits_stays_so(tmp_path: Path) -> None:
 
 
 def test_settings_that_contradict_the_checkpoint_are_refused(tmp_path: Path) -> None:
-    folder = bnb_folder(peer_llama(), tmp_path / "m", bnb_4bit_quant_type="nf4")
+    folder = bnb_folder(peer_llama(1), tmp_path / "m", bnb_4bit_quant_type="nf4")
     fp4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
     with pytest.raises(ConfigError, match=r"quant_type=fp4.*stored with nf4"):
         qlora_fx.from_pretrained(folder, quantization=fp4, **EAGER)
