@@ -34,6 +34,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.exc import InductorError
 
+from ..runtime.attention import library
 from .nodes import ops
 from .partition import Partition
 
@@ -206,6 +207,8 @@ def tuple_output(body: fx.GraphModule, sizes: Sequence[torch.SymInt]) -> fx.Grap
 class WarmUp:
     """Lets Inductor find out what this CPU can do, which takes 10 s of test compilations, while a model is captured.
 
+    The attention kernel, which is the same for every model, is compiled meanwhile too.
+
     The work is in compiler processes; Python's lock is free meanwhile.
     """
 
@@ -214,8 +217,12 @@ class WarmUp:
 
     def start(self) -> None:
         if self.thread is None:
-            self.thread = threading.Thread(target=pick_vec_isa, daemon=True)
+            self.thread = threading.Thread(target=self.run, daemon=True)
             self.thread.start()
+
+    def run(self) -> None:
+        pick_vec_isa()
+        library()
 
 
 warm_up = WarmUp()
