@@ -537,8 +537,12 @@ void backward(const Arguments& a) {
   }
 }
 
+enum Status { DONE, NO_MEMORY, NO_PRODUCTS };
+
+// Whether this CPU has the products, and oneDNN is switched on: an exception inside of a parallel region would end
+// the process, so one small product is tried before each.
 template <typename T>
-int try_product() {
+bool supported() {
   try {
     Buffer<T> a(16 * 16), b(16 * TILE);
     Buffer<float> c(16 * 16);
@@ -548,31 +552,30 @@ int try_product() {
     at::native::cpublas::brgemm_release(Kind<T>::V == 2);
     return c.get()[0] == 16.f;
   } catch (...) {
-    return 0;
+    return false;
   }
 }
 
-template <typename F>
-int guarded(F run) {
+template <typename T>
+int guarded(void (*run)(const Arguments&), const Arguments* a) {
+  if (!supported<T>()) return NO_PRODUCTS;
   try {
-    run();
-    return 0;
+    run(*a);
+    return DONE;
   } catch (...) {
-    return 1;
+    return NO_MEMORY;
   }
 }
 
 }  // namespace
 
 extern "C" {
-
-// Whether this CPU has the products. Asked once, for an exception inside of a parallel region ends the process.
-int supports_float32() { return try_product<float>(); }
-int supports_bfloat16() { return try_product<at::BFloat16>(); }
-
-// Nonzero: out of memory.
-int forward_float32(const Arguments* a) { return guarded([&] { forward<float>(*a); }); }
-int forward_bfloat16(const Arguments* a) { return guarded([&] { forward<at::BFloat16>(*a); }); }
-int backward_float32(const Arguments* a) { return guarded([&] { backward<float>(*a); }); }
-int backward_bfloat16(const Arguments* a) { return guarded([&] { backward<at::BFloat16>(*a); }); }
+int forward_float32(const Arguments* a) { return guarded<float>(forward<float>, a); }
+int forward_bfloat16(const Arguments* a) {
+  return guarded<at::BFloat16>(forward<at::BFloat16>, a);
+}
+int backward_float32(const Arguments* a) { return guarded<float>(backward<float>, a); }
+int backward_bfloat16(const Arguments* a) {
+  return guarded<at::BFloat16>(backward<at::BFloat16>, a);
+}
 }

@@ -70,9 +70,7 @@ def attention(
     """
     mask = needed(mask, kind)
     out, lse = like_output(q, v)
-    run = compiled("forward", q, v)
-    if run is not None:
-        run(q, k, v, mask, scale, out=out, lse=lse)
+    if compiled("forward", q, k, v, mask, scale, out=out, lse=lse):
         return out, lse
     query, keys, values = alike(q, repeated(k, q), repeated(v, q))
     y, sums = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -103,10 +101,9 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``attention`` for ``q``, ``k`` and ``v``, contiguous and in their dtypes."""
     mask = needed(mask, kind)
-    run = compiled("backward", q, v)
-    if run is not None:
-        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        run(q, k, v, mask, scale, out=out, lse=lse, grad=grad, dq=dq, dk=dk, dv=dv)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    results = {"dq": dq, "dk": dk, "dv": dv}
+    if compiled("backward", q, k, v, mask, scale, out=out, lse=lse, grad=grad, **results):
         return dq, dk, dv
     if mask is not None:  # a query that sees no key has no gradient, and its row is undefined there
         grad = grad.masked_fill(~mask.any(-1, keepdim=True), 0)
@@ -197,50 +194,57 @@ class Arguments(ctypes.Structure):
     )
 
 
-class Kernel:
-    """One function of the compiled library."""
-
-    def __init__(self, function: Any) -> None:
-        function.argtypes = [ctypes.POINTER(Arguments)]
-        function.restype = ctypes.c_int
-        self.function = function
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, **others: Tensor
-    ) -> None:
-        batch, heads, rows, size = q.shape
-        given = Arguments(batch, heads, k.shape[1], rows, size, v.shape[3])
-        given.scale, given.threads = scale, torch.get_num_threads()
-        tensors = {"q": q, "k": k, "v": v, **others}
-        for name in ("q", "k", "v", "grad"):
-            if name in tensors and tensors[name].stride(3) != 1:
-                tensors[name] = tensors[name].contiguous()
-        for name in ("q", "k", "v", "out", "grad"):
-            if name in tensors:
-                setattr(given, f"{name}_strides", tensors[name].stride()[:3])
-        if mask is not None:
-            for dim in (0, 1):
-                if mask.stride(dim) == 0:  # expanded
-                    mask = mask.narrow(dim, 0, 1)
-            mask = tensors["mask"] = mask.contiguous()
-            steps = (mask.stride(dim) if mask.shape[dim] > 1 else 0 for dim in (0, 1))
-            given.mask_strides = (ctypes.c_int64 * 2)(*steps)
-        for name, tensor in tensors.items():
-            setattr(given, name, tensor.data_ptr())
-        if self.function(ctypes.byref(given)):
-            raise MemoryError(f"no memory for attention over {list(q.shape)}")
+DONE, NO_MEMORY = 0, 1
+"""What the functions return; anything else: this CPU, as it is set, has not the products."""
 
 
-def compiled(direction: str, q: Tensor, v: Tensor) -> Kernel | None:
-    """The kernel for these tensors; None where PyTorch's has to do."""
+def compiled(
+    direction: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    **others: Tensor,
+) -> bool:
+    """Run the compiled kernel.
+
+    Returns:
+        False where it cannot take these tensors; nothing was written then.
+    """
     if q.dtype not in NAMES or q.shape[3] % LANES or v.shape[3] % LANES or not q.numel():
-        return None
-    return library().get((direction, q.dtype))
+        return False
+    functions = library()
+    if functions is None:
+        return False
+    batch, heads, rows, size = q.shape
+    given = Arguments(batch, heads, k.shape[1], rows, size, v.shape[3])
+    given.scale, given.threads = scale, torch.get_num_threads()
+    tensors = {"q": q, "k": k, "v": v, **others}
+    for name in ("q", "k", "v", "grad"):
+        if name in tensors and tensors[name].stride(3) != 1:
+            tensors[name] = tensors[name].contiguous()
+    for name in ("q", "k", "v", "out", "grad"):
+        if name in tensors:
+            setattr(given, f"{name}_strides", tensors[name].stride()[:3])
+    if mask is not None:
+        for dim in (0, 1):
+            if mask.stride(dim) == 0:  # expanded
+                mask = mask.narrow(dim, 0, 1)
+        mask = tensors["mask"] = mask.contiguous()
+        steps = (mask.stride(dim) if mask.shape[dim] > 1 else 0 for dim in (0, 1))
+        given.mask_strides = (ctypes.c_int64 * 2)(*steps)
+    for name, tensor in tensors.items():
+        setattr(given, name, tensor.data_ptr())
+    status = getattr(functions, f"{direction}_{NAMES[q.dtype]}")(ctypes.byref(given))
+    if status == NO_MEMORY:
+        raise MemoryError(f"no memory for attention over {list(q.shape)}")
+    return bool(status == DONE)
 
 
 @functools.cache
-def library() -> dict[tuple[str, torch.dtype], Kernel]:
-    """The functions of attention.cpp that this machine can run; empty where it cannot be compiled.
+def library() -> Any:
+    """attention.cpp, compiled; None where it cannot be.
 
     Takes some seconds where it is not in Inductor's cache.
     """
@@ -249,12 +253,6 @@ def library() -> dict[tuple[str, torch.dtype], Kernel]:
 
     source = Path(__file__).with_suffix(".cpp").read_text(encoding="ascii")
     try:
-        built = CppCodeCache.load(source, needs_vec_isa=True)
+        return CppCodeCache.load(source, needs_vec_isa=True)
     except (CppCompileError, OSError, RuntimeError):
-        return {}
-    return {
-        (direction, dtype): Kernel(getattr(built, f"{direction}_{name}"))
-        for dtype, name in NAMES.items()
-        if getattr(built, f"supports_{name}")()
-        for direction in ("forward", "backward")
-    }
+        return None

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from qlora_fx.runtime import attention as module
 from qlora_fx.runtime.attention import ANY, CAUSAL, attention, compiled, library, mask_kind
 from qlora_fx.testing import relative_error
 from torch import Tensor
@@ -96,11 +97,27 @@ def test_heads_with_masks_of_their_own_and_views_with_other_strides() -> None:
         torch.testing.assert_close(g, t, rtol=1e-4, atol=2e-5)
 
 
-def test_the_compiled_kernel_is_what_runs_where_it_can() -> None:
+def test_the_compiled_kernel_runs_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors(1, 5)
-    assert (compiled("forward", q, v) is None) == (("forward", q.dtype) not in library())
-    assert compiled("forward", q.half(), v.half()) is None
-    assert compiled("forward", *(t[..., :8] for t in (q, v))) is None
+    out, lse = (t.detach() for t in attention(q, k, v, None, None, 0.3))
+    results = {"out": torch.zeros_like(out), "lse": torch.zeros_like(lse)}
+    if library() is not None and compiled("forward", q, k, v, None, 0.3, **results):
+        torch.testing.assert_close(results["out"], out, rtol=0, atol=0)
+    assert not compiled("forward", q.half(), k.half(), v.half(), None, 0.3, **results)
+    assert not compiled("forward", *(t[..., :8] for t in (q, k, v)), None, 0.3, **results)
+    # Without oneDNN there are no such products; PyTorch's kernel gives the same.
+    low = tensors(1, 70, (32, 32), torch.bfloat16)
+    usual = attention(*low, None, None, 0.3)
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        without = attention(*low, None, None, 0.3)
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    monkeypatch.setattr(module, "library", lambda: None)
+    uncompiled = attention(*low, None, None, 0.3)
+    for one, two, three in zip(usual, without, uncompiled, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(one, three, rtol=2e-2, atol=2e-2)
 
 
 def test_bfloat16_is_about_as_good_as_pytorchs_kernel() -> None:
