@@ -13,6 +13,7 @@ from torch import fx, nn
 from transformers import BitsAndBytesConfig
 
 from . import pipeline
+from .budget import check_budget
 from .capture import Blueprint, named_tensors
 from .checks import check_model, mark_used_up
 from .config import (
@@ -27,7 +28,8 @@ from .errors import ConfigError
 from .inputs import bind, example_inputs, signature_key, without_cache
 from .model import QLoRAModel, decide
 from .passes.adapt import lora_keys
-from .passes.lower import BACKENDS, warm_up
+from .passes.lower import BACKENDS
+from .passes.warm_up import warm_up
 from .runtime.allocator import give_back, keep_freed_memory
 from .runtime.dtype import ComputeDtype, fastest
 from .runtime.storage import QUANT_MAP, quantize_weight
@@ -44,6 +46,7 @@ def transform(
     blocksize: int = 64,
     also_quantize: Iterable[str] = (),
     example_inputs: Mapping[str, Any] | None = None,
+    memory_budget: int | float | str | None = None,
     disable: Iterable[str] = (),
     backend: str = "inductor",
 ) -> QLoRAModel:
@@ -69,6 +72,9 @@ def transform(
             tied to the embedding needs both.
         example_inputs: arguments of one call, by name; only their shapes and dtypes are used. Default: made
             from the model's signature.
+        memory_budget: what a training step may hold from forward to backward: bytes (also as "6GB"), or a fraction
+            of what keeping everything takes (0.0 keeps only the blocks' inputs, as gradient checkpointing does).
+            What does not fit is computed again. Default: as much as is free. ``qmodel.memory_budget`` changes it.
         disable: names of optimizations to leave out, to find out what one of them does: members of
             ``qlora_fx.pipeline.OPTIONAL``. The numbers stay the same but for rounding.
         backend: "inductor", "aot_eager" (same graphs, PyTorch's kernels), or "eager" (plain autograd for
@@ -86,6 +92,7 @@ def transform(
     storage, asked = check_quantization(quantization, blocksize)
     if backend not in BACKENDS:
         raise ConfigError(f"backend={backend!r}; accepted: {', '.join(BACKENDS)}")
+    budget = check_budget(memory_budget)
     check_model(model)
     blueprint = Blueprint(model)
     if blueprint.device.type == "cpu":
@@ -112,6 +119,7 @@ def transform(
 
     qmodel = QLoRAModel(blueprint, config, compute, activations, backend)
     qmodel._sites = decided
+    qmodel._memory_budget = budget
     move_weights(model, qmodel, config)
     add_adapters(qmodel, config)
     qmodel._install(
