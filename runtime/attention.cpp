@@ -66,18 +66,6 @@ struct Arguments {
 
 namespace {
 
-uint32_t bits(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, sizeof u);
-  return u;
-}
-
-// To bfloat16 in the upper half, to nearest even.
-uint32_t rounded(float x) {
-  const uint32_t u = bits(x);
-  return u + 0x7FFF + ((u >> 16) & 1);
-}
-
 template <typename T>
 struct Kind;
 
@@ -85,33 +73,61 @@ template <>
 struct Kind<float> {
   static constexpr int V = 1;  // rows interleaved in a packed factor
   static Vec exp(Vec x) { return x.exp(); }
-  static void store(float* to, const float* from, int64_t n) {
-    std::memcpy(to, from, n * sizeof(float));
+  static void store(float* to, Vec a, Vec b) {
+    a.store(to);
+    b.store(to + Vec::size());
   }
   static void load(float* to, const float* from, int64_t n) {
     std::memcpy(to, from, n * sizeof(float));
   }
-  static void interleave(float* to, const float* a, const float*, int64_t n) { store(to, a, n); }
+  static void interleave(float*, const float*, const float*) {}
 };
 
 template <>
 struct Kind<at::BFloat16> {
   static constexpr int V = 2;
   static Vec exp(Vec x) { return x.exp_u20(); }  // 20 ulp of float32, far below bfloat16
-  static void store(at::BFloat16* to, const float* from, int64_t n) {
-    auto* words = reinterpret_cast<uint16_t*>(to);
-    for (int64_t i = 0; i < n; ++i) words[i] = static_cast<uint16_t>(rounded(from[i]) >> 16);
+  static void store(at::BFloat16* to, Vec a, Vec b) {
+    at::vec::convert_from_float<at::BFloat16>(a, b).store(to);
   }
   static void load(float* to, const at::BFloat16* from, int64_t n) {
     const auto* words = reinterpret_cast<const uint16_t*>(from);
     auto* out = reinterpret_cast<uint32_t*>(to);
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint32_t>(words[i]) << 16;
   }
-  static void interleave(at::BFloat16* to, const float* a, const float* b, int64_t n) {
+  static void interleave(at::BFloat16* to, const at::BFloat16* a, const at::BFloat16* b) {
     auto* pairs = reinterpret_cast<uint32_t*>(to);
-    for (int64_t i = 0; i < n; ++i) pairs[i] = (rounded(a[i]) >> 16) | (rounded(b[i]) & 0xFFFF0000u);
+    const auto *low = reinterpret_cast<const uint16_t*>(a),
+               *high = reinterpret_cast<const uint16_t*>(b);
+    for (int64_t i = 0; i < TILE; ++i) {
+      pairs[i] = low[i] | static_cast<uint32_t>(high[i]) << 16;
+    }
   }
 };
+
+// In T; n is a multiple of 16.
+template <typename T>
+void store(T* to, const float* from, int64_t n) {
+  constexpr int64_t W = 2 * Vec::size();
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    Kind<T>::store(to + i, Vec::loadu(from + i), Vec::loadu(from + i + Vec::size()));
+  }
+  for (; i < n; ++i) to[i] = T(from[i]);
+}
+
+// to[c, r] = from[r, c]. 32-bit words of any kind.
+void transpose(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to,
+               int64_t to_stride) {
+  constexpr int64_t W = Vec::size();
+  for (int64_t r = 0; r < rows; r += W) {
+    for (int64_t c = 0; c < columns; c += W) {
+      at::vec::transpose_mxn<float>(from + r * stride + c, stride, to + c * to_stride + r,
+                                    to_stride, static_cast<int>(std::min(W, rows - r)),
+                                    static_cast<int>(std::min(W, columns - c)));
+    }
+  }
+}
 
 // The right factor B[k, n] = rows[k][n], k < depth; rows from `valid` on are zero. Panels over n.
 template <typename T>
@@ -138,15 +154,9 @@ template <typename T>
 void pack_transposed(const T* rows, int64_t stride, int64_t valid, int64_t depth, T* out) {
   // Pairs of bfloat16 move as one 32-bit word.
   constexpr int V = Kind<T>::V;
-  auto* words = reinterpret_cast<uint32_t*>(out);
-  for (int64_t n = 0; n < TILE; ++n) {
-    if (n < valid) {
-      const auto* row = reinterpret_cast<const char*>(rows + n * stride);
-      for (int64_t k = 0; k < depth / V; ++k) std::memcpy(words + k * TILE + n, row + 4 * k, 4);
-    } else {
-      for (int64_t k = 0; k < depth / V; ++k) words[k * TILE + n] = 0;
-    }
-  }
+  auto* words = reinterpret_cast<float*>(out);
+  if (valid < TILE) std::fill(words, words + depth / V * TILE, 0.f);
+  transpose(reinterpret_cast<const float*>(rows), stride / V, valid, depth / V, words, TILE);
 }
 
 // C[m, n] (+)= A[m, k] B[k, n], B packed with `depth` rows a panel, of which those from `from` are read.
@@ -225,38 +235,34 @@ float sum(Vec v) {
   return at::vec::vec_reduce_all<float>([](Vec x, Vec y) { return x + y; }, v);
 }
 
-// row[i] = scale * row[i]; returns the largest.
-float scaled(float* row, int64_t n, float scale) {
+float largest(const float* row, int64_t n) {
   Vec top(-INF);
-  const Vec factor(scale);
   int64_t i = 0;
-  for (; i + Vec::size() <= n; i += Vec::size()) {
-    const Vec x = Vec::loadu(row + i) * factor;
-    x.store(row + i);
-    top = at::vec::maximum(top, x);
-  }
+  for (; i + Vec::size() <= n; i += Vec::size()) top = at::vec::maximum(top, Vec::loadu(row + i));
   float result =
       at::vec::vec_reduce_all<float>([](Vec x, Vec y) { return at::vec::maximum(x, y); }, top);
-  for (; i < n; ++i) {
-    row[i] *= scale;
-    result = std::max(result, row[i]);
-  }
+  for (; i < n; ++i) result = std::max(result, row[i]);
   return result;
 }
 
-// row[i] = exp(row[i] - top); returns the sum.
+// p[i] = exp(scale * row[i] - top) for i < seen, else 0, i < width; returns the sum.
 template <typename T>
-float exponentials(float* row, int64_t n, float top) {
+float exponentials(const float* row, T* p, int64_t seen, int64_t width, float scale, float top) {
+  constexpr int64_t W = Vec::size();
+  const Vec factor(scale), high(top), zero(0.f);
   Vec total(0.f);
-  const Vec high(top);
   int64_t i = 0;
-  for (; i < n; i += Vec::size()) {
-    const int64_t count = std::min<int64_t>(Vec::size(), n - i);
-    Vec x = Kind<T>::exp(Vec::loadu(row + i, count) - high);
-    if (count < Vec::size()) x = Vec::set(Vec(0.f), x, count);
-    x.store(row + i, count);
-    total = total + x;
+  for (; i < seen; i += 2 * W) {
+    Vec x = Kind<T>::exp(Vec::loadu(row + i) * factor - high);
+    Vec y = Kind<T>::exp(Vec::loadu(row + i + W) * factor - high);
+    if (seen - i < 2 * W) {
+      x = Vec::set(zero, x, std::min<int64_t>(W, seen - i));
+      y = Vec::set(zero, y, std::max<int64_t>(0, seen - i - W));
+    }
+    total = total + x + y;
+    Kind<T>::store(p + i, x, y);
   }
+  for (; i < width; i += 2 * W) Kind<T>::store(p + i, zero, zero);
   return sum(total);
 }
 
@@ -266,6 +272,7 @@ void forward(const Arguments& a) {
   const int64_t groups = a.batch * a.key_heads, shared = a.heads / a.key_heads;
   const auto *q = static_cast<const T*>(a.q), *k = static_cast<const T*>(a.k),
              *v = static_cast<const T*>(a.v);
+  const auto scale = static_cast<float>(a.scale);
   const Mask mask(a);
   Buffer<T> keys(groups * rows * a.size), packed_values(groups * rows * values);
 #pragma omp parallel num_threads(a.threads)
@@ -324,12 +331,11 @@ void forward(const Arguments& a) {
             }
           }
           const float before = top[r];
-          if (seen > 0) top[r] = std::max(before, scaled(row, seen, static_cast<float>(a.scale)));
+          if (seen > 0) top[r] = std::max(before, scale * largest(row, seen));
           if (seen <= 0 || top[r] == -INF) {
-            std::fill(row, row + width, 0.f);
+            std::fill(low, low + width, T(0.f));
           } else {
-            const float total = exponentials<T>(row, seen, top[r]);
-            std::fill(row + seen, row + width, 0.f);
+            const float total = exponentials(row, low, seen, width, scale, top[r]);
             const float factor = before == -INF ? 0.f : std::exp(before - top[r]);
             sums[r] = sums[r] * factor + total;
             if (factor != 1.f) {
@@ -337,7 +343,6 @@ void forward(const Arguments& a) {
               for (int64_t c = 0; c < a.value_size; ++c) line[c] *= factor;
             }
           }
-          Kind<T>::store(low, row, width);
         }
         product(TILE, a.value_size, width, p.get(), width,
                 packed_values.get() + g * rows * values, rows, chunk * TILE, result.get(),
@@ -347,9 +352,9 @@ void forward(const Arguments& a) {
         float* line = result.get() + r * a.value_size;
         const float factor = sums[r] > 0 ? 1 / sums[r] : 0.f;
         for (int64_t c = 0; c < a.value_size; ++c) line[c] *= factor;
-        Kind<T>::store(static_cast<T*>(a.out) + b * a.out_strides[0] + h * a.out_strides[1] +
-                           (i * TILE + r) * a.out_strides[2],
-                       line, a.value_size);
+        store(static_cast<T*>(a.out) + b * a.out_strides[0] + h * a.out_strides[1] +
+                  (i * TILE + r) * a.out_strides[2],
+              line, a.value_size);
         a.lse[(b * a.heads + h) * a.rows + i * TILE + r] =
             sums[r] > 0 ? top[r] + std::log(sums[r]) : INF;
       }
@@ -411,31 +416,30 @@ struct Tile {
       float* row = s + k * TILE;
       if (k >= keys) {
         std::fill(row, row + TILE, 0.f);
-        continue;
+      } else {
+        for (int64_t c = 0; c < TILE; c += Vec::size()) {
+          Kind<T>::exp(Vec::loadu(row + c) * factor - Vec::loadu(lse + c)).store(row + c);
+        }
+        if (diagonal) std::fill(row, row + k, 0.f);
+        if (mask != nullptr) {
+          for (int64_t c = 0; c < queries; ++c) row[c] = mask[c * stride + k] ? row[c] : 0.f;
+        }
       }
-      for (int64_t c = 0; c < TILE; c += Vec::size()) {
-        Kind<T>::exp(Vec::loadu(row + c) * factor - Vec::loadu(lse + c)).store(row + c);
-      }
-      if (diagonal) std::fill(row, row + k, 0.f);
-      if (mask != nullptr) {
-        for (int64_t c = 0; c < queries; ++c) row[c] = mask[c * stride + k] ? row[c] : 0.f;
-      }
+      store(p + k * TILE, row, TILE);
     }
-    for (int64_t k = 0; k < TILE; ++k) Kind<T>::store(p + k * TILE, s + k * TILE, TILE);
   }
 
   void gradients(const float* delta, float scale) {
+    constexpr int64_t W = Vec::size();
     const Vec factor(scale);
-    for (int64_t k = 0; k < TILE; k += 2) {
-      for (int64_t c = 0; c < 2 * TILE; c += Vec::size()) {
+    for (int64_t k = 0; k < TILE; ++k) {
+      for (int64_t c = 0; c < TILE; c += 2 * W) {
         const int64_t at = k * TILE + c;
-        const Vec difference = Vec::loadu(g + at) - Vec::loadu(delta + c % TILE);
-        (Vec::loadu(s + at) * difference * factor).store(g + at);
+        const Vec x = Vec::loadu(g + at) - Vec::loadu(delta + c);
+        const Vec y = Vec::loadu(g + at + W) - Vec::loadu(delta + c + W);
+        Kind<T>::store(ds + at, Vec::loadu(s + at) * x * factor, Vec::loadu(s + at + W) * y * factor);
       }
-      for (int64_t r = k; r < k + 2; ++r) Kind<T>::store(ds + r * TILE, g + r * TILE, TILE);
-      if (Kind<T>::V == 2) {
-        Kind<T>::interleave(packed + k * TILE, g + k * TILE, g + (k + 1) * TILE, TILE);
-      }
+      if (k % 2) Kind<T>::interleave(packed + (k - 1) * TILE, ds + (k - 1) * TILE, ds + k * TILE);
     }
   }
 
@@ -450,7 +454,7 @@ void backward(const Arguments& a) {
   const auto scale = static_cast<float>(a.scale);
   const Mask mask(a);
   // Tiles of queries of a group go round in `parts`, each with its own sums, so that all threads have work.
-  const int64_t parts = std::clamp<int64_t>((8 * a.threads + groups - 1) / groups, 1, n);
+  const int64_t parts = std::clamp<int64_t>((4 * a.threads + groups - 1) / groups, 1, n);
   const int64_t width = a.size + a.value_size;
   Buffer<T> keys(groups * rows * a.size), turned(groups * rows * a.size),
       values(groups * rows * a.value_size);
@@ -476,7 +480,7 @@ void backward(const Arguments& a) {
     }
     Queries<T> queries(a);
     auto tile = std::make_unique<Tile<T>>();
-    Buffer<float> turned_dq(a.size * TILE), row(a.size);
+    Buffer<float> turned_dq(a.size * TILE), straight(TILE * a.size);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < groups * parts; ++item) {
       const int64_t part = item / groups, g = item % groups, b = g / a.key_heads;
@@ -510,10 +514,8 @@ void backward(const Arguments& a) {
                     tile->right(), TILE, 0, turned_dq.get(), TILE, true);
           }
           T* dq = static_cast<T*>(a.dq) + ((b * a.heads + h) * a.rows + i * TILE) * a.size;
-          for (int64_t r = 0; r < count; ++r) {
-            for (int64_t c = 0; c < a.size; ++c) row.get()[c] = turned_dq.get()[c * TILE + r];
-            Kind<T>::store(dq + r * a.size, row.get(), a.size);
-          }
+          transpose(turned_dq.get(), TILE, a.size, TILE, straight.get(), a.size);
+          store(dq, straight.get(), count * a.size);
         }
       }
     }
@@ -528,8 +530,7 @@ void backward(const Arguments& a) {
             const float* other = first + part * rows * width;
             for (int64_t c = 0; c < size; ++c) first[c] += other[c];
           }
-          Kind<T>::store(static_cast<T*>(which ? a.dv : a.dk) + (g * a.rows + r) * size, first,
-                         size);
+          store(static_cast<T*>(which ? a.dv : a.dk) + (g * a.rows + r) * size, first, size);
         }
       }
     }

@@ -214,6 +214,8 @@ def compiled(
     """
     if q.dtype not in NAMES or q.shape[3] % LANES or v.shape[3] % LANES or not q.numel():
         return False
+    if scale <= 0:  # the largest score is looked for before it is scaled
+        return False
     functions = library()
     if functions is None:
         return False
@@ -222,7 +224,7 @@ def compiled(
     given.scale, given.threads = scale, torch.get_num_threads()
     tensors = {"q": q, "k": k, "v": v, **others}
     for name in ("q", "k", "v", "grad"):
-        if name in tensors and tensors[name].stride(3) != 1:
+        if name in tensors and (tensors[name].stride(3) != 1 or tensors[name].stride(2) % 2):
             tensors[name] = tensors[name].contiguous()
     for name in ("q", "k", "v", "out", "grad"):
         if name in tensors:
@@ -252,7 +254,9 @@ def library() -> Any:
     from torch._inductor.exc import CppCompileError
 
     source = Path(__file__).with_suffix(".cpp").read_text(encoding="ascii")
+    # Conversions to bfloat16 are one instruction then.
+    flags = ("-mavx512bf16",) if torch.cpu._is_avx512_bf16_supported() else ()
     try:
-        return CppCodeCache.load(source, needs_vec_isa=True)
+        return CppCodeCache.load(source, extra_flags=flags, needs_vec_isa=True)
     except (CppCompileError, OSError, RuntimeError):
         return None
