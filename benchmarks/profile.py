@@ -133,6 +133,7 @@ def draw(times: dict[str, float], title: str, path: str) -> None:
     axes.set_xlabel("ms of one step")
     axes.set_title(title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 

@@ -27,8 +27,8 @@ def attention(gm: fx.GraphModule, *, config: Any) -> PassResult:
     """Attention over an explicit mask becomes ``qlora_fx.attention``, told at run time what the mask is.
 
     A captured model builds a mask of ``[sequence, sequence]`` and its kernel reads all of it. What the batch
-    made of it is seen by ``mask_kind`` once per call: exactly causal, causal and more (padding, a window), or
-    anything else. Keys that a model repeats for its query heads are taken as they were before. On a GPU
+    made of it is seen by ``mask_kind`` once per call: exactly causal, or anything else (padding, a window), of
+    which the tiles that hide everything are skipped. Keys that a model repeats for its query heads are taken as they were before. On a GPU
     PyTorch's kernels are kept: seeing the mask would wait for the device.
 
     Before::

@@ -1,4 +1,4 @@
-"""What a training step holds between forward and backward, read off the compiled program."""
+"""What a training step holds between forward and backward, read off the partitioned program."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
+from .budget import Calls, Split, flows, number
 from .errors import ModelError
-from .passes.lower import CompiledBody
+from .passes.compiled import Key
 from .passes.partition import activations
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class Held:
 
     Attributes:
         body: the block's class, ``prologue`` or ``epilogue``.
-        calls: how often the body is called, each time holding a tensor of its own.
+        calls: how many calls of the body hold a tensor of their own like this.
         name: of the node in the joint graph.
         bytes: of one call, at the sizes asked for.
         formula: bytes of one call in ``B`` (batch) and ``S`` (sequence).
@@ -37,15 +38,29 @@ class Held:
 
 
 class Activations(list[Held]):
-    """All that is held; prints as a table."""
+    """All that is held; prints as a table.
+
+    Attributes:
+        split: how many calls of each body are recomputed, and what that costs.
+    """
+
+    def __init__(self, split: Split) -> None:
+        super().__init__()
+        self.split = split
 
     @property
     def total(self) -> int:
         """Bytes of all calls of all bodies."""
         return sum(held.bytes * held.calls for held in self)
 
+    @property
+    def recomputation(self) -> float:
+        """Products computed again, as a part of all products of the step; about the time that the budget costs."""
+        return self.split.recomputation
+
     def per_call(self, body: str) -> int:
-        return sum(held.bytes for held in self if held.body == body)
+        """Bytes of one call that keeps everything."""
+        return next((calls.held for calls in self.split.bodies if calls.name == body), 0)
 
     def __str__(self) -> str:
         lines = [f"{'body':24} {'calls':>5} {'MB a call':>10}  tensor"]
@@ -53,6 +68,12 @@ class Activations(list[Held]):
             mb = held.bytes / 1e6
             lines.append(f"{held.body:24} {held.calls:5} {mb:10.3f}  {held.name}: {held.formula}")
         lines.append(f"{'all':24} {'':5} {self.total / 1e6:10.3f}")
+        for calls in self.split.bodies:
+            if calls.recomputed:
+                lines.append(
+                    f"{calls.recomputed} of {calls.calls} calls of {calls.name} keep only their inputs: "
+                    f"{self.recomputation:.0%} of all products are computed again"
+                )
         return "\n".join(lines)
 
 
@@ -60,46 +81,40 @@ def saved_activations(qmodel: QLoRAModel, *, batch_size: int, sequence_length: i
     """The tensors held from forward to backward, from the partitioned joint graph of each body.
 
     Args:
-        qmodel: after one training step, with backend "inductor" or "aot_eager".
+        qmodel: with backend "inductor" or "aot_eager". The memory budget it has is honoured.
         batch_size, sequence_length: sizes to evaluate for; any, not only those that ran.
 
     Raises:
-        ModelError: if no training step was compiled yet.
+        ModelError: with backend "eager", whose program is not partitioned.
     """
-    rows = Activations()
     for key, programs in qmodel._programs.items():
-        if not key.training:
-            continue
         for program in programs:
+            budget = qmodel._budgets.get(program)
+            if not key.training or budget is None or not budget.bodies:
+                continue
             shape: Any = program.inputs[0][1].shape
             pairs = zip(shape, (batch_size, sequence_length), strict=False)
-            values: dict[Any, int] = {
+            sizes: dict[Any, int] = {
                 s.node.expr: n for s, n in pairs if isinstance(s, torch.SymInt)
             }
-            names = dict(zip(values, sympy.symbols("B S"), strict=False))
-            for name, body in getattr(program.run, "named_children", lambda: iter(()))():
-                if isinstance(body, CompiledBody):
-                    calls = len(list(program.run.graph.find_nodes(op="call_module", target=name)))  # type: ignore[attr-defined]
-                    rows += rows_of(name, body, calls, values, names)
-    if not rows:
-        raise ModelError(
-            "nothing is compiled for training yet; run one training step with backend 'inductor' or 'aot_eager' first"
-        )
-    return rows
+            names = dict(zip(sizes, sympy.symbols("B S"), strict=False))
+            rows = Activations(budget.split(sizes))
+            for calls in rows.split.bodies:
+                rows += rows_of(calls, sizes, names)
+            return rows
+    raise ModelError(
+        "nothing is lowered for training; accepted: backend 'inductor' or 'aot_eager' (eager keeps what it likes)"
+    )
 
 
 def rows_of(
-    name: str,
-    body: CompiledBody,
-    calls: int,
-    values: dict[sympy.Expr, int],
-    names: dict[sympy.Expr, sympy.Symbol],
+    calls: Calls, sizes: dict[sympy.Expr, int], names: dict[sympy.Expr, sympy.Symbol]
 ) -> Iterator[Held]:
-    for needs_grad in list(body.partitions):
-        flowing = tuple(
-            need and "stored" not in node.meta
-            for need, node in zip(needs_grad, body.inputs, strict=False)
-        )
-        for tensor, size in activations(body.partitioned(needs_grad), flowing):
-            number = int(sympy.sympify(size).xreplace(values))
-            yield Held(name, calls, tensor, number, str(sympy.sympify(size).xreplace(names)))
+    body = calls.body
+    for recompute, count in ((False, calls.calls - calls.recomputed), (True, calls.recomputed)):
+        if not count:
+            continue
+        partition = body.partitioned(Key(body.flowing, recompute))
+        for tensor, size in activations(partition, flows(body)):
+            formula = str(sympy.sympify(size).xreplace(names))
+            yield Held(calls.name, count, tensor, number(size, sizes), formula)

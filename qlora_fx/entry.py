@@ -27,6 +27,7 @@ def transform(
     blocksize: int = 64,
     also_quantize: Iterable[str] = (),
     example_inputs: Mapping[str, Any] | None = None,
+    memory_budget: int | float | str | None = None,
     disable: Iterable[str] = (),
     backend: str = "inductor",
 ) -> QLoRAModel:
@@ -52,6 +53,9 @@ def transform(
             tied to the embedding needs both.
         example_inputs: arguments of one call, by name; only their shapes and dtypes are used. Default: made
             from the model's signature.
+        memory_budget: what a training step may hold from forward to backward: bytes (also as "6GB"), or a fraction
+            of what keeping everything takes (0.0 keeps only the blocks' inputs, as gradient checkpointing does).
+            What does not fit is computed again. Default: as much as is free. ``qmodel.memory_budget`` changes it.
         disable: names of optimizations to leave out, to find out what one of them does: members of
             ``qlora_fx.pipeline.OPTIONAL``. The numbers stay the same but for rounding.
         backend: "inductor", "aot_eager" (same graphs, PyTorch's kernels), or "eager" (plain autograd for
@@ -72,6 +76,7 @@ def transform(
         blocksize=blocksize,
         also_quantize=also_quantize,
         example_inputs=example_inputs,
+        memory_budget=memory_budget,
         disable=disable,
         backend=backend,
     )

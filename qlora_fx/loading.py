@@ -32,6 +32,7 @@ def from_pretrained(
     blocksize: int = 64,
     also_quantize: Iterable[str] = (),
     example_inputs: Mapping[str, Any] | None = None,
+    memory_budget: int | float | str | None = None,
     disable: Iterable[str] = (),
     backend: str = "inductor",
     model_class: Any = None,
@@ -50,7 +51,8 @@ def from_pretrained(
         source: a folder with ``config.json`` and safetensors files (one, or sharded with an index); a hub id,
             through huggingface_hub's cache; or a ``.gguf`` file. A checkpoint that transformers + bitsandbytes
             saved in 4 bits, or ``save_quantized``, keeps its bytes. Nothing else is read: no pickle, no code.
-        lora, compute_dtype, blocksize, also_quantize, example_inputs, disable, backend: as in ``transform``.
+        lora, compute_dtype, blocksize, also_quantize, example_inputs, memory_budget, disable, backend: as in
+            ``transform``.
         quantization: as in ``transform``. Of a checkpoint in 4 bits: its own settings; what is given must equal
             them, but for the compute dtype.
         device: where the model will run. Default: "cuda" where there is one, else "cpu".
@@ -76,6 +78,7 @@ def from_pretrained(
         blocksize=blocksize,
         also_quantize=also_quantize,
         example_inputs=example_inputs,
+        memory_budget=memory_budget,
         disable=disable,
         backend=backend,
     )

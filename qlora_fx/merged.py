@@ -15,6 +15,7 @@ from .model import QLoRAModel
 from .oracle import relative_error
 from .passes.adapt import lora_keys
 from .passes.site import Layout, Site
+from .runtime.allocator import WORTH_IT, trim
 from .runtime.storage import dequantize_weight, quantize_weight
 from .runtime.store import QuantizedNode
 from .stream import of_one
@@ -147,6 +148,9 @@ class Merged:
         else:
             value = trained.to(dtype)
         self.errors[key] = max(self.errors.get(key, 0.0), error_of(value, trained))
+        if trained.nbytes >= WORTH_IT:
+            del trained
+            trim()
         return value
 
     def trained(self, name: str, site: Site, expert: int | None) -> torch.Tensor:
@@ -215,7 +219,7 @@ def factors(site: Site, store: Mapping[str, Any] | Any) -> tuple[torch.Tensor, t
     return a, b
 
 
-def error_of(value: torch.Tensor, true: torch.Tensor, rows: int = 1024) -> float:
+def error_of(value: torch.Tensor, true: torch.Tensor, rows: int = 256) -> float:
     """``relative_error`` by rows, so that no float64 copy of a large weight is made."""
     value, true = value.reshape(-1, value.shape[-1]), true.reshape(-1, true.shape[-1])
     distance = norm = 0.0

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from . import pipeline
 from .adapter import apply_adapter, check_saved, peft_names, saved_config
+from .budget import Budget, check_budget
 from .capture import Blueprint, Capture
 from .config import Config
 from .errors import CaptureError, ConfigError, InputError
@@ -73,6 +74,8 @@ class QLoRAModel(nn.Module):
         self._dense_bytes: dict[str, int] = {}
         self._programs: dict[Signature, list[Program]] = {}
         self._graphs: dict[Signature, fx.GraphModule] = {}
+        self._budgets: dict[Program, Budget] = {}
+        self._memory_budget: int | float | None = None
         self._adapter_enabled = True
         self._flat: Flat | None = None
         self._source: Source | None = None
@@ -186,9 +189,25 @@ class QLoRAModel(nn.Module):
             capture.guards,
             capture.out_spec,
         )
+        self._budgets[program] = Budget(program.run, self._memory_budget, self.device)
+        program.prepare = self._budgets[program].prepare
         self._programs.setdefault(key, []).append(program)
         self._graphs.setdefault(key, gm)
         return program
+
+    @property
+    def memory_budget(self) -> int | float | None:
+        """What a training step may hold from forward to backward: bytes, a fraction, or None (as much as is free).
+
+        Assigning another one decides anew, and compiles what was not needed before.
+        """
+        return self._memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, value: Any) -> None:
+        self._memory_budget = check_budget(value)
+        for budget in self._budgets.values():
+            budget.ask(self._memory_budget)
 
     # -- the graph --------------------------------------------------------------------------------
 

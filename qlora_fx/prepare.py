@@ -17,6 +17,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from . import pipeline
+from .budget import check_budget
 from .capture import Blueprint, Capture, named_tensors
 from .config import (
     Config,
@@ -31,8 +32,9 @@ from .errors import ConfigError
 from .inputs import bind, example_inputs, signature_key, without_cache
 from .model import QLoRAModel, decide
 from .passes.adapt import lora_keys
-from .passes.lower import BACKENDS, warm_up
+from .passes.lower import BACKENDS
 from .passes.site import Site
+from .passes.warm_up import warm_up
 from .runtime.dtype import ComputeDtype, fastest
 from .signature import Signature, graph_title, skips_logits
 
@@ -48,6 +50,7 @@ class Settings:
         asked: compute dtype of the ``BitsAndBytesConfig``; None where there is none.
         also_quantize: members of ``config.ROLES``.
         example_inputs: as given.
+        memory_budget: as ``budget.check_budget`` returns it.
         disabled: names of stages that are left out.
         backend: one of ``BACKENDS``.
         stored: store keys of weights that arrive in 4 bits.
@@ -60,6 +63,7 @@ class Settings:
     asked: torch.dtype | None = None
     also_quantize: frozenset[str] = frozenset()
     example_inputs: Mapping[str, Any] | None = None
+    memory_budget: int | float | None = None
     disabled: frozenset[str] = frozenset()
     backend: str = "inductor"
     stored: frozenset[str] = frozenset()
@@ -77,6 +81,7 @@ def check_settings(
     blocksize: int,
     also_quantize: Iterable[str],
     example_inputs: Mapping[str, Any] | None,
+    memory_budget: int | float | str | None,
     disable: Iterable[str],
     backend: str,
 ) -> Settings:
@@ -98,6 +103,7 @@ def check_settings(
         asked,
         check_roles(also_quantize),
         example_inputs,
+        check_budget(memory_budget),
         check_disabled(disable, pipeline.OPTIONAL),
         backend,
     )
@@ -112,7 +118,7 @@ class Prepared:
         config: for the passes.
         compute: dtype in which linears multiply.
         activations: dtype of activations.
-        backend: what lowers it.
+        settings: the checked arguments.
         values: the example call it was captured with.
         capture, result: of that call.
         sites: the verdicts, by site name.
@@ -122,7 +128,7 @@ class Prepared:
     config: Config
     compute: ComputeDtype
     activations: torch.dtype
-    backend: str
+    settings: Settings
     values: dict[str, Any]
     capture: Capture
     result: pipeline.Result
@@ -131,8 +137,9 @@ class Prepared:
     def model(self) -> QLoRAModel:
         """The model with an empty store."""
         qmodel = QLoRAModel(
-            self.blueprint, self.config, self.compute, self.activations, self.backend
+            self.blueprint, self.config, self.compute, self.activations, self.settings.backend
         )
+        qmodel._memory_budget = self.settings.memory_budget
         qmodel._sites = self.sites
         return qmodel
 
@@ -178,7 +185,7 @@ def prepare(model: Any, settings: Settings, device: torch.device | None = None) 
     result = pipeline.run(capture.gm, config, title=graph_title(True, values))
     sites = decide(result.flat)
     return Prepared(
-        blueprint, config, compute, activations, settings.backend, values, capture, result, sites
+        blueprint, config, compute, activations, settings, values, capture, result, sites
     )
 
 

@@ -59,6 +59,12 @@ def give_back(device: torch.device, tensors: Iterable[torch.Tensor]) -> None:
     if sum(t.nbytes for t in tensors) < WORTH_IT:
         return
     gc.collect()
+    if device.type == "cpu":
+        trim()
+
+
+def trim() -> None:
+    """Return what is free to the system, where buffers of other sizes come next (merging) or none (after loading)."""
     libc = glibc()
-    if device.type == "cpu" and libc is not None:
+    if libc is not None:
         libc.malloc_trim(0)

@@ -1,17 +1,16 @@
 """Causal attention for CPUs that skips what the mask hides, as operators that torch.compile takes whole.
 
-PyTorch's own CPU kernel reads the whole mask and, up to 512 keys, computes every score. Here queries go in
-blocks of rows and each block meets only the keys before its end. Scores, softmax and its gradient are in
-float32; products with the probabilities are in the dtype of the inputs. Query heads that share a key head are
-rows of the same product, so keys and values are never repeated. Nothing is kept for backward but the inputs
-and the result: the probabilities are computed again.
+PyTorch's own CPU kernel reads the whole mask, computes tiles that a causal mask hides up to 512 keys, and repeats
+keys and values for the query heads that share them. ``attention.cpp`` does neither; it is compiled once per machine
+with Inductor's settings and kept in Inductor's cache. Where it cannot be (no compiler, a CPU without oneDNN's block
+products, float16, odd head sizes) PyTorch's kernel computes the same.
 """
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Iterator
+import ctypes
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +20,12 @@ from .ops import ops
 
 aten = torch.ops.aten
 
-ANY, WITHIN_CAUSAL, CAUSAL = 0, 1, 2
-"""What ``mask_kind`` tells: nothing; no key after its query is seen (padding, windows); exactly causal."""
+ANY, CAUSAL = 0, 1
+"""What ``mask_kind`` tells: nothing, or that the mask is exactly causal and need not be read."""
 
-BLOCK = 128
-LONG = 768
-"""Queries above which PyTorch's kernel, which then skips blocks of 512 keys, is faster than ours."""
-SCORES_BYTES = 4 << 20
-"""Scores computed at a time, so that they stay in the cache."""
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+LANES = 16
+"""Head sizes that are a multiple of it are taken by the compiled kernel."""
 
 
 @torch.library.custom_op("qlora_fx::mask_kind", mutates_args=())
@@ -36,7 +33,7 @@ def mask_kind(mask: Tensor) -> Tensor:
     """Whether a boolean mask ``[batch or 1, 1, queries, keys]`` is causal; looked up once per call of the model.
 
     Returns:
-        An int64 scalar on the CPU: ``ANY``, ``WITHIN_CAUSAL`` or ``CAUSAL``.
+        An int64 scalar on the CPU: ``ANY`` or ``CAUSAL``.
     """
     rows, columns = mask.shape[-2:]
     kind = ANY
@@ -44,8 +41,6 @@ def mask_kind(mask: Tensor) -> Tensor:
         causal = torch.ones(rows, columns, dtype=torch.bool, device=mask.device).tril()
         if torch.equal(mask, causal.expand_as(mask)):
             kind = CAUSAL
-        elif not bool((mask & ~causal).any()):
-            kind = WITHIN_CAUSAL
     return torch.tensor(kind)
 
 
@@ -64,30 +59,27 @@ def attention(
         q: ``[batch, heads, sequence, size]``.
         k: ``[batch, key heads, sequence, size]``; ``heads`` is a multiple of ``key heads``.
         v: ``[batch, key heads, sequence, value size]``.
-        mask: boolean, True where a key is seen, broadcast to ``[batch, heads, sequence, sequence]``; None: causal.
+        mask: boolean, True where a key is seen, ``[batch or 1, heads or 1, sequence, sequence]``; None: causal.
         kind: what ``mask_kind(mask)`` said.
         scale: of the scores.
 
     Returns:
         ``[batch, heads, sequence, value size]`` with the strides of a transposed ``[batch, sequence, heads, ...]``;
         a query that sees no key gets zeros. And for backward the float32 log-sum-exp of the scores,
-        ``[batch, heads, sequence]``, zero where backward computes the scores again.
+        ``[batch, heads, sequence]``.
     """
-    how = way(mask, kind)
+    mask = needed(mask, kind)
     out, lse = like_output(q, v)
-    if pytorchs_is_faster(how, q, v):
-        y, sums = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, repeated(k, q), repeated(v, q), 0.0, True, scale=scale
-        )
-        out.copy_(y)
-        lse.copy_(sums)
+    if compiled("forward", q, k, v, mask, scale, out=out, lse=lse):
         return out, lse
-    query, key = q.float() * scale, k.float()
-    for part in blocks(q, k, how):
-        p = part.probabilities(query, key, None if how == CAUSAL else mask)
-        o = torch.bmm(part.low(p, v.dtype), part.keys(v))
-        part.queries_of(out).copy_(part.unfold(o))
-    return out, lse.zero_()
+    query, keys, values = alike(q, repeated(k, q), repeated(v, q))
+    y, sums = aten._scaled_dot_product_flash_attention_for_cpu(
+        query, keys, values, 0.0, mask is None, attn_mask=added(mask, q), scale=scale
+    )
+    y = y[..., : v.shape[3]]
+    out.copy_(y if mask is None else y.masked_fill(~mask.any(-1, keepdim=True), 0))
+    lse.copy_(sums)
+    return out, lse
 
 
 @attention.register_fake
@@ -108,30 +100,21 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``attention`` for ``q``, ``k`` and ``v``, contiguous and in their dtypes."""
-    how = way(mask, kind)
-    if pytorchs_is_faster(how, q, v):
-        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, repeated(k, q), repeated(v, q), out, lse, 0.0, True, scale=scale
-        )
-        return dq.contiguous(), shared(dk, k), shared(dv, v)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (k, v))
-    query, key, value, grad32 = q.float() * scale, k.float(), v.float(), grad.float()
-    deltas = (grad32 * out).sum(-1, keepdim=True)
-    for part in blocks(q, k, how):
-        p = part.probabilities(query, key, None if how == CAUSAL else mask)
-        g = part.fold(part.queries_of(grad))
-        low = part.low(p, v.dtype)
-        part.keys_of(dv).add_(part.heads(torch.bmm(low.transpose(1, 2), g)))
-        ds = part.buffer("ds", torch.float32)
-        g32 = part.fold(part.queries_of(grad32))
-        torch.bmm(g32, part.keys(value).transpose(1, 2), out=ds)
-        ds.sub_(part.fold(part.queries_of(deltas)))
-        low = part.low(ds.mul_(p).mul_(scale), q.dtype)
-        part.queries_of(dq).copy_(part.unfold(torch.bmm(low, part.keys(k))))
-        rows = part.fold(part.queries_of(q))
-        part.keys_of(dk).add_(part.heads(torch.bmm(low.transpose(1, 2), rows)))
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    mask = needed(mask, kind)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    results = {"dq": dq, "dk": dk, "dv": dv}
+    if compiled("backward", q, k, v, mask, scale, out=out, lse=lse, grad=grad, **results):
+        return dq, dk, dv
+    if mask is not None:  # a query that sees no key has no gradient, and its row is undefined there
+        grad = grad.masked_fill(~mask.any(-1, keepdim=True), 0)
+    query, keys, values, result, grad = alike(q, repeated(k, q), repeated(v, q), out, grad)
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(grad, query, keys, values, result, lse, 0.0, mask is None),
+        attn_mask=added(mask, q),
+        scale=scale,
+    )
+    dq, dk, dv = dq[..., : q.shape[3]], dk[..., : k.shape[3]], dv[..., : v.shape[3]]
+    return dq.contiguous(), shared(dk, k), shared(dv, v)
 
 
 @attention_backward.register_fake
@@ -154,18 +137,18 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> Any:
 torch.library.register_autograd("qlora_fx::attention", _backward, setup_context=_context)
 
 
-def way(mask: Tensor | None, kind: Tensor | None) -> int:
-    return CAUSAL if mask is None or kind is None else int(kind)
-
-
-def pytorchs_is_faster(how: int, q: Tensor, v: Tensor) -> bool:
-    return how == CAUSAL and q.shape[2] > LONG and q.shape[3] == v.shape[3]
+def needed(mask: Tensor | None, kind: Tensor | None) -> Tensor | None:
+    """The mask, or None where it is causal."""
+    return None if mask is None or (kind is not None and int(kind) == CAUSAL) else mask
 
 
 def like_output(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, rows, _ = q.shape
     out = q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2)
     return out, q.new_empty(batch, heads, rows, dtype=torch.float32)
+
+
+# -- PyTorch's kernel ------------------------------------------------------------------------------
 
 
 def repeated(t: Tensor, q: Tensor) -> Tensor:
@@ -179,97 +162,101 @@ def shared(grad: Tensor, t: Tensor) -> Tensor:
     return grad.reshape(batch, heads, -1, rows, size).sum(2)
 
 
-class Block:
-    """Rows ``start:stop`` of the queries of some examples, and the first ``seen`` keys.
+def alike(*tensors: Tensor) -> list[Tensor]:
+    """All with the largest head size, filled up with zeros: PyTorch's kernel wants one size."""
+    size = max(t.shape[3] for t in tensors)
+    return [torch.nn.functional.pad(t, (0, size - t.shape[3])) for t in tensors]
 
-    Args:
-        shape: examples, key heads, and query heads that share a key head.
+
+def added(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask as numbers to add to scores; all zero in rows that see no key, where softmax is undefined."""
+    if mask is None:
+        return None
+    hidden = ~mask & mask.any(-1, keepdim=True)
+    return torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
+
+
+# -- the compiled kernel ---------------------------------------------------------------------------
+
+
+class Arguments(ctypes.Structure):
+    """Mirrors ``Arguments`` in attention.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "rows", "size")),
+        ("value_size", ctypes.c_int64),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "out", "grad")),
+        ("mask_strides", ctypes.c_int64 * 2),
+        ("threads", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "mask", "out", "lse", "grad")),
+        *((name, ctypes.c_void_p) for name in ("dq", "dk", "dv")),
+    )
+
+
+DONE, NO_MEMORY = 0, 1
+"""What the functions return; anything else: this CPU, as it is set, has not the products."""
+
+
+def compiled(
+    direction: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    **others: Tensor,
+) -> bool:
+    """Run the compiled kernel.
+
+    Returns:
+        False where it cannot take these tensors; nothing was written then.
     """
-
-    def __init__(
-        self,
-        batch: slice,
-        start: int,
-        stop: int,
-        seen: int,
-        shape: tuple[int, int, int],
-        device: torch.device,
-    ) -> None:
-        self.batch, self.start, self.stop, self.seen = batch, start, stop, seen
-        self.count, self.key_heads, self.shared = shape
-        self.device = device
-
-    def buffer(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Room for ``[examples * key heads, shared * rows, keys]``."""
-        shape = (self.count * self.key_heads, self.shared * (self.stop - self.start), self.seen)
-        return BUFFERS.get(name, math.prod(shape), dtype, self.device).view(shape)
-
-    def low(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """``t`` in a dtype, in a buffer of its own."""
-        return t if t.dtype == dtype else self.buffer("low", dtype).copy_(t)
-
-    def queries_of(self, t: Tensor) -> Tensor:
-        return t[self.batch, :, self.start : self.stop]
-
-    def keys_of(self, t: Tensor) -> Tensor:
-        return t[self.batch, :, : self.seen]
-
-    def keys(self, t: Tensor) -> Tensor:
-        """``[examples * key heads, keys, size]``."""
-        return self.keys_of(t).flatten(0, 1)
-
-    def fold(self, t: Tensor) -> Tensor:
-        """``[examples, heads, rows, size]`` to ``[examples * key heads, shared * rows, size]``."""
-        return t.reshape(self.count * self.key_heads, -1, t.shape[3])
-
-    def unfold(self, t: Tensor) -> Tensor:
-        return t.view(self.count, self.key_heads * self.shared, -1, t.shape[2])
-
-    def heads(self, t: Tensor) -> Tensor:
-        return t.view(self.count, self.key_heads, t.shape[1], t.shape[2])
-
-    def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        """Softmax of the block's scores, from scaled queries and keys in float32."""
-        scores = self.buffer("p", torch.float32)
-        torch.bmm(self.fold(self.queries_of(q)), self.keys(k).transpose(1, 2), out=scores)
-        at = self.unfold(scores)
-        if mask is None:
-            size = self.stop - self.start
-            hidden = torch.full((size, size), float("-inf"), device=self.device).triu_(1)
-            at[..., self.start :].add_(hidden)
-            return torch.softmax(scores, -1, out=scores)
-        examples = self.batch if mask.shape[0] > 1 else slice(None)
-        seen = mask[examples, :, self.start : self.stop, : self.seen]
-        at.add_(torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, float("-inf")))
-        p = torch.softmax(scores, -1, out=scores)
-        if not bool(seen.any(-1).all()):
-            p.masked_fill_(torch.isnan(p), 0.0)  # a query that sees no key
-        return p
+    if q.dtype not in NAMES or q.shape[3] % LANES or v.shape[3] % LANES or not q.numel():
+        return False
+    if scale <= 0:  # the largest score is looked for before it is scaled
+        return False
+    functions = library()
+    if functions is None:
+        return False
+    batch, heads, rows, size = q.shape
+    given = Arguments(batch, heads, k.shape[1], rows, size, v.shape[3])
+    given.scale, given.threads = scale, torch.get_num_threads()
+    tensors = {"q": q, "k": k, "v": v, **others}
+    for name in ("q", "k", "v", "grad"):
+        if name in tensors and (tensors[name].stride(3) != 1 or tensors[name].stride(2) % 2):
+            tensors[name] = tensors[name].contiguous()
+    for name in ("q", "k", "v", "out", "grad"):
+        if name in tensors:
+            setattr(given, f"{name}_strides", tensors[name].stride()[:3])
+    if mask is not None:
+        for dim in (0, 1):
+            if mask.stride(dim) == 0:  # expanded
+                mask = mask.narrow(dim, 0, 1)
+        mask = tensors["mask"] = mask.contiguous()
+        steps = (mask.stride(dim) if mask.shape[dim] > 1 else 0 for dim in (0, 1))
+        given.mask_strides = (ctypes.c_int64 * 2)(*steps)
+    for name, tensor in tensors.items():
+        setattr(given, name, tensor.data_ptr())
+    status = getattr(functions, f"{direction}_{NAMES[q.dtype]}")(ctypes.byref(given))
+    if status == NO_MEMORY:
+        raise MemoryError(f"no memory for attention over {list(q.shape)}")
+    return bool(status == DONE)
 
 
-def blocks(q: Tensor, k: Tensor, how: int) -> Iterator[Block]:
-    batch, heads, rows, _ = q.shape
-    size = min(batch, max(1, SCORES_BYTES // (4 * heads * min(rows, BLOCK) * rows)))
-    for first in range(0, batch, size):
-        count = min(size, batch - first)
-        for start in range(0, rows, BLOCK):
-            shape = (count, k.shape[1], heads // k.shape[1])
-            stop = min(start + BLOCK, rows)
-            seen = rows if how == ANY else stop
-            yield Block(slice(first, first + count), start, stop, seen, shape, q.device)
+@functools.cache
+def library() -> Any:
+    """attention.cpp, compiled; None where it cannot be.
 
+    Takes some seconds where it is not in Inductor's cache.
+    """
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.exc import CppCompileError
 
-class Buffers(threading.local):
-    """Flat buffers by name and dtype that live on: fresh memory would cost more than what is computed in it."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[Any, Tensor] = {}
-
-    def get(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        key = (name, dtype, device)
-        if key not in self.tensors or self.tensors[key].numel() < size:
-            self.tensors[key] = torch.empty(size, dtype=dtype, device=device)
-        return self.tensors[key][:size]
-
-
-BUFFERS = Buffers()
+    source = Path(__file__).with_suffix(".cpp").read_text(encoding="ascii")
+    # Conversions to bfloat16 are one instruction then.
+    flags = ("-mavx512bf16",) if torch.cpu._is_avx512_bf16_supported() else ()
+    try:
+        return CppCodeCache.load(source, extra_flags=flags, needs_vec_isa=True)
+    except (CppCompileError, OSError, RuntimeError):
+        return None

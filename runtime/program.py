@@ -24,6 +24,9 @@ class Program:
         inputs: name, fake value (dtype and symbolic shape) of each input, in the graph's order.
         guards: Python expressions over ``L[name]`` that the capture relied on.
         out_spec: pytree spec of the model's output class.
+
+    Attributes:
+        prepare: called before each run with the call's free sizes, by symbol.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Program:
         self.out_spec = out_spec
         self.device = inputs[0][1].device
         self.calls = 0
+        self.prepare: Callable[[Mapping[Any, int]], None] | None = None
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Run on the call's arguments.
@@ -48,7 +52,9 @@ class Program:
         Raises:
             DoesNotFit: a size, dtype or device is not what was captured; nothing was run.
         """
-        tensors = self.fit(values)
+        tensors, sizes = self.fit(values)
+        if self.prepare is not None:
+            self.prepare(sizes)
         self.calls += 1
         if self.calls == 2:  # forward and backward are compiled now
             give_back(self.device, self.stored)
@@ -57,7 +63,8 @@ class Program:
             outputs = self.run(*self.stored, *tensors)
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
-    def fit(self, values: Mapping[str, Any]) -> list[torch.Tensor]:
+    def fit(self, values: Mapping[str, Any]) -> tuple[list[torch.Tensor], dict[Any, int]]:
+        """The call's tensors in the graph's order, and its free sizes."""
         sizes: dict[Any, tuple[int, str]] = {}
         tensors = []
         for name, expected in self.inputs:
@@ -76,4 +83,4 @@ class Program:
         for text, code in self.guards:
             if not eval(code, scope):
                 raise DoesNotFit(f"the capture relied on {text}")
-        return tensors
+        return tensors, {symbol: size for symbol, (size, _) in sizes.items()}

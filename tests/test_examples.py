@@ -222,7 +222,8 @@ def test_the_whole_example_runs_and_resumes(small_model: Path, tmp_path: Path) -
     }
     assert summary["steps"] == 4
     assert summary["adapter_grad_norm_min"] > 0
-    assert summary["peft_reload_max_abs_logit_diff"] < 1e-3
+    # The program ends with an error if this is more than rounding in the dtype that is fastest here.
+    assert summary["peft_reload_max_abs_logit_diff"] < 1e-2
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
 

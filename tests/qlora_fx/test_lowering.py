@@ -10,10 +10,11 @@ import torch
 from conftest import batch, tiny_llama
 from oracle import Float64, random_adapter, step, truth
 from peft import LoraConfig
-from qlora_fx.errors import ModelError
-from qlora_fx.passes.lower import CompiledBody
+from qlora_fx.passes.compiled import CompiledBody
 from qlora_fx.testing import relative_error
 
+LIMIT = 2e-5
+"""Eager PyTorch in float32 is 1.4e-5 off for this model, whose q and k have gradients of 1e-5."""
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
 
@@ -31,8 +32,8 @@ def trained() -> Any:
     with Float64():
         _, true_grads = step(dense, true_params, batch())
     qmodel = qlora_fx.transform(model, LoraConfig(**LORA), compute_dtype="float32")
-    with pytest.raises(ModelError, match="run one training step"):
-        qlora_fx.saved_activations(qmodel, batch_size=1, sequence_length=1)
+    before = qlora_fx.saved_activations(qmodel, batch_size=1, sequence_length=1)
+    assert before.total > 0, "known before anything is compiled"
     qmodel.load_adapter_state_dict(adapter)
     qmodel(**batch()).loss.backward()
     return qmodel, true_grads
@@ -45,7 +46,7 @@ def test_equal_blocks_share_one_program_and_their_gradients_are_right(trained: A
     assert len(block.compiled) == 1
     for name, p in qmodel.adapter_parameters():
         assert p.grad is not None
-        assert relative_error(p.grad, true_grads[f"base_model.model.{name}"]) < 1e-5, name
+        assert relative_error(p.grad, true_grads[f"base_model.model.{name}"]) < LIMIT, name
 
 
 def test_nothing_is_computed_below_the_first_adapter() -> None:

@@ -29,11 +29,11 @@ def saved_for_backward(monkeypatch: pytest.MonkeyPatch, frozen_marked: bool) -> 
 def partitions(qmodel: Any) -> list[partition.Partition]:
     """What each compiled body's forward hands to its backward, from the partitioner itself."""
     return [
-        body.partitioned(needs_grad)
+        body.partitioned(key)
         for programs in qmodel._programs.values()
         for program in programs
         for body in program.run.children()
-        for needs_grad in list(body.partitions)
+        for key in list(body.partitions)
     ]
 
 

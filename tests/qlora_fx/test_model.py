@@ -15,7 +15,7 @@ from qlora_fx import ConfigError, InputError, ModelError
 from conftest import VOCABULARY, batch, tiny_gpt2, tiny_llama
 from oracle import Float64, ours, random_adapter, relative_error, step, truth
 from peft import LoraConfig
-from qlora_fx.passes.lower import CompiledBody
+from qlora_fx.passes.compiled import CompiledBody
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast

@@ -1,0 +1,66 @@
+"""How much memory a device has left."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import psutil
+import torch
+
+from .allocator import glibc
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on ``device`` now, with those its allocator holds and does not use.
+
+    On a CPU: what the system has available, within the limit of the process's cgroup (v2).
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free) + unused
+    available = int(psutil.virtual_memory().available)
+    limit = cgroup_bytes_left()
+    return (available if limit is None else min(available, limit)) + unused_in_heap()
+
+
+def cgroup_bytes_left() -> int | None:
+    """What the cgroup still allows; None where it sets no limit."""
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):
+        return None
+    return max(0, int(limit) - used) if limit.isdigit() else None
+
+
+class Mallinfo2(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    )
+
+
+def unused_in_heap() -> int:
+    """Bytes that glibc keeps for the next allocation; 0 where it does not tell."""
+    libc = glibc()
+    if libc is None or not hasattr(libc, "mallinfo2"):
+        return 0
+    libc.mallinfo2.restype = Mallinfo2
+    return int(libc.mallinfo2().fordblks)
