@@ -50,13 +50,13 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"loss after 5 steps: {float(loss):.3f}")
+    print(f"loss after 5 steps: {loss.item():.3f}")
 
     qmodel.save_pretrained(args.out / "adapter")  # PEFT's files
     qmodel.save_quantized(args.out / "4bit")  # transformers + bitsandbytes load this
     print(qmodel.merge(args.out / "merged", "dequantized"))  # and anything loads this
     merged = AutoModelForCausalLM.from_pretrained(args.out / "merged")
-    print(f"loss of the merged model: {float(merged(input_ids=ids, labels=ids).loss):.3f}")
+    print(f"loss of the merged model: {merged(input_ids=ids, labels=ids).loss.item():.3f}")
     print(f"wrote {', '.join(sorted(p.name for p in args.out.iterdir()))} to {args.out}")
 
 

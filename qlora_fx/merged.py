@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,10 @@ from .conversion import Group
 from .errors import CheckpointError, ConfigError
 from .fill import quantized_sites
 from .model import QLoRAModel
-from .oracle import relative_error
 from .passes.adapt import lora_keys
 from .passes.site import Layout, Site
 from .runtime.allocator import WORTH_IT, trim
-from .runtime.storage import dequantize_weight, quantize_weight
+from .runtime.storage import StorageBuilder, dequantize_rows, row_ranges
 from .runtime.store import QuantizedNode
 from .stream import of_one
 
@@ -110,63 +109,99 @@ class Merged:
         if site is None:
             return self.untouched(name, key, expert)
         assert site.layout is not None
-        if site.experts and expert is None:
-            out = torch.empty(shape, dtype=old.dtype, device=self.qmodel.device)
-            if of_one(site.layout, shape[0]) is not None:
-                for i in range(shape[0]):
+        layout: Layout | None = site.layout
+        if site.experts:
+            one = of_one(site.layout, site.experts)
+            if expert is None and one is not None:
+                out = torch.empty(shape, dtype=old.dtype, device=self.qmodel.device)
+                for i in range(site.experts):
                     out[i] = self.parameter(name, i)
                 return out
-        value = self.weight(name, site, expert, old.dtype)
-        layout = site.layout if expert is None else of_one(site.layout, old.shape[0])
+            if expert is None:
+                each = [self.matrix(name, site, i, old.dtype) for i in range(site.experts)]
+                return site.layout.inverse(torch.stack(each)).reshape(shape).contiguous()
+            layout = one
         if layout is None:
-            return self.parameter(name)[expert]  # type: ignore[index]
+            assert expert is not None
+            return self.parameter(name)[expert]
+        value = self.matrix(name, site, expert, old.dtype)
+        if value.nbytes >= WORTH_IT:
+            trim()
         return layout.inverse(value).reshape(shape).contiguous()
 
     def untouched(self, name: str, key: str, expert: int | None) -> torch.Tensor:
         stored = self.qmodel._store[key].detach()
         return stored if expert is None else stored[expert]
 
-    def weight(self, name: str, site: Site, expert: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """``[(experts,) out, in]`` (of one expert ``[out, in]``) as it multiplies, in ``dtype``."""
-        key = site.weight
-        trained = self.trained(name, site, expert)
-        if self.mode == "requantized" and key in self.sites:
-            if key in self.adapted:
-                parts = quantize_weight(trained, self.quantization)
-            else:
-                parts = self.parts(key, expert)
-            value = dequantize_weight(parts, tuple(trained.shape), dtype, self.quantization)
-        elif self.mode == "base16" and key in self.sites:
-            assert self.base is not None
-            original = self.base.read(name, expert).to(self.qmodel.device)
-            assert site.layout is not None
-            layout: Layout | None = site.layout
-            if expert is not None:
-                layout = of_one(site.layout, site.experts)
-            assert layout is not None
-            value = self.add(layout.of(original).float().contiguous(), key, expert).to(dtype)
-        else:
-            value = trained.to(dtype)
-        self.errors[key] = max(self.errors.get(key, 0.0), error_of(value, trained))
-        if trained.nbytes >= WORTH_IT:
-            del trained
-            trim()
-        return value
+    def matrix(self, name: str, site: Site, expert: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """``[out, in]`` as it multiplies, in ``dtype``; made by rows, so that only the result is whole."""
+        key, shape = site.weight, site.shape[-2:]
+        out = torch.empty(shape, dtype=dtype, device=self.qmodel.device)
+        others: Iterator[torch.Tensor] = self.trained(site, expert)
+        if key in self.sites and self.mode == "base16":
+            others = self.with_adapter(self.original(name, site, expert), site, expert)
+        elif key in self.sites and key in self.adapted and self.mode == "requantized":
+            others = dequantize_rows(self.quantize(site, expert), shape, self.quantization)
+        distance = norm = 0.0
+        ranges = row_ranges(shape, self.quantization.blocksize)
+        for (start, stop), value, true in zip(
+            ranges, others, self.trained(site, expert), strict=True
+        ):
+            out[start:stop] = value
+            distance += float((out[start:stop].float() - true).double().square().sum())
+            norm += float(true.double().square().sum())
+        error = (distance / norm) ** 0.5 if norm else 0.0
+        self.errors[key] = max(self.errors.get(key, 0.0), error)
+        return out
 
-    def trained(self, name: str, site: Site, expert: int | None) -> torch.Tensor:
-        """What the adapter was trained with, float32: the weight as held, plus the adapter."""
-        key = site.weight
-        if key in self.sites:
-            shape = site.shape if expert is None else site.shape[1:]
-            held = dequantize_weight(
-                self.parts(key, expert), shape, torch.float32, self.quantization
-            )
+    def trained(self, site: Site, expert: int | None) -> Iterator[torch.Tensor]:
+        """What the adapter was trained with, float32, by rows: the weight as held, plus the adapter."""
+        if site.weight in self.sites:
+            parts = self.parts(site.weight, expert)
+            rows = dequantize_rows(parts, site.shape[-2:], self.quantization)
         else:
             assert site.layout is not None
-            stored = self.qmodel._store[key].detach()
-            held = site.layout.of(stored).float()
-            held = (held if expert is None else held[expert]).clone()
-        return self.add(held, key, expert)
+            held = site.layout.of(self.qmodel._store[site.weight].detach())
+            rows = self.rows_of(held if expert is None else held[expert])
+        return self.with_adapter(rows, site, expert)
+
+    def original(self, name: str, site: Site, expert: int | None) -> Iterator[torch.Tensor]:
+        """The original weight, float32, by rows."""
+        assert self.base is not None
+        assert site.layout is not None
+        layout = of_one(site.layout, site.experts) if expert is not None else site.layout
+        if layout is None:
+            assert expert is not None
+            stack = site.layout.of(self.base.read(name).to(self.qmodel.device))
+            return self.rows_of(stack[expert])
+        return self.rows_of(layout.of(self.base.read(name, expert).to(self.qmodel.device)))
+
+    def rows_of(self, matrix: torch.Tensor) -> Iterator[torch.Tensor]:
+        for start, stop in row_ranges(tuple(matrix.shape), self.quantization.blocksize):
+            yield matrix[start:stop].float().clone(memory_format=torch.contiguous_format)
+
+    def with_adapter(
+        self, rows: Iterator[torch.Tensor], site: Site, expert: int | None
+    ) -> Iterator[torch.Tensor]:
+        """Add the adapters of the site's weight to float32 rows, in place."""
+        pairs = []
+        for adapted in self.adapted.get(site.weight, ()):
+            a, b = factors(adapted, self.qmodel._store)
+            if site.experts:
+                a, b = a[expert], b[expert]
+            pairs.append((a, b, adapted.scaling))
+        at = 0
+        for part in rows:
+            for a, b, scaling in pairs:
+                part.addmm_(b[at : at + part.shape[0]], a, alpha=scaling)
+            at += part.shape[0]
+            yield part
+
+    def quantize(self, site: Site, expert: int | None) -> dict[str, torch.Tensor]:
+        """New storage of one matrix."""
+        builder = StorageBuilder(site.shape[-2:], self.quantization, self.qmodel.device)
+        builder.add(0, (part.reshape(-1) for part in self.trained(site, expert)))
+        return builder.parts
 
     def parts(self, key: str, expert: int | None) -> dict[str, torch.Tensor]:
         path, _, leaf = key.rpartition(".")
@@ -177,18 +212,6 @@ class Merged:
             return parts
         return {k: v if k == "nested_quant_map" else v[expert] for k, v in parts.items()}
 
-    def add(self, weight: torch.Tensor, key: str, expert: int | None) -> torch.Tensor:
-        """Add the adapters of ``key`` to a float32 weight, in place."""
-        for site in self.adapted.get(key, ()):
-            a, b = factors(site, self.qmodel._store)
-            if site.experts and expert is not None:
-                a, b = a[expert], b[expert]
-            if weight.dim() == 2:
-                weight.addmm_(b, a, alpha=site.scaling)
-            else:
-                weight.baddbmm_(b, a, alpha=site.scaling)
-        return weight
-
     def requantized(self, name: str) -> dict[str, torch.Tensor] | None:
         """New storage of an adapted weight in 4 bits; None where it stays as it is."""
         key = self.qmodel._blueprint.keys[name]
@@ -196,11 +219,8 @@ class Merged:
             return None
         site = self.sites[key]
         if not site.experts:
-            return quantize_weight(self.trained(name, site, None), self.quantization)
-        each = [
-            quantize_weight(self.trained(name, site, i), self.quantization)
-            for i in range(site.experts)
-        ]
+            return self.quantize(site, None)
+        each = [self.quantize(site, i) for i in range(site.experts)]
         return {
             part: first if part == "nested_quant_map" else torch.stack([e[part] for e in each])
             for part, first in each[0].items()
@@ -217,14 +237,3 @@ def factors(site: Site, store: Mapping[str, Any] | Any) -> tuple[torch.Tensor, t
     if site.swapped:
         a, b = b.transpose(-2, -1), a.transpose(-2, -1)
     return a, b
-
-
-def error_of(value: torch.Tensor, true: torch.Tensor, rows: int = 256) -> float:
-    """``relative_error`` by rows, so that no float64 copy of a large weight is made."""
-    value, true = value.reshape(-1, value.shape[-1]), true.reshape(-1, true.shape[-1])
-    distance = norm = 0.0
-    for v, t in zip(torch.split(value, rows), torch.split(true, rows), strict=True):
-        size = float(t.double().norm())
-        distance += (relative_error(v, t) * size) ** 2
-        norm += size**2
-    return (distance / norm) ** 0.5 if norm else 0.0

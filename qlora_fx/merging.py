@@ -17,8 +17,9 @@ from .conversion import Group, plan_back, results
 from .drift import Drift, measure, sample_inputs
 from .errors import CheckpointError, ConfigError
 from .fill import quantized_sites
-from .merged import MODES, BaseWeights, Merged, error_of
+from .merged import MODES, BaseWeights, Merged
 from .model import QLoRAModel
+from .oracle import relative_error
 from .report import numbers
 from .runtime.folder import FolderWriter, Spec, parse_size
 from .runtime.storage import dequantize_weight, quantize_weight
@@ -195,7 +196,7 @@ def compare(qmodel: QLoRAModel, weights: BaseWeights, base: str) -> None:
         new = dequantize_weight(quantize_weight(dense, q), shape, dtype, q)
         path, _, leaf = site.weight.rpartition(".")
         node: Any = qmodel._store.node(path)
-        error = error_of(new, dequantize_weight(node.parts(leaf), shape, dtype, q))
+        error = relative_error(new, dequantize_weight(node.parts(leaf), shape, dtype, q))
         if error > TOLERANCE:
             raise CheckpointError(
                 f"{names[site.weight]} of {base!r} is not what this model was quantized from: their 4-bit values differ "

@@ -13,15 +13,18 @@ double quantization.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 
 from ..errors import ConfigError
-from .blocks import MatrixQuantizer, pieces_of
+from .blocks import PIECE, MatrixQuantizer, pieces_of
 from .ops import NESTED_BLOCKSIZE, whole_rows
+
+_bnb = torch.ops.bitsandbytes
 
 NESTED_QUANT_MAP = "nested_quant_map"
 """Store key of the one shared map of the nested absmax."""
@@ -161,3 +164,39 @@ def dequantize_weight(
     state = quant_state(parts, tuple(rows), dtype, quantization)
     dense: torch.Tensor = bnb.dequantize_4bit(parts["packed"], state)
     return dense.reshape(shape)
+
+
+def dequantize_rows(
+    parts: dict[str, torch.Tensor], shape: tuple[int, ...], quantization: Any, size: int = PIECE
+) -> Iterator[torch.Tensor]:
+    """``dequantize_weight`` of ``[out, in]`` in float32, some rows after the other: about ``size`` elements."""
+    q = quantization
+    absmax = parts["absmax"]
+    if q.double_quant:
+        absmax = _bnb.dequantize_blockwise(
+            absmax,
+            parts["nested_absmax"],
+            parts["nested_quant_map"],
+            NESTED_BLOCKSIZE,
+            torch.float32,
+        )
+        absmax = absmax + parts["offset"]
+    packed = parts["packed"].detach().reshape(-1).view(torch.uint8)
+    inn = shape[1]
+    for start, stop in row_ranges(shape, q.blocksize, size):
+        codes = packed[start * inn // 2 : -(-stop * inn // 2)].reshape(-1, 1)
+        scales = absmax[start * inn // q.blocksize : -(-stop * inn // q.blocksize)]
+        rows = [stop - start, inn]
+        whole = whole_rows(rows, q.blocksize)
+        dense = _bnb.dequantize_4bit(codes, scales, q.blocksize, q.quant_type, whole, torch.float32)
+        yield dense.reshape(rows)
+
+
+def row_ranges(
+    shape: tuple[int, ...], blocksize: int, size: int = PIECE
+) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of ``[out, in]`` that are whole blocks, but for the last."""
+    unit = blocksize // math.gcd(blocksize, shape[1])
+    step = max(size // (unit * shape[1]), 1) * unit
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])

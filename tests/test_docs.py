@@ -55,3 +55,23 @@ def test_the_example_of_experts_passes_its_own_check() -> None:
     assert "experts.gate_up_proj  grouped_mm  4x192x64" in done.stdout
     assert "router stays dense" in done.stdout
     assert done.stderr == "", "no stray warnings"
+
+
+def test_the_example_of_loading_saves_and_merges(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "examples" / "load_quantized.py"),
+            "--backend",
+            "eager",
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "14 of 15 linears quantized, 14 adapted" in done.stdout
+    assert "merged, dequantized; relative error beside what was trained" in done.stdout
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"4bit", "adapter", "merged", "model"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ def base_logits(qmodel: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "double", "storage"),
-    [*itertools.product(("nf4", "fp4"), (True, False), ("uint8",)), ("nf4", True, "bfloat16")],
+    [("nf4", True, "uint8"), ("fp4", True, "uint8"), ("nf4", False, "bfloat16")],
 )
 def test_transformers_loads_what_is_saved_and_gives_the_same_logits(
     kind: str, double: bool, storage: str, tmp_path: Path
@@ -76,14 +75,13 @@ def test_what_transformers_saved_is_saved_again_with_the_same_files(
     assert generation[0] == generation[1]
 
 
-@pytest.mark.parametrize("blocksize", [32, 128])
 def test_other_blocksizes_are_in_the_description_and_transformers_honours_it(
-    blocksize: int, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     model = peer_llama(
         hidden_size=128, intermediate_size=256
     )  # rows of whole blocks: a note in runtime/ops.py
-    qmodel = qlora_fx.transform(model, blocksize=blocksize, backend="eager")
+    qmodel = qlora_fx.transform(model, blocksize=128, backend="eager")
     qmodel.save_quantized(tmp_path / "q")
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
     with torch.no_grad():
@@ -105,13 +103,16 @@ def test_a_head_in_4_bits_is_said_in_the_config(tmp_path: Path) -> None:
 
 OWN = {
     "experts": (tiny_mixtral, {}),
-    "single": (
-        tiny_mixtral,
-        {"quantization": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")},
-    ),
     "embeddings": (lambda: tiny_llama(1), {"also_quantize": ["embeddings"]}),
     "tied": (MODELS["tied"], {"also_quantize": ["head", "embeddings"]}),
-    "routers": (tiny_mixtral, {"also_quantize": ["routers"], "blocksize": 32}),
+    "routers": (
+        tiny_mixtral,
+        {
+            "also_quantize": ["routers"],
+            "blocksize": 32,
+            "quantization": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+        },
+    ),
 }
 
 
