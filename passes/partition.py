@@ -30,6 +30,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils.checkpoint import CheckpointPolicy
 
+from .live import COPIES, Event, elements, events, expression
 from .nodes import CASTS, VIEWS_AND_CASTS, arguments, ops
 
 
@@ -43,6 +44,7 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
     Attributes:
         saved: what the forward hands to the backward, once it has run.
         inputs: the forward's inputs, in order.
+        live: what the forward and the backward add to what is live, node by node.
         flops: multiplications and additions of the forward's products and of the backward's, in the capture's
             symbols.
     """
@@ -53,6 +55,7 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
         self.recompute = recompute
         self.saved: list[fx.Node] = []
         self.inputs: list[fx.Node] = []
+        self.live: tuple[list[Event], list[Event]] = ([], [])
         self.flops: tuple[sympy.Expr, sympy.Expr] = (sympy.Integer(0), sympy.Integer(0))
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
@@ -67,7 +70,13 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
         self.saved = [n for n in outputs[kwargs["num_fwd_outputs"] :] if isinstance(n, fx.Node)]
         self.inputs = list(forward.graph.find_nodes(op="placeholder"))
         self.flops = (flops_of(forward.graph), flops_of(backward.graph))
+        self.live = (events(forward.graph, ()), events(backward.graph, self.given(backward.graph)))
         return forward, backward
+
+    def given(self, backward: fx.Graph) -> list[fx.Node]:
+        """What comes into the backward and goes with it: saved values, without parameters, and gradients."""
+        stored = {n.name for i, n in enumerate(self.inputs) if i in self.held}
+        return [n for n in backward.find_nodes(op="placeholder") if n.name not in stored]
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,), extra=f"{sorted(self.held)} {self.recompute}")
@@ -161,14 +170,6 @@ def activations(partition: Partition, flowing: tuple[bool, ...]) -> list[tuple[s
     return [(node.name, size) for node, size in found.items()]
 
 
-def expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
-
-
-def elements(val: torch.Tensor) -> sympy.Expr:
-    return sympy.prod([expression(s) for s in val.shape])
-
-
 def flops_of(graph: fx.Graph) -> sympy.Expr:
     """Multiplications and additions of the graph's products, in the capture's symbols.
 
@@ -208,6 +209,3 @@ def viewed(node: fx.Node) -> fx.Node:
             break
         node = source
     return node
-
-
-COPIES = frozenset({torch.ops.aten.clone.default, torch.ops.aten.contiguous.default})

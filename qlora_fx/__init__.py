@@ -24,6 +24,7 @@ from .errors import (  # noqa: E402
 from .loading import from_pretrained  # noqa: E402
 from .merging import MergeReport  # noqa: E402
 from .model import QLoRAModel  # noqa: E402
+from .planning import Plan, plan  # noqa: E402
 from .report import Explanation, Row  # noqa: E402
 
 __version__ = "0.1.0"
@@ -45,12 +46,14 @@ __all__ = [
     "InputError",
     "MergeReport",
     "ModelError",
+    "Plan",
     "QLoRAError",
     "QLoRAModel",
     "Row",
     "explain",
     "from_pretrained",
     "graph_text",
+    "plan",
     "saved_activations",
     "testing",
     "transform",

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
-from .budget import Calls, Split, flows, number
+from .budget import Calls, Split, flows
 from .errors import ModelError
 from .passes.compiled import Key
+from .passes.live import value
 from .passes.partition import activations
 
 if TYPE_CHECKING:
@@ -117,4 +118,4 @@ def rows_of(
         partition = body.partitioned(Key(body.flowing, recompute))
         for tensor, size in activations(partition, flows(body)):
             formula = str(sympy.sympify(size).xreplace(names))
-            yield Held(calls.name, count, tensor, number(size, sizes), formula)
+            yield Held(calls.name, count, tensor, value(size, sizes), formula)

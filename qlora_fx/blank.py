@@ -88,7 +88,7 @@ def settle_dtype(config: Any, dtype: Any, found: Iterable[torch.dtype]) -> torch
     return settled
 
 
-def build(config: Any, kind: Any, dtype: torch.dtype, source: Source) -> Any:
+def build(config: Any, kind: Any, dtype: torch.dtype, source: Source | None = None) -> Any:
     """The model on the meta device, not tied, each parameter in the dtype it will have."""
     with ContextManagers(kind.get_init_context(dtype, False, False, None)):
         model = kind(config)
@@ -99,8 +99,9 @@ def build(config: Any, kind: Any, dtype: torch.dtype, source: Source) -> Any:
             match = pattern.search(name)
             if match is not None and tensor.is_floating_point():
                 put(model, name, tensor.to(wanted[by_group[match.lastgroup]]))
-    if hasattr(model, "generation_config") and (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    saved = source.folder / "generation_config.json" if source is not None else None
+    if saved is not None and saved.is_file() and hasattr(model, "generation_config"):
+        model.generation_config = GenerationConfig.from_pretrained(saved.parent)
     return model
 
 

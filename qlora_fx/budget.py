@@ -19,8 +19,9 @@ from torch import fx
 
 from .errors import ConfigError
 from .passes.compiled import CompiledBody, Key
+from .passes.live import elements, value
 from .passes.outline import from_storage
-from .passes.partition import Partition, activations, elements
+from .passes.partition import Partition, activations
 from .runtime.memory import free_bytes
 
 SHARE_OF_FREE = 0.8
@@ -185,8 +186,8 @@ def measured(name: str, body: CompiledBody, sizes: Mapping[sympy.Expr, int]) -> 
     if body.calls > 1 and any(body.flowing):
         anew = body.partitioned(Key(body.flowing, True))
         inputs = total(anew, flowing, sizes)
-        again = number(anew.flops[1] - kept.flops[1], sizes)
-    flops = number(kept.flops[0] + kept.flops[1], sizes)
+        again = value(anew.flops[1] - kept.flops[1], sizes)
+    flops = value(kept.flops[0] + kept.flops[1], sizes)
     return Calls(name, body, body.calls, held, inputs, flops, again)
 
 
@@ -199,16 +200,12 @@ def flows(body: CompiledBody) -> tuple[bool, ...]:
 
 
 def total(partition: Partition, flowing: tuple[bool, ...], sizes: Mapping[sympy.Expr, int]) -> int:
-    return sum(number(size, sizes) for _, size in activations(partition, flowing))
-
-
-def number(size: Any, sizes: Mapping[sympy.Expr, int]) -> int:
-    return int(sympy.sympify(size).xreplace(dict(sizes)))
+    return sum(value(size, sizes) for _, size in activations(partition, flowing))
 
 
 def everything(body: CompiledBody, sizes: Mapping[sympy.Expr, int]) -> int:
     """Bytes of all values that depend on the input: more than any partition holds, and known without tracing."""
-    return sum(number(elements(val) * val.element_size(), sizes) for val in values(body))
+    return sum(value(elements(val) * val.element_size(), sizes) for val in values(body))
 
 
 def values(body: CompiledBody) -> Iterator[torch.Tensor]:

@@ -68,8 +68,12 @@ def find(
     revision: str | None = None,
     token: str | None = None,
     gguf_file: str | None = None,
+    weights: bool = True,
 ) -> Source:
     """Resolve a source and read its headers; no value is read.
+
+    Args:
+        weights: False reads the config alone, and downloads nothing else.
 
     Raises:
         CheckpointError: nothing is there, it is in a format that is not read, or its files are damaged or
@@ -86,7 +90,7 @@ def find(
                 f"{given!r} is {kind}; accepted: a folder with {CONFIG} and safetensors files, a .gguf "
                 "file, or a hub id like 'org/name'"
             )
-        path = from_hub(given, revision, token, gguf_file)
+        path = from_hub(given, revision, token, gguf_file, weights)
     if gguf_file is not None:
         file = path / gguf_file
         if not file.is_file():
@@ -97,7 +101,7 @@ def find(
     config = read_json(path / CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / CONFIG} is a {type(config).__name__}, not an object")
-    return Source(given, path, config, read_entries(path, config))
+    return Source(given, path, config, read_entries(path, config) if weights else {})
 
 
 def listing(folder: Path) -> str:
@@ -170,7 +174,9 @@ def read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def from_hub(name: str, revision: str | None, token: str | None, gguf_file: str | None) -> Path:
+def from_hub(
+    name: str, revision: str | None, token: str | None, gguf_file: str | None, weights: bool
+) -> Path:
     """The folder of a hub model in huggingface_hub's cache; files that are not there are downloaded.
 
     Raises:
@@ -187,6 +193,8 @@ def from_hub(name: str, revision: str | None, token: str | None, gguf_file: str 
     try:
         if gguf_file is not None:
             return fetch([gguf_file])
+        if not weights:
+            return fetch([CONFIG])
         folder = fetch([CONFIG, INDEX, OWN_INDEX, *BESIDE])
         if not (folder / CONFIG).is_file():
             return folder

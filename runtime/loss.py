@@ -110,6 +110,21 @@ def _backward(ctx: Any, grad_total: Tensor, *_: Any) -> Any:
 torch.library.register_autograd("qlora_fx::linear_cross_entropy", _backward, setup_context=_context)
 
 
+def workspace(
+    rows: Any, vocabulary: int, inner: int, itemsize: int, *, dense: bool, smaller: Any = min
+) -> Any:
+    """Bytes that ``linear_cross_entropy`` takes for itself while it runs, if every row has a label.
+
+    Args:
+        rows: a number, or a symbol where ``smaller`` takes symbols.
+        dense: whether the head is read as it is stored, neither dequantized nor cast.
+    """
+    chunk = smaller(rows, max(1, CHUNK_BYTES // (vocabulary * itemsize)))
+    tile = smaller(rows, max(1, TILE_BYTES // (4 * vocabulary))) if itemsize < 4 else 0
+    part = 0 if dense else min(VOCABULARY, vocabulary) * inner * itemsize
+    return chunk * vocabulary * itemsize + 4 * tile * vocabulary + part + chunk * inner * itemsize
+
+
 def losses_to_gradients(
     logits: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float
 ) -> Tensor:
