@@ -1,0 +1,207 @@
+"""plan: memory by kind from the config alone, as it is then allocated, and settings that fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import qlora_fx
+import pytest
+import torch
+from conftest import batch, tiny_llama
+from peft import LoraConfig
+from qlora_fx.errors import CheckpointError, ConfigError
+from qlora_fx.footprint import state_bytes
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4}
+
+
+def config(layers: int = 6, **changes: Any) -> LlamaConfig:
+    settings = {"vocab_size": 900, "num_key_value_heads": 2, "head_dim": 32, **SIZES}
+    return LlamaConfig(num_hidden_layers=layers, **(settings | changes))
+
+
+def trained(cfg: LlamaConfig, plan: Any, backend: str = "inductor") -> Any:
+    """A model after two steps with the plan's settings, its optimizer, and one more step to run."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(cfg, dtype=torch.bfloat16)
+    s = plan.settings
+    lora = LoraConfig(r=s["r"], lora_alpha=8, target_modules="all-linear")
+    budget = 1.0 if s["memory_budget"] is None else s["memory_budget"]
+    options = {"compute_dtype": "bfloat16", "memory_budget": budget, "backend": backend}
+    qmodel = qlora_fx.transform(model, lora, **options)
+    optimizer = qmodel.paged_optimizer(lr=1e-4, optimizer=s["optimizer"])
+    ids = torch.randint(0, cfg.vocab_size, (s["batch_size"], s["sequence_length"]))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def step() -> None:
+        optimizer.zero_grad()
+        qmodel(**inputs).loss.backward()
+        optimizer.step()
+
+    step()
+    step()
+    return qmodel, optimizer, step
+
+
+def held(tensors: Any) -> int:
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(memory.values())
+
+
+def most_allocated(step: Any) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    kineto: Any = recorded.profiler
+    events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
+
+
+@pytest.mark.parametrize("budget", [None, 0.0])
+def test_the_plan_is_what_a_step_allocates(budget: float | None) -> None:
+    """Everything held exactly, kind by kind; the peak within 5 %."""
+    cfg = config()
+    plan = qlora_fx.plan(
+        cfg, LoraConfig(**LORA), batch_size=4, sequence_length=96, memory_budget=budget
+    )
+    qmodel, optimizer, step = trained(cfg, plan)
+    store = dict(qmodel._store.items())
+    lora = {n: p for n, p in qmodel.adapter_parameters()}
+    states = [
+        t for s in optimizer.state.values() for k, t in s.items() if k in ("state1", "state2")
+    ]
+    quantized = [r for r in qlora_fx.explain(qmodel) if r.quantized]
+    assert plan.storage == sum(r.bytes_after for r in quantized)
+    assert plan.adapters == held(lora.values())
+    assert plan.gradients == held([p.grad for p in lora.values()])
+    assert plan.optimizer == held(states)
+    constants = held(store.values()) - plan.storage - plan.adapters
+    assert plan.constants == constants
+    real = held(store.values()) + plan.gradients + plan.optimizer + most_allocated(step)
+    assert plan.peak == pytest.approx(real, rel=0.05)
+    assert plan.peak == plan.footprint.total + plan.activations + plan.workspace
+    told = qlora_fx.saved_activations(qmodel, batch_size=4, sequence_length=96)
+    most = max(moment.held for moment in plan.timeline)
+    assert most == pytest.approx(told.total, rel=0.1), "the epilogue's own are not waiting yet"
+
+
+def test_a_plan_reads_no_weight_and_takes_no_memory_for_one(monkeypatch: Any) -> None:
+    """Seventy billion parameters: planned within this process."""
+    wide = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+    cfg = config(2, num_key_value_heads=8, head_dim=128, vocab_size=32000, **wide)
+    plan = qlora_fx.plan(cfg, LoraConfig(r=16, target_modules="all-linear"))
+    per_layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
+    assert plan.footprint.weights == 2 * per_layer
+    assert 8 * plan.storage / plan.footprint.weights == pytest.approx(4.127, abs=1e-3)
+    # r (in + out) of q, k, v, o, gate, up, down
+    sums = 2 * 16384 + 2 * 9216 + 3 * 36864
+    assert plan.footprint.trained == 2 * 16 * sums
+    assert plan.methods()["full"] > plan.methods()["lora"] > plan.methods()["qlora"] == plan.peak
+
+
+def test_the_timeline_names_the_place_of_the_peak() -> None:
+    plan = qlora_fx.plan(config(3), LoraConfig(**LORA), batch_size=2, sequence_length=64)
+    places = [moment.place for moment in plan.timeline]
+    layers = [f"model.layers.{i}" for i in range(3)]
+    assert [p for p in places if "layers" in p] == [
+        *(f"forward {name}" for name in layers),
+        *(f"backward {name}" for name in layers[::-1]),
+    ]
+    assert places[-1] == "optimizer"
+    waiting = [m.held for m in plan.timeline if m.place.startswith("forward model")]
+    assert waiting == sorted(waiting) and waiting[-1] > waiting[0]
+    assert plan.highest.place in str(plan)
+    for line in ("storage", "activations", "at 4.127 bits", "fits 8 GB", "everything kept"):
+        assert line in str(plan)
+
+
+def test_the_plan_draws_itself(tmp_path: Path) -> None:
+    plan = qlora_fx.plan(config(2), LoraConfig(**LORA))
+    plan.plot(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fit_gives_up_what_costs_least_first() -> None:
+    asked: dict[str, Any] = {"batch_size": 8, "sequence_length": 256}
+    cfg, lora = config(), LoraConfig(**(LORA | {"r": 16}))
+    whole = qlora_fx.plan(cfg, lora, **asked)
+    least = qlora_fx.plan(cfg, lora, memory_budget=0.0, **asked)
+    assert least.peak < whole.peak
+    same = qlora_fx.plan(cfg, lora, fit=whole.peak, **asked)
+    assert not same.changed
+    assert same.peak == whole.peak
+    some = qlora_fx.plan(cfg, lora, fit=(whole.peak + least.peak) // 2, **asked)
+    assert 0 < some.settings["memory_budget"] < 1
+    assert some.settings["batch_size"] == 8, "the batch is not touched while less kept is enough"
+    assert some.peak <= some.limit
+    more = qlora_fx.plan(cfg, lora, fit=least.peak - 1, **asked)
+    assert more.settings["optimizer"] == "PagedAdamW8bit"
+    small = qlora_fx.plan(cfg, lora, fit=least.peak // 2, **asked)
+    assert small.settings["batch_size"] < 8
+    assert small.peak <= small.limit
+    assert "batch_size=" in str(small)
+    with pytest.raises(ConfigError, match=r"does not fit 0\.0001 GB: with .* it takes"):
+        qlora_fx.plan(cfg, lora, fit=100_000, **asked)
+
+
+def test_a_folder_with_a_config_alone_is_enough(tmp_path: Path) -> None:
+    config(2, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    one = qlora_fx.plan(tmp_path, LoraConfig(**LORA))
+    other = qlora_fx.plan(config(2), LoraConfig(**LORA))
+    assert one.peak == other.peak
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"model_type": "nothing"}))
+    with pytest.raises(CheckpointError, match="no config that transformers reads"):
+        qlora_fx.plan(tmp_path)
+    with pytest.raises(CheckpointError, match="not there"):
+        qlora_fx.plan(tmp_path / "gone")
+
+
+def test_a_model_with_weights_can_be_planned_and_is_left_alone() -> None:
+    model = tiny_llama(2)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    plan = qlora_fx.plan(model, LoraConfig(**LORA), compute_dtype="float32")
+    assert plan.settings["dtype"] == "float32"
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    model(**batch())
+
+
+def test_storage_settings_are_planned_as_they_are_stored() -> None:
+    single = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    plan = qlora_fx.plan(config(2), LoraConfig(**LORA), single, compute_dtype="bfloat16")
+    assert 8 * plan.storage / plan.footprint.weights == pytest.approx(4.5, abs=1e-2)
+    head = qlora_fx.plan(config(2), LoraConfig(**LORA), also_quantize=["head"])
+    assert head.constants < qlora_fx.plan(config(2), LoraConfig(**LORA)).constants
+
+
+def test_optimizer_state_by_its_rules() -> None:
+    assert state_bytes("PagedAdamW32bit", 1000) == 8000
+    assert state_bytes("PagedLion32bit", 1000) == 4000
+    assert state_bytes("PagedAdamW8bit", 2560) == 2 * (2560 + 4 * 10 + 1024)
+    with pytest.raises(ConfigError, match=r"optimizer='SGD'; accepted: Paged"):
+        qlora_fx.plan(config(2), optimizer="SGD")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch_size": 0}, r"batch_size=0; accepted: an integer"),
+        ({"sequence_length": "512"}, r"sequence_length='512'; accepted"),
+        ({"fit": "big"}, r"fit='big'; accepted: bytes"),
+        ({"fit": 0.5}, r"fit=0.5; accepted: bytes"),
+        ({"memory_budget": 2.0}, r"memory_budget=2.0; accepted"),
+    ],
+)
+def test_what_is_wrong_is_quoted(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        qlora_fx.plan(config(2), **wrong)
+    with pytest.raises(ConfigError, match=r"source=3; accepted: a folder, a hub id"):
+        qlora_fx.plan(3)
