@@ -19,10 +19,9 @@ from .errors import CheckpointError, ConfigError
 from .fill import quantized_sites
 from .merged import MODES, BaseWeights, Merged
 from .model import QLoRAModel
-from .oracle import relative_error
 from .report import numbers
 from .runtime.folder import FolderWriter, Spec, parse_size
-from .runtime.storage import dequantize_weight, quantize_weight
+from .runtime.storage import dequantize_rows, quantize_weight
 from .saving import saved_names, source_folder, write_beside, write_config, write_quantized
 from .source import find
 
@@ -190,15 +189,28 @@ def compare(qmodel: QLoRAModel, weights: BaseWeights, base: str) -> None:
     sites = list(quantized_sites(qmodel).values())
     for site in {s.weight: s for s in (sites[:1] + sites[-1:])}.values():
         assert site.layout is not None
-        dtype = qmodel._blueprint.dtypes[names[site.weight]]
-        dense = site.layout.of(weights.read(names[site.weight]).to(qmodel.device, dtype))
-        q, shape = qmodel._config.quantization, site.shape
-        new = dequantize_weight(quantize_weight(dense, q), shape, dtype, q)
+        name = names[site.weight]
+        dtype = qmodel._blueprint.dtypes[name]
+        dense = site.layout.of(weights.read(name).to(qmodel.device, dtype))
         path, _, leaf = site.weight.rpartition(".")
         node: Any = qmodel._store.node(path)
-        error = relative_error(new, dequantize_weight(node.parts(leaf), shape, dtype, q))
+        new, held = quantize_weight(dense, qmodel._config.quantization), node.parts(leaf)
+        if site.experts:  # the first tells
+            new, held = (
+                {k: v if k == "nested_quant_map" else v[0] for k, v in p.items()}
+                for p in (new, held)
+            )
+        del dense
+        distance = norm = 0.0
+        both = (
+            dequantize_rows(p, site.shape[-2:], qmodel._config.quantization) for p in (new, held)
+        )
+        for one, other in zip(*both, strict=True):
+            distance += float((one - other).double().square().sum())
+            norm += float(other.double().square().sum())
+        error = (distance / norm) ** 0.5 if norm else 0.0
         if error > TOLERANCE:
             raise CheckpointError(
-                f"{names[site.weight]} of {base!r} is not what this model was quantized from: their 4-bit values differ "
-                f"by {100 * error:.0f} %. Pass base= with the original checkpoint"
+                f"{name} of {base!r} is not what this model was quantized from: their 4-bit values differ by "
+                f"{100 * error:.0f} %. Pass base= with the original checkpoint"
             )

@@ -145,7 +145,12 @@ def test_a_truncated_shard_is_refused_at_any_length(tmp_path: Path) -> None:
     whole = shard.read_bytes()
     for length in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
         shard.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=shard.name):
+        message = (
+            rf"{shard.name} is truncated: it has {length} bytes, and .* needs"
+            if length > 5000
+            else shard.name
+        )
+        with pytest.raises(CheckpointError, match=message):
             qlora_fx.from_pretrained(folder, **EAGER)
     shard.write_bytes(whole + b"x")
     with pytest.raises(CheckpointError, match=rf"{shard.name} has {len(whole) + 1} bytes"):
