@@ -53,7 +53,8 @@ def search(
 def candidates(
     draft: Draft, asked: dict[str, Any], redraft: Callable[[Any], Draft]
 ) -> Iterator[tuple[Draft, dict[str, Any], list[str]]]:
-    settings, changed = dict(asked), []
+    settings = dict(asked)
+    changed: list[str] = []
     yield draft, settings, changed
     if not settings["optimizer"].endswith("8bit"):
         settings = {**settings, "optimizer": smaller_state(settings["optimizer"])}

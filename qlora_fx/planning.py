@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from .budget import Budget, Calls, Split, check_budget
 from .errors import ConfigError
 from .footprint import Footprint, footprint, state_bytes
 from .passes.compiled import Key
-from .passes.live import peak
+from .passes.live import peak, size_of, value
 from .passes.lower import lower
 from .prepare import Prepared, check_settings, prepare
 from .runtime.optimizer import PIECE
@@ -284,7 +285,7 @@ class Draft:
             place = str(node.meta.get("module") or calls.name)
             steps.append((place, *memo[key]))
         moments = []
-        held = 0
+        held = self.shared(sizes)
         for place, own, ahead, _ in steps:
             moments.append(Moment(f"forward {place}", held, ahead))
             held += own
@@ -294,6 +295,19 @@ class Draft:
                 # What this call saved is freed as its backward goes on: counted in its working bytes.
                 moments.append(Moment(f"backward {place}", held, back))
         return moments
+
+    def shared(self, sizes: Mapping[Any, int]) -> int:
+        """Bytes that several calls read, and live through the step: masks and rotary tables.
+
+        What one call reads is counted with what that call saves.
+        """
+        nodes = [n for n in self.outer.graph.nodes if n.op == "call_module" or is_item(n)]
+        several = [n for n in nodes if len([u for u in n.users if not is_item(u)]) > 1]
+        return sum(value(size_of(n), sizes) for n in several)
+
+
+def is_item(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem
 
 
 def working(calls: Calls, recompute: bool, sizes: Mapping[Any, int]) -> tuple[int, int, int]:
@@ -389,7 +403,7 @@ def plan(
     )
     model = model_of(source, dtype, model_class, revision, token)
     first = draft(model, settings)
-    asked = {
+    asked: dict[str, Any] = {
         "batch_size": batch_size,
         "sequence_length": sequence_length,
         "optimizer": optimizer,
