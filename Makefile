@@ -35,10 +35,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED)  ## step, cold start, profile and loading, beside PEFT + bitsandbytes; nothing else may run meanwhile
+bench: $(INSTALLED)  ## step, cold start, profile, memory and loading, beside PEFT + bitsandbytes; nothing else may run meanwhile
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/cold_start.py
 	$(BIN)/python benchmarks/profile.py --out build/profile.png
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/loading.py --merge
 	$(BIN)/python benchmarks/loading.py --trace

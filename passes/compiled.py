@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch._functorch import config as functorch
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError
@@ -96,7 +97,9 @@ class CompiledBody(nn.Module):
             if self.backend == "inductor":
                 patches = {"custom_partitioner_fn": partition}
                 try:
-                    compiled: Any = compile_fx(gm, args, config_patches=patches)
+                    # The backward too is compiled now: a refusal of it is ours to handle, not the user's.
+                    with functorch.patch(force_non_lazy_backward_lowering=True):
+                        compiled: Any = compile_fx(gm, args, config_patches=patches)
                 except InductorError as error:
                     self.tell(error)
                     gm, *_ = self.prepared(key)
@@ -117,14 +120,19 @@ class CompiledBody(nn.Module):
                 needed = bool(key.needs_grad) and key.needs_grad[i]
                 args.append(val.requires_grad_() if needed else val)
         held = frozenset(i for i, n in enumerate(self.inputs) if "stored" in n.meta)
-        return gm, args + sizes, Partition(held, recompute=key.recompute)
+        own = frozenset(i for i, needed in enumerate(key.needs_grad) if needed) - held
+        return gm, args + sizes, Partition(held, own, recompute=key.recompute)
 
     def partitioned(self, key: Key) -> Partition:
         """How a program is split: found out, where it was not compiled yet or came from a cache."""
         partition = self.partitions.get(key)
         if partition is None or (not partition.inputs and any(key.needs_grad)):
             gm, args, partition = self.prepared(key)
-            with tracing(TracingContext(args[0].fake_mode)):
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                tracing(TracingContext(args[0].fake_mode)),
+            ):
                 aot_eager(gm, args, partition)
             self.partitions[key] = partition
         return partition

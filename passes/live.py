@@ -172,4 +172,6 @@ def peak(changes: Iterable[Event], sizes: Mapping[sympy.Expr, int]) -> int:
 
 
 def value(size: Any, sizes: Mapping[sympy.Expr, int]) -> int:
-    return int(sympy.sympify(size).xreplace(dict(sizes)))
+    """A formula at given sizes; sizes that the data decide (rows of an expert) count as 0."""
+    found = sympy.sympify(size).xreplace(dict(sizes))
+    return int(found.xreplace(dict.fromkeys(found.free_symbols, ZERO)))

@@ -39,6 +39,8 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
 
     Args:
         held: positions of inputs that are parameters or storage, which live anyway.
+        own: positions of inputs that are activations, which are held because of this body. Other inputs (masks,
+            rotary tables) live through the step anyway.
         recompute: keep nothing but the inputs and what was drawn at random.
 
     Attributes:
@@ -49,9 +51,15 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
             symbols.
     """
 
-    def __init__(self, held: frozenset[int], *, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        held: frozenset[int],
+        own: frozenset[int] = frozenset(),
+        *,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
-        self.held = held
+        self.held, self.own = held, own
         self.recompute = recompute
         self.saved: list[fx.Node] = []
         self.inputs: list[fx.Node] = []
@@ -74,9 +82,9 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
         return forward, backward
 
     def given(self, backward: fx.Graph) -> list[fx.Node]:
-        """What comes into the backward and goes with it: saved values, without parameters, and gradients."""
-        stored = {n.name for i, n in enumerate(self.inputs) if i in self.held}
-        return [n for n in backward.find_nodes(op="placeholder") if n.name not in stored]
+        """What comes into the backward and goes with it: saved values that are its own, and gradients."""
+        others = {n.name for i, n in enumerate(self.inputs) if i not in self.own}
+        return [n for n in backward.find_nodes(op="placeholder") if n.name not in others]
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,), extra=f"{sorted(self.held)} {self.recompute}")

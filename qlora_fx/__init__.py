@@ -24,7 +24,8 @@ from .errors import (  # noqa: E402
 from .loading import from_pretrained  # noqa: E402
 from .merging import MergeReport  # noqa: E402
 from .model import QLoRAModel  # noqa: E402
-from .planning import Plan, plan  # noqa: E402
+from .plan_report import Plan  # noqa: E402
+from .planning import plan  # noqa: E402
 from .report import Explanation, Row  # noqa: E402
 
 __version__ = "0.1.0"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sympy
-import torch
 
-from .budget import Calls, Split, flows
+from .budget import Calls, Split, flows, free_sizes
 from .errors import ModelError
 from .passes.compiled import Key
 from .passes.live import value
@@ -28,7 +27,7 @@ class Held:
         calls: how many calls of the body hold a tensor of their own like this.
         name: of the node in the joint graph.
         bytes: of one call, at the sizes asked for.
-        formula: bytes of one call in ``B`` (batch) and ``S`` (sequence).
+        formula: bytes of one call in ``B`` (batch), ``S`` (sequence) and ``T`` (an encoder-decoder's target).
     """
 
     body: str
@@ -83,7 +82,8 @@ def saved_activations(qmodel: QLoRAModel, *, batch_size: int, sequence_length: i
 
     Args:
         qmodel: with backend "inductor" or "aot_eager". The memory budget it has is honoured.
-        batch_size, sequence_length: sizes to evaluate for; any, not only those that ran.
+        batch_size, sequence_length: sizes to evaluate for; any, not only those that ran. A decoder's rows have the
+            encoder's length.
 
     Raises:
         ModelError: with backend "eager", whose program is not partitioned.
@@ -93,12 +93,10 @@ def saved_activations(qmodel: QLoRAModel, *, batch_size: int, sequence_length: i
             budget = qmodel._budgets.get(program)
             if not key.training or budget is None or not budget.bodies:
                 continue
-            shape: Any = program.inputs[0][1].shape
-            pairs = zip(shape, (batch_size, sequence_length), strict=False)
-            sizes: dict[Any, int] = {
-                s.node.expr: n for s, n in pairs if isinstance(s, torch.SymInt)
-            }
-            names = dict(zip(sizes, sympy.symbols("B S"), strict=False))
+            vals = [val for _, val in program.inputs]
+            sizes = free_sizes(vals, batch_size, sequence_length)
+            letters = sympy.symbols("B S T U V W")
+            names = dict(zip(sizes, letters, strict=False))
             rows = Activations(budget.split(sizes))
             for calls in rows.split.bodies:
                 rows += rows_of(calls, sizes, names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import fx
 from .errors import ConfigError
 from .passes.compiled import CompiledBody, Key
 from .passes.live import elements, value
-from .passes.outline import from_storage
 from .passes.partition import Partition, activations
 from .runtime.memory import free_bytes
 
@@ -49,6 +48,22 @@ def check_budget(value: Any) -> int | float | None:
         f"memory_budget={value!r}; accepted: bytes as an int or as '6GB' or '500 MiB', a fraction from 0.0 to 1.0 of "
         "what keeping everything takes, or None (as much as is free)"
     )
+
+
+def memory_of(memory: int | str) -> int:
+    """Bytes of ``"24GB"`` or a number.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if isinstance(memory, (int, str)):
+        try:
+            found = check_budget(memory)
+        except ConfigError:
+            found = None
+        if isinstance(found, int):
+            return found
+    raise ConfigError(f"fit={memory!r}; accepted: bytes as an int, or as '24GB' or '22 GiB'")
 
 
 @dataclass(frozen=True)
@@ -178,6 +193,22 @@ class Budget:
         return Split(bodies, limit)
 
 
+def free_sizes(
+    inputs: Iterable[torch.Tensor], batch_size: int, sequence_length: int
+) -> dict[sympy.Expr, int]:
+    """The capture's symbols for a batch: rows of all inputs, encoder's and decoder's, have ``sequence_length``.
+
+    Args:
+        inputs: fake values of the program's inputs.
+    """
+    found: dict[sympy.Expr, int] = {}
+    for tensor in inputs:
+        for dim, size in enumerate(tensor.shape):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                found.setdefault(size.node.expr, sequence_length if dim else batch_size)
+    return found
+
+
 def measured(name: str, body: CompiledBody, sizes: Mapping[sympy.Expr, int]) -> Calls:
     kept = body.partitioned(Key(body.flowing))
     flowing = flows(body)
@@ -209,7 +240,14 @@ def everything(body: CompiledBody, sizes: Mapping[sympy.Expr, int]) -> int:
 
 
 def values(body: CompiledBody) -> Iterator[torch.Tensor]:
+    stored: set[fx.Node] = set()  # computed from weights alone
     for node in body.body.graph.nodes:
+        if node.op == "placeholder":
+            stored |= {node} if "stored" in node.meta else set()
+            continue
+        if node.all_input_nodes and all(n in stored for n in node.all_input_nodes):
+            stored.add(node)
+            continue
         val = node.meta.get("val")
-        if node.op == "call_function" and isinstance(val, torch.Tensor) and not from_storage(node):
+        if node.op == "call_function" and isinstance(val, torch.Tensor):
             yield val

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from .planning import Draft, Plan
+    from .plan_report import Plan
+    from .planning import Draft
 
 SHORTEST, LOWEST = 128, 8
 """Tokens and rank below which nobody would call it the same training."""
@@ -69,17 +71,27 @@ def candidates(
         yield draft, settings, changed
     lora = draft.prepared.config.lora
     while lora.r > LOWEST:
-        lower = copy.copy(lora)
-        lower.r, lower.lora_alpha = lora.r // 2, lora.lora_alpha / 2
-        lora = lower
+        lora = lower_rank(lora)
         draft = redraft(lora)
-        changed = [*(c for c in changed if "LoraConfig" not in c), f"LoraConfig(r={lora.r})"]
+        note = f"LoraConfig(r={lora.r}, lora_alpha={lora.lora_alpha:g}), the same scaling"
+        changed = [*(c for c in changed if "LoraConfig" not in c), note]
         yield draft, settings, changed
     while settings["sequence_length"] > SHORTEST:
         shorter = max(SHORTEST, settings["sequence_length"] // 2)
         settings = {**settings, "sequence_length": shorter}
         changed = [*(c for c in changed if "sequence" not in c), f"sequence_length={shorter}"]
         yield draft, settings, changed
+
+
+def lower_rank(lora: Any) -> Any:
+    """The config with about half of every rank, none below ``LOWEST``, and the scaling that it had."""
+    lower = copy.deepcopy(lora)
+    lower.r = max(LOWEST, lora.r // 2)
+    ratio = lower.r / lora.r
+    lower.lora_alpha = lora.lora_alpha * (math.sqrt(ratio) if lora.use_rslora else ratio)
+    for name, rank in (lora.rank_pattern or {}).items():
+        lower.rank_pattern[name] = max(min(rank, LOWEST), int(rank * ratio))
+    return lower
 
 
 def smaller_state(optimizer: str) -> str:

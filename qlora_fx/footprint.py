@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from .capture import named_tensors
 from .errors import ConfigError
 from .passes.adapt import ADAPTER_DTYPE
 from .prepare import Prepared
-from .runtime.optimizer import ALIGNMENT, PAGED, PIECE
+from .runtime.optimizer import ALIGNMENT, PAGED
 from .runtime.storage import NESTED_QUANT_MAP, layout
 
 STATES = {"Adam": 2, "Lion": 1}
@@ -82,10 +80,10 @@ def footprint(prepared: Prepared, optimizer: str) -> Footprint:
 
 
 def state_bytes(optimizer: str, count: int) -> int:
-    """Bytes of optimizer state for ``count`` float32 parameters in pieces of ``PIECE``.
+    """Bytes of optimizer state for ``count`` float32 parameters in pieces of whole blocks.
 
-    32 bits: 4 bytes per moment. 8 bits: 1 byte per moment and one float32 scale per 256 values, and a map of
-    256 float32 per moment and piece (arXiv:2110.02861).
+    32 bits: 4 bytes per moment. 8 bits: 1 byte per moment and one float32 scale per 256 values of a piece, and a
+    map of 256 float32 per moment (arXiv:2110.02861).
 
     Raises:
         ConfigError: for an optimizer that ``paged_optimizer`` does not make.
@@ -95,10 +93,4 @@ def state_bytes(optimizer: str, count: int) -> int:
     moments = next(n for part, n in STATES.items() if part in optimizer)
     if not optimizer.endswith("8bit"):
         return 4 * moments * count
-    pieces = -(-count // PIECE)
-    return moments * (count + 4 * -(-count // BLOCK_8BIT) + 4 * 256 * pieces)
-
-
-def sixteen_bit(parameters: int) -> int:
-    """Bytes of a model's parameters in 16 bits."""
-    return parameters * torch.bfloat16.itemsize
+    return moments * (count + 4 * -(-count // BLOCK_8BIT) + (4 * 256 if count else 0))

@@ -27,6 +27,7 @@ using at::native::cpublas::brgemm;
 
 constexpr int64_t TILE = 64;       // queries and keys
 constexpr int64_t CHUNK = 8;       // tiles of keys whose scores are held at a time in the forward
+constexpr int64_t SUMS_BYTES = 64 << 20;  // partial gradients of keys and values
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 int64_t tiles(int64_t n) { return (n + TILE - 1) / TILE; }
@@ -241,7 +242,7 @@ float largest(const float* row, int64_t n) {
   for (; i + Vec::size() <= n; i += Vec::size()) top = at::vec::maximum(top, Vec::loadu(row + i));
   float result =
       at::vec::vec_reduce_all<float>([](Vec x, Vec y) { return at::vec::maximum(x, y); }, top);
-  for (; i < n; ++i) result = std::max(result, row[i]);
+  for (; i < n; ++i) result = row[i] <= result || result != result ? result : row[i];  // keeps NaN
   return result;
 }
 
@@ -331,7 +332,13 @@ void forward(const Arguments& a) {
             }
           }
           const float before = top[r];
-          if (seen > 0) top[r] = std::max(before, scale * largest(row, seen));
+          const float high = seen > 0 ? scale * largest(row, seen) : -INF;
+          if (high != high) {  // a score is NaN: so is the result
+            std::fill(low, low + width, T(high));
+            sums[r] = high;
+            continue;
+          }
+          top[r] = std::max(before, high);
           if (seen <= 0 || top[r] == -INF) {
             std::fill(low, low + width, T(0.f));
           } else {
@@ -350,13 +357,13 @@ void forward(const Arguments& a) {
       }
       for (int64_t r = 0; r < count; ++r) {
         float* line = result.get() + r * a.value_size;
-        const float factor = sums[r] > 0 ? 1 / sums[r] : 0.f;
+        const float factor = sums[r] == 0 ? 0.f : 1 / sums[r];
         for (int64_t c = 0; c < a.value_size; ++c) line[c] *= factor;
         store(static_cast<T*>(a.out) + b * a.out_strides[0] + h * a.out_strides[1] +
                   (i * TILE + r) * a.out_strides[2],
               line, a.value_size);
         a.lse[(b * a.heads + h) * a.rows + i * TILE + r] =
-            sums[r] > 0 ? top[r] + std::log(sums[r]) : INF;
+            sums[r] == 0 ? INF : top[r] + std::log(sums[r]);
       }
     }
     at::native::cpublas::brgemm_release(Kind<T>::V == 2);
@@ -454,8 +461,10 @@ void backward(const Arguments& a) {
   const auto scale = static_cast<float>(a.scale);
   const Mask mask(a);
   // Tiles of queries of a group go round in `parts`, each with its own sums, so that all threads have work.
-  const int64_t parts = std::clamp<int64_t>((4 * a.threads + groups - 1) / groups, 1, n);
   const int64_t width = a.size + a.value_size;
+  const int64_t most = SUMS_BYTES / (groups * rows * width * static_cast<int64_t>(sizeof(float)));
+  const int64_t parts =
+      std::clamp<int64_t>(std::min(most, (4 * a.threads + groups - 1) / groups), 1, n);
   Buffer<T> keys(groups * rows * a.size), turned(groups * rows * a.size),
       values(groups * rows * a.value_size);
   Buffer<float> sums(groups * parts * rows * width);

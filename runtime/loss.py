@@ -113,7 +113,7 @@ torch.library.register_autograd("qlora_fx::linear_cross_entropy", _backward, set
 def workspace(
     rows: Any, vocabulary: int, inner: int, itemsize: int, *, dense: bool, smaller: Any = min
 ) -> Any:
-    """Bytes that ``linear_cross_entropy`` takes for itself while it runs, if every row has a label.
+    """Bytes that ``linear_cross_entropy`` takes for itself while it runs, if all rows but a few have a label.
 
     Args:
         rows: a number, or a symbol where ``smaller`` takes symbols.
@@ -121,8 +121,12 @@ def workspace(
     """
     chunk = smaller(rows, max(1, CHUNK_BYTES // (vocabulary * itemsize)))
     tile = smaller(rows, max(1, TILE_BYTES // (4 * vocabulary))) if itemsize < 4 else 0
-    part = 0 if dense else min(VOCABULARY, vocabulary) * inner * itemsize
-    return chunk * vocabulary * itemsize + 4 * tile * vocabulary + part + chunk * inner * itemsize
+    total = chunk * vocabulary * itemsize + 4 * tile * vocabulary + chunk * inner * itemsize
+    total += 2 * rows * inner * itemsize  # those rows, and their gradient
+    if not dense:  # two parts of the head at the change, their logits, and a sum in float32
+        part = min(VOCABULARY, vocabulary)
+        total += 2 * part * inner * itemsize + chunk * part * itemsize + 8 * chunk * inner
+    return total
 
 
 def losses_to_gradients(

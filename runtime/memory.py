@@ -11,6 +11,7 @@ import torch
 from .allocator import glibc
 
 CGROUP = Path("/sys/fs/cgroup")
+SELF = Path("/proc/self/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -22,19 +23,29 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free) + unused
-    available = int(psutil.virtual_memory().available)
+    memory = psutil.virtual_memory()
+    available = int(memory.available)
     limit = cgroup_bytes_left()
-    return (available if limit is None else min(available, limit)) + unused_in_heap()
+    left = (available if limit is None else min(available, limit)) + unused_in_heap()
+    # What was given back from inside of the heap is both available and unused.
+    return min(left, int(memory.total))
 
 
 def cgroup_bytes_left() -> int | None:
-    """What the cgroup still allows; None where it sets no limit."""
+    """What the process's cgroup still allows, with the files it caches; None where it sets no limit."""
     try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        used = int((CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):
+        line = next(t for t in SELF.read_text().splitlines() if t.startswith("0::"))
+        folder = CGROUP / line.removeprefix("0::").strip("/")
+        if not (folder / "memory.max").is_file():
+            folder = CGROUP
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        stat = dict(t.split() for t in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError, StopIteration):
         return None
-    return max(0, int(limit) - used) if limit.isdigit() else None
+    if not limit.isdigit():
+        return None
+    return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
 
 
 class Mallinfo2(ctypes.Structure):

@@ -29,6 +29,15 @@ def test_every_subpackage_is_listed() -> None:
     assert (ROOT / "qlora_fx" / "py.typed").exists()
 
 
+def test_every_file_that_is_no_python_is_packaged() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for name, folder in PACKAGES.items():
+        others = {
+            p.name for p in folder.iterdir() if p.is_file() and p.suffix not in (".py", ".pyc")
+        }
+        assert others == set(settings["package-data"].get(name, ())), name
+
+
 def imports(path: Path) -> set[str]:
     """Names of the project's own modules that a file imports, relative ones included."""
     found: set[str] = set()

@@ -179,8 +179,11 @@ def test_free_memory_is_within_the_machine_and_the_cgroup(
     assert 0 < memory.free_bytes(cpu) < 1 << 50
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 200\n")
+    (tmp_path / "self").write_text("1:name=other:/\n0::/gone\n")
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    assert memory.cgroup_bytes_left() == 2_000_000
-    assert memory.free_bytes(cpu) == 2_000_000 + memory.unused_in_heap()
+    monkeypatch.setattr(memory, "SELF", tmp_path / "self")
+    assert memory.cgroup_bytes_left() == 2_000_200, "cached files can go"
+    assert memory.free_bytes(cpu) == 2_000_200 + memory.unused_in_heap()
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.cgroup_bytes_left() is None

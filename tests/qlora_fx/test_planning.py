@@ -13,7 +13,7 @@ from qlora_fx import planning
 from conftest import batch, tiny_llama
 from peft import LoraConfig
 from qlora_fx.errors import CheckpointError, ConfigError
-from qlora_fx.fit import search
+from qlora_fx.fit import lower_rank, search
 from qlora_fx.footprint import state_bytes
 from qlora_fx.prepare import check_settings
 from torch.profiler import ProfilerActivity, profile
@@ -196,6 +196,32 @@ def test_a_model_with_weights_can_be_planned_and_is_left_alone() -> None:
     model(**batch())
 
 
+def test_a_plan_does_not_depend_on_the_mode_it_is_made_in() -> None:
+    usual = qlora_fx.plan(config(2), LoraConfig(**LORA))
+    with torch.no_grad():
+        assert qlora_fx.plan(config(2), LoraConfig(**LORA)).peak == usual.peak
+    assert usual.activations > 0
+
+
+def test_an_encoder_decoder_is_planned_with_two_lengths() -> None:
+    from transformers import T5Config
+
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "vocab_size": 200}
+    names = {"architectures": ["T5ForConditionalGeneration"], "decoder_start_token_id": 0}
+    cfg = T5Config(num_layers=2, **sizes, **names)
+    one = qlora_fx.plan(cfg, LoraConfig(**LORA), sequence_length=64)
+    two = qlora_fx.plan(cfg, LoraConfig(**LORA), sequence_length=128)
+    assert two.split.bytes > 1.9 * one.split.bytes
+
+
+def test_a_lower_rank_keeps_the_scaling() -> None:
+    lower = lower_rank(LoraConfig(r=12, lora_alpha=6, rank_pattern={"q_proj": 32, "k_proj": 4}))
+    assert (lower.r, lower.lora_alpha) == (8, 4)
+    assert lower.rank_pattern == {"q_proj": 21, "k_proj": 4}
+    stable = lower_rank(LoraConfig(r=16, lora_alpha=4, use_rslora=True))
+    assert stable.lora_alpha / 8**0.5 == pytest.approx(4 / 16**0.5)
+
+
 def test_storage_settings_are_planned_as_they_are_stored() -> None:
     single = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     plan = qlora_fx.plan(config(2), LoraConfig(**LORA), single, compute_dtype="bfloat16")
@@ -207,7 +233,7 @@ def test_storage_settings_are_planned_as_they_are_stored() -> None:
 def test_optimizer_state_by_its_rules() -> None:
     assert state_bytes("PagedAdamW32bit", 1000) == 8000
     assert state_bytes("PagedLion32bit", 1000) == 4000
-    assert state_bytes("PagedAdamW8bit", 2560) == 2 * (2560 + 4 * 10 + 1024)
+    assert state_bytes("PagedAdamW8bit", 2560) == 2 * (2560 + 4 * 10) + 2 * 1024
     with pytest.raises(ConfigError, match=r"optimizer='SGD'; accepted: Paged"):
         qlora_fx.plan(config(2), optimizer="SGD")
 

@@ -97,6 +97,20 @@ def test_heads_with_masks_of_their_own_and_views_with_other_strides() -> None:
         torch.testing.assert_close(g, t, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
+    """Row 70 of the queries is NaN, for one head: its result and all keys' gradients are, the others are not."""
+    inputs = tensors(1, 100, (16, 16), dtype)
+    with torch.no_grad():
+        inputs[0][0, 1, 70, 3] = float("nan")
+    out, dq, dk, _ = with_gradients(lambda q, k, v: attention(q, k, v, None, None, 0.3)[0], inputs)
+    assert bool(torch.isnan(out[0, 1, 70]).all())
+    assert bool(torch.isfinite(out[0, 1, :70]).all())
+    assert bool(torch.isfinite(out[0, 0]).all())
+    assert bool(torch.isnan(dq[0, 1, 70]).all())
+    assert bool(torch.isnan(dk[0, 0, :64]).all())
+
+
 def test_the_compiled_kernel_runs_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors(1, 5)
     out, lse = (t.detach() for t in attention(q, k, v, None, None, 0.3))
