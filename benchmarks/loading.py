@@ -93,7 +93,7 @@ def report_writing(folder: Path) -> None:
 
 
 def report(folder: Path, stacks: list[str], rounds: int) -> None:
-    from qlora_fx.source import find
+    from qlora_fx.checkpoints.locate import find
 
     entries = find(folder).entries.values()
     total, largest = sum(e.nbytes for e in entries), max(e.nbytes for e in entries)
@@ -129,7 +129,7 @@ def child(stack: str, folder: Path) -> dict[str, Any]:
 def generate(folder: Path) -> Path:
     """A random Llama in bfloat16, in shards of 1 GB."""
     import torch
-    from qlora_fx.runtime.folder import FolderWriter, Spec
+    from qlora_fx.runtime.checkpoint_writer import FolderWriter, Spec
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**SIZES, dtype="bfloat16", architectures=["LlamaForCausalLM"])
@@ -158,7 +158,7 @@ def measure(stack: str, folder: Path) -> dict[str, Any]:
     """Load in this process."""
     import qlora_fx
     import torch
-    from qlora_fx import loading
+    from qlora_fx import from_pretrained as loading
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
@@ -234,9 +234,10 @@ def write(folder: Path) -> dict[str, Any]:
 def trace() -> dict[str, Any]:
     """Prepare a model of Llama-3-70B's shape: no weight exists."""
     import torch
-    from qlora_fx import prepare, printer
-    from qlora_fx.blank import build
-    from qlora_fx.source import Source
+    from qlora_fx.checkpoints.empty_model import build
+    from qlora_fx.checkpoints.locate import Source
+    from qlora_fx.compiler import compile as prepare
+    from qlora_fx.compiler import printer
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = prepare.check_settings(

@@ -257,7 +257,7 @@ def batch(args: argparse.Namespace, workload: str) -> dict[str, Any]:
 
 
 def fastest_dtype() -> Any:
-    from qlora_fx.runtime.dtype import fastest
+    from qlora_fx.runtime.fastest_dtype import fastest
 
     return fastest("cpu").dtype
 

@@ -8,9 +8,9 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .nodes import Emitter, StoredInputs, aten, fake_mode, ops, sites, weight_view
-from .site import Site, WeightView, is_flipped
-from .stored import cast, replace_other_uses
+from .graph.nodes import Emitter, StoredInputs, aten, fake_mode, ops, sites, weight_view
+from .graph.site import Site, WeightView, is_flipped
+from .schemes.stored import cast, replace_other_uses
 
 ADAPTER_DTYPE = torch.float32
 """Adapters are stored in float32, as PEFT does by default."""

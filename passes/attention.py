@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .nodes import Emitter, arguments, aten, call, ops
+from .graph.nodes import Emitter, arguments, aten, call, ops
 
 COMPARISONS = frozenset(
     {

@@ -9,10 +9,10 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .nodes import CASTS, Emitter, arguments, aten, ops
+from .graph.nodes import CASTS, Emitter, arguments, aten, ops
+from .graph.site import Site
 from .quantize import bnb
-from .site import Site
-from .stored import cast
+from .schemes.stored import cast
 
 KEEPS_ROWS = CASTS | {
     aten.view.default,

@@ -11,7 +11,7 @@ tensors of the op would be invisible to the partitioner that decides what to rec
 The price is that autograd wants the dequantized weight again for ``grad @ W``. The partitioner would save
 it (16 or 32 bits per weight from forward to backward), so ``Partition`` marks every value that is
 computed from storage alone as MUST_RECOMPUTE in the joint graph. See Note [What is
-recomputed] in partition.py.
+recomputed] in lowering/partition.py.
 
 # Note [Why not through Dynamo]
 ``torch.compile(fn)`` is Dynamo (trace Python, make guards) in front of AOTAutograd and Inductor. Our graph
@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from .compiled import CompiledBody, hidden_symbols, symbols
+from .lowering.compiled_body import CompiledBody, hidden_symbols, symbols
 
 BACKENDS = ("inductor", "aot_eager", "eager")
 

@@ -9,11 +9,11 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .contract import contract, spelling
-from .experts import batched, grouped
-from .nodes import CASTS, aten
-from .spellings import recognise
-from .weights import matrix_view
+from .graph.nodes import CASTS, aten
+from .graph.weights import matrix_view
+from .linears.einsum import contract, spelling
+from .linears.experts import batched, grouped
+from .linears.spellings import recognise
 
 ASSERTIONS = frozenset(
     {

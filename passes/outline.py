@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .nodes import aten, placeholders
+from .graph.nodes import aten, placeholders
 
 INDEXED = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
 

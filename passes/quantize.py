@@ -10,8 +10,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..runtime.ops import NESTED_BLOCKSIZE, whole_rows
-from .lookup import quantize_lookup
-from .nodes import (
+from .graph.nodes import (
     CANONICAL,
     VIEWS,
     Emitter,
@@ -24,8 +23,9 @@ from .nodes import (
     sites,
     weight_view,
 )
-from .site import Layout, Site, WeightView
-from .stored import cast, replace_other_uses, stored_parts
+from .graph.site import Layout, Site, WeightView
+from .schemes.lookup import quantize_lookup
+from .schemes.stored import cast, replace_other_uses, stored_parts
 
 bnb = torch.ops.bitsandbytes
 

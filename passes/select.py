@@ -13,20 +13,13 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..errors import ConfigError
-from .contract import spelling
-from .flops import flops
-from .nodes import (
-    CANONICAL,
-    VIEWS_AND_CASTS,
-    aten,
-    placeholders,
-    sites,
-    weight_view,
-)
-from .routers import is_router
-from .site import Site, WeightView, is_flipped
-from .targets import check_targets, is_excluded, targeted_parameter
-from .unrecognised import COMPUTED, UNRECOGNISED, behind, unrecognised
+from .graph.flops import flops
+from .graph.nodes import CANONICAL, VIEWS_AND_CASTS, aten, placeholders, sites, weight_view
+from .graph.site import Site, WeightView, is_flipped
+from .linears.einsum import spelling
+from .selection.routers import is_router
+from .selection.targets import check_targets, is_excluded, targeted_parameter
+from .selection.unrecognised import COMPUTED, UNRECOGNISED, behind, unrecognised
 
 
 def select(gm: fx.GraphModule, *, config: Any) -> PassResult:

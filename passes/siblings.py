@@ -8,8 +8,8 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .adapt import is_adapter_key
-from .nodes import CASTS, Emitter, aten
-from .stored import cast
+from .graph.nodes import CASTS, Emitter, aten
+from .schemes.stored import cast
 
 
 def siblings(gm: fx.GraphModule, *, config: Any) -> PassResult:

@@ -8,8 +8,6 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 )
 
 from . import testing  # noqa: E402
-from .activations import saved_activations  # noqa: E402
-from .entry import graph_text, transform  # noqa: E402
 from .errors import (  # noqa: E402
     AdapterError,
     CaptureError,
@@ -21,12 +19,14 @@ from .errors import (  # noqa: E402
     ModelError,
     QLoRAError,
 )
-from .loading import from_pretrained  # noqa: E402
-from .merging import MergeReport  # noqa: E402
+from .explain import Explanation, Row  # noqa: E402
+from .from_pretrained import from_pretrained  # noqa: E402
+from .memory.plan import plan  # noqa: E402
+from .memory.report import Plan  # noqa: E402
+from .memory.saved_activations import saved_activations  # noqa: E402
+from .merging.merge import MergeReport  # noqa: E402
 from .model import QLoRAModel  # noqa: E402
-from .plan_report import Plan  # noqa: E402
-from .planning import plan  # noqa: E402
-from .report import Explanation, Row  # noqa: E402
+from .transform import graph_text, transform  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -12,14 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from . import pipeline
-from .adapter import apply_adapter, check_saved, peft_names, saved_config
-from .budget import Budget, check_budget
-from .capture import Blueprint, Capture
-from .config import Config
-from .errors import CaptureError, ConfigError, InputError
-from .generation import stand_in
-from .inputs import (
+from .adapters.peft_format import apply_adapter, check_saved, peft_names, saved_config
+from .capture.arguments import (
     bind,
     check_call,
     is_paired,
@@ -27,22 +21,28 @@ from .inputs import (
     vocabulary_size,
     without_cache,
 )
+from .capture.signature import Signature, graph_title, skips_logits
+from .capture.skeleton import Blueprint, Capture
+from .checkpoints.locate import Source
+from .compiler import pipeline
+from .config import Config
+from .errors import CaptureError, ConfigError, InputError
+from .explain import Explanation, Row
+from .generate import stand_in
+from .memory.recompute import Budget, check_budget
 from .passes.adapt import is_adapter_key, lora_keys
+from .passes.graph.nodes import sites
+from .passes.graph.site import Site
 from .passes.lower import lower
-from .passes.nodes import sites
-from .passes.site import Site
-from .report import Explanation, Row
-from .runtime import checkpoint
-from .runtime.dtype import ComputeDtype
-from .runtime.folder import parse_size
+from .runtime import adapter_files as checkpoint
+from .runtime.checkpoint_writer import parse_size
+from .runtime.fastest_dtype import ComputeDtype
 from .runtime.optimizer import Flat, paged_optimizer
+from .runtime.parameter_store import Store
 from .runtime.program import DoesNotFit, Program
-from .runtime.store import Store
-from .signature import Signature, graph_title, skips_logits
-from .source import Source
 
 if TYPE_CHECKING:
-    from .merging import MergeReport
+    from .merging.merge import MergeReport
 
 
 class QLoRAModel(nn.Module):
@@ -402,7 +402,7 @@ class QLoRAModel(nn.Module):
         """Write the base in 4 bits: an ordinary transformers + bitsandbytes checkpoint, without the adapter.
 
         Where bitsandbytes' format cannot say what the model holds (experts or embeddings in 4 bits), a format
-        that only qlora_fx loads is written, and a warning says so (``qlora_fx.saving`` describes it). A tokenizer
+        that only qlora_fx loads is written, and a warning says so (``qlora_fx.checkpoints.save`` describes it). A tokenizer
         in the folder that the model came from is copied. The folder appears whole or not at all; files of
         others in it stay.
 
@@ -413,7 +413,7 @@ class QLoRAModel(nn.Module):
         Raises:
             CheckpointError: it cannot be written; what was there is as it was.
         """
-        from .saving import write_quantized
+        from .checkpoints.save import write_quantized
 
         write_quantized(self, folder, parse_size(max_shard_size))
 
@@ -447,7 +447,7 @@ class QLoRAModel(nn.Module):
             InputError: there is no sample and none can be made.
             CheckpointError: the original is of another model, or the folder cannot be written.
         """
-        from .merging import merge
+        from .merging.merge import merge
 
         return merge(
             self, folder, mode=mode, base=base, sample=sample, max_shard_size=max_shard_size

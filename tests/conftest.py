@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from qlora_fx import prepare
-from qlora_fx.capture import Blueprint, Capture
+from qlora_fx.capture.skeleton import Blueprint, Capture
+from qlora_fx.compiler import compile as prepare
 from qlora_fx.config import Config, Quantization, default_lora
-from qlora_fx.runtime.dtype import ComputeDtype
+from qlora_fx.runtime.fastest_dtype import ComputeDtype
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 

@@ -11,7 +11,7 @@ import qlora_fx
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
-from qlora_fx.testing import Float64, relative_error
+from qlora_fx.testing.check import Float64, relative_error
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

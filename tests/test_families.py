@@ -16,7 +16,7 @@ import pytest
 import torch
 from families import FAMILIES, Family, build
 from peft import LoraConfig
-from qlora_fx.testing import compare, randomize_adapter
+from qlora_fx.testing.check import compare, randomize_adapter
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 

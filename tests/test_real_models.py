@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from qlora_fx.testing import Oracle, compare, randomize_adapter, relative_error
+from qlora_fx.testing.check import Oracle, compare, randomize_adapter, relative_error
 from real_models import minilm, whisper
 
 pytestmark = pytest.mark.slow

@@ -10,17 +10,17 @@ import qlora_fx
 import pytest
 import torch
 import torch.nn.functional as F
-from qlora_fx import pipeline, printer
 from conftest import batch, captured, tiny_llama
 from expecttest import assert_expected_inline
 from oracle import Float64, random_adapter, step, truth
 from peft import LoraConfig
+from qlora_fx.compiler import pipeline, printer
 from qlora_fx.config import Config
 from qlora_fx.errors import ConfigError
 from qlora_fx.passes.attention import attention
 from qlora_fx.passes.loss_head import loss_head
 from qlora_fx.passes.siblings import siblings
-from qlora_fx.testing import relative_error
+from qlora_fx.testing.check import relative_error
 from torch import fx, nn
 
 X = {"x": torch.zeros(2, 3, 8)}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from qlora_fx import printer
 from conftest import Toy, captured
 from expecttest import assert_expected_inline
+from qlora_fx.compiler import printer
 from qlora_fx.config import Config, Quantization, default_lora
 from qlora_fx.errors import ConfigError
 from qlora_fx.passes.adapt import adapt
-from qlora_fx.passes.nodes import sites
+from qlora_fx.passes.graph.nodes import sites
 from qlora_fx.passes.normalize import normalize
 from qlora_fx.passes.outline import outline
 from qlora_fx.passes.quantize import quantize

@@ -11,16 +11,16 @@ import qlora_fx
 import pytest
 import torch
 import torch.nn.functional as F
-from qlora_fx import printer
 from conftest import captured
 from expecttest import assert_expected_inline
 from peft import LoraConfig
+from qlora_fx.compiler import printer
 from qlora_fx.config import Config
 from qlora_fx.errors import ConfigError
-from qlora_fx.passes.nodes import CANONICAL
+from qlora_fx.passes.graph.nodes import CANONICAL
+from qlora_fx.passes.graph.site import Layout
 from qlora_fx.passes.normalize import normalize
-from qlora_fx.passes.site import Layout
-from qlora_fx.testing import check
+from qlora_fx.testing.check import check
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 

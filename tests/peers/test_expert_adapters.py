@@ -16,7 +16,7 @@ import pytest
 import torch
 from families import FAMILIES, build
 from peft import LoraConfig, PeftModel, get_peft_model
-from qlora_fx.testing import dense_weights, randomize_adapter, relative_error
+from qlora_fx.testing.check import dense_weights, randomize_adapter, relative_error
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.peer

@@ -12,7 +12,13 @@ import torch
 from qlora_fx import CaptureError, ConfigError, GraphError, InputError, ModelError
 from conftest import Toy, batch, tiny_llama
 from peft import LoraConfig, get_peft_model
-from qlora_fx.config import CARRIED, HONOURED, check_compute_dtype, check_lora, check_quantization
+from qlora_fx.config import (
+    CARRIED,
+    HONOURED,
+    check_compute_dtype,
+    check_lora,
+    check_quantization,
+)
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -117,7 +123,7 @@ def test_data_dependent_python_names_its_line_and_leaves_the_model_usable() -> N
 def test_a_pass_that_fails_leaves_the_model_usable(
     stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_fx import pipeline
+    from qlora_fx.compiler import pipeline
 
     def broken(gm: Any, *, config: Any) -> Any:
         raise GraphError("planted")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import batch
 from peft import LoraConfig
-from qlora_fx.passes.nodes import ops
-from qlora_fx.testing import check, compare, randomize_adapter, relative_error
+from qlora_fx.passes.graph.nodes import ops
+from qlora_fx.testing.check import check, compare, randomize_adapter, relative_error
 from torch import fx, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 

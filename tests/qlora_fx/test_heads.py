@@ -11,7 +11,7 @@ import torch
 from conftest import VOCABULARY, batch, tiny_llama
 from peft import LoraConfig
 from qlora_fx.errors import ConfigError
-from qlora_fx.testing import compare, dense_weights, randomize_adapter
+from qlora_fx.testing.check import compare, dense_weights, randomize_adapter
 from torch import fx, nn
 from transformers import BitsAndBytesConfig
 

@@ -220,7 +220,7 @@ def test_what_is_no_checkpoint_is_refused_with_what_is_accepted(tmp_path: Path) 
 def test_an_interrupted_load_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_fx.runtime.shards import Shards
+    from qlora_fx.runtime.safetensors_reader import Shards
 
     folder = save(tiny_llama(), tmp_path / "m", max_shard_size="40KB")
     before = sorted(p.name for p in tmp_path.rglob("*"))

@@ -10,8 +10,8 @@ import torch
 from conftest import batch, tiny_llama
 from oracle import Float64, random_adapter, step, truth
 from peft import LoraConfig
-from qlora_fx.passes.compiled import CompiledBody
-from qlora_fx.testing import relative_error
+from qlora_fx.passes.lowering.compiled_body import CompiledBody
+from qlora_fx.testing.check import relative_error
 
 LIMIT = 2e-5
 """Eager PyTorch in float32 is 1.4e-5 off for this model, whose q and k have gradients of 1e-5."""

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import batch, tiny_llama
 from peft import LoraConfig
-from qlora_fx.passes import partition
-from qlora_fx.pipeline import OPTIONAL
+from qlora_fx.compiler.pipeline import OPTIONAL
+from qlora_fx.passes.lowering import partition
 from torch import fx
 
 LORA = LoraConfig(r=4, target_modules="all-linear")

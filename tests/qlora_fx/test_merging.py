@@ -15,7 +15,7 @@ from qlora_fx import CheckpointError, ConfigError, InputError
 from checkpoints import EAGER, MODELS, save, tiny_mixtral
 from conftest import VOCABULARY, batch, peer_llama, tiny_gpt2, tiny_llama
 from peft import LoraConfig
-from qlora_fx.merged import MODES
+from qlora_fx.merging.values import MODES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -209,7 +209,7 @@ def test_an_adapter_on_a_tied_head_is_not_merged_into_the_embedding(tmp_path: Pa
 def test_a_merge_that_fails_leaves_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_fx.merged import Merged
+    from qlora_fx.merging.values import Merged
 
     qmodel = loaded(lambda: tiny_llama(1), tmp_path)
     qmodel.merge(tmp_path / "m", sample=False)

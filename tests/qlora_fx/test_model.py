@@ -15,7 +15,7 @@ from qlora_fx import ConfigError, InputError, ModelError
 from conftest import VOCABULARY, batch, tiny_gpt2, tiny_llama
 from oracle import Float64, ours, random_adapter, relative_error, step, truth
 from peft import LoraConfig
-from qlora_fx.passes.compiled import CompiledBody
+from qlora_fx.passes.lowering.compiled_body import CompiledBody
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -241,7 +241,7 @@ def test_quantization_settings_reach_the_numbers(quantization: BitsAndBytesConfi
 
 
 def test_dense_weights_are_released_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    import qlora_fx.fill as fill
+    import qlora_fx.weights.move as fill
 
     model = tiny_llama()
     watched = {n: weakref.ref(p) for n, p in model.named_parameters() if n.endswith("proj.weight")}
@@ -521,7 +521,7 @@ def test_example_inputs_of_text_images_and_sound_are_what_the_model_takes(model_
     import inspect
 
     from families import FAMILIES, build
-    from qlora_fx.inputs import example_inputs
+    from qlora_fx.capture.arguments import example_inputs
 
     model = build(next(f for f in FAMILIES if f.model_type == model_type)).train()
     made = example_inputs(model, inspect.signature(model.forward))
@@ -535,7 +535,7 @@ def test_a_model_is_transformed_without_example_inputs_and_takes_other_sizes() -
     import copy
 
     from families import FAMILIES, build
-    from qlora_fx.testing import compare, randomize_adapter
+    from qlora_fx.testing.check import compare, randomize_adapter
 
     for model_type in ("vit", "bart"):
         family = next(f for f in FAMILIES if f.model_type == model_type)

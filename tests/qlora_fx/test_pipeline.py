@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from qlora_fx import invariants, pipeline, printer
 from conftest import Toy, batch, captured, tiny_llama
 from expecttest import assert_expected_inline
-from qlora_fx.capture import Blueprint
+from qlora_fx.capture.skeleton import Blueprint
+from qlora_fx.compiler import invariants, pipeline, printer
 from qlora_fx.config import Config, Quantization, default_lora
 from qlora_fx.errors import GraphError
-from qlora_fx.passes.nodes import aten, call, sites
+from qlora_fx.passes.graph.nodes import aten, call, sites
 from torch import fx, nn
 
 

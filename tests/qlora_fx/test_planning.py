@@ -9,13 +9,13 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from qlora_fx import planning
 from conftest import batch, tiny_llama
 from peft import LoraConfig
+from qlora_fx.compiler.compile import check_settings
 from qlora_fx.errors import CheckpointError, ConfigError
-from qlora_fx.fit import lower_rank, search
-from qlora_fx.footprint import state_bytes
-from qlora_fx.prepare import check_settings
+from qlora_fx.memory import plan as planning
+from qlora_fx.memory.fit import lower_rank, search
+from qlora_fx.memory.resident import state_bytes
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from qlora_fx import pipeline
 from conftest import batch, tiny_gpt2, tiny_llama
 from peft import LoraConfig
-from qlora_fx.passes.nodes import aten
-from qlora_fx.testing import Float64, Oracle, check
+from qlora_fx.compiler import pipeline
+from qlora_fx.passes.graph.nodes import aten
+from qlora_fx.testing.check import Float64, Oracle, check
 from torch import fx
 
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
@@ -99,7 +99,7 @@ def test_the_oracle_is_the_reference_definition_of_lora() -> None:
     """Merged by hand for one linear: ``x (W + s B A)^T``, W dequantized by bitsandbytes itself."""
     import qlora_fx
     import bitsandbytes as bnb
-    from qlora_fx.testing import randomize_adapter
+    from qlora_fx.testing.check import randomize_adapter
 
     model = tiny_llama(1)
     lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])

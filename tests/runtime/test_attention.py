@@ -8,7 +8,7 @@ import pytest
 import torch
 from qlora_fx.runtime import attention as module
 from qlora_fx.runtime.attention import ANY, CAUSAL, attention, compiled, library, mask_kind
-from qlora_fx.testing import relative_error
+from qlora_fx.testing.check import relative_error
 from torch import Tensor
 
 SIZES = [(2, 1), (1, 5), (2, 128), (1, 131), (1, 600)]

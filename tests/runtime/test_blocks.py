@@ -8,8 +8,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from qlora_fx.config import Quantization
-from qlora_fx.runtime.blocks import PIECE, thresholds
-from qlora_fx.runtime.storage import StorageBuilder, quantize_weight
+from qlora_fx.runtime.schemes.blocks import PIECE, thresholds
+from qlora_fx.runtime.schemes.four_bit import StorageBuilder, quantize_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from qlora_fx.errors import CheckpointError
-from qlora_fx.runtime import folder
-from qlora_fx.runtime.folder import FolderWriter, Spec
+from qlora_fx.runtime import checkpoint_writer as folder
+from qlora_fx.runtime.checkpoint_writer import FolderWriter, Spec
 from safetensors import safe_open
 from safetensors.torch import load_file
 

@@ -9,7 +9,7 @@ import torch
 from qlora_fx.config import Quantization
 from qlora_fx.runtime import loss as module
 from qlora_fx.runtime.loss import linear_cross_entropy
-from qlora_fx.runtime.storage import dequantize_weight, quantize_weight
+from qlora_fx.runtime.schemes.four_bit import dequantize_weight, quantize_weight
 from torch import Tensor
 
 ROWS, SIZE, VOCABULARY = 11, 24, 70

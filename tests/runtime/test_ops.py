@@ -8,7 +8,7 @@ import pytest
 import torch
 from qlora_fx.config import Quantization
 from qlora_fx.runtime.ops import grouped_linear, grouped_linear_4bit, grouped_outer
-from qlora_fx.runtime.storage import dequantize_weight, layout, quantize_weight
+from qlora_fx.runtime.schemes.four_bit import dequantize_weight, layout, quantize_weight
 
 ENDS = torch.tensor([2, 2, 7, 7])
 """Experts 1 and 3 get no rows; the last two of nine rows belong to nobody."""

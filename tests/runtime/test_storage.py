@@ -6,7 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from qlora_fx.config import Quantization
-from qlora_fx.runtime.storage import dequantize_weight, layout, quantize_weight
+from qlora_fx.runtime.schemes.four_bit import dequantize_weight, layout, quantize_weight
 
 
 def by_bitsandbytes(weight: torch.Tensor, q: Quantization) -> bnb.nn.Params4bit:

@@ -1,0 +1,248 @@
+"""What all passes share: how nodes are born, how stored tensors enter a graph.
+
+A graph holds no weights. Every tensor of the model comes in through a placeholder with
+``meta["stored"]``, its key in the parameter store (the Hugging Face parameter name, or a name derived
+from it such as ``....weight.absmax``). User inputs are placeholders with ``meta["input"]``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from ...runtime.ops import ops as ops
+from .site import Layout, WeightView
+
+aten = torch.ops.aten
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The fake mode of the tensors in ``meta["val"]``; there is exactly one per capture."""
+    for node in graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor):
+            mode: FakeTensorMode = val.fake_mode  # type: ignore[attr-defined]
+            return mode
+    raise ValueError("graph has no tensor node with meta['val']")
+
+
+def _value(arg: Any) -> Any:
+    return arg.meta["val"] if isinstance(arg, fx.Node) else arg
+
+
+def call(
+    graph: fx.Graph,
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    name: str,
+    like: fx.Node,
+) -> fx.Node:
+    """Insert a ``call_function`` node whose ``meta["val"]`` is computed by the op's fake kernel.
+
+    The caller sets the insertion point. ``like`` is the node the new one stands for: its
+    ``nn_module_stack`` and ``stack_trace`` are copied, so that the new node belongs to the same module.
+    """
+    kwargs = kwargs or {}
+    node = graph.create_node("call_function", target, args, kwargs, name=name)
+    node.meta["val"] = fake_value(graph, target, args, kwargs)
+    for field in ("nn_module_stack", "stack_trace", "module"):
+        if field in like.meta:
+            node.meta[field] = like.meta[field]
+    return node
+
+
+def fake_value(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
+    """What the op's fake kernel gives. Layers repeat, so the same question is answered once per capture.
+
+    Fake tensors are descriptions that nobody writes to: nodes may share one. The answers are kept with the
+    capture's fake mode, which they hold on to themselves: kept elsewhere they would outlive it.
+    """
+    mode = fake_mode(graph)
+    known: dict[Any, Any] = vars(mode).setdefault("_qlora_fx_known", {})
+    key = (target, str(fx.map_arg((args, kwargs), described)))
+    found = known.get(key)
+    if found is None:
+        with mode, torch.no_grad():
+            found = target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
+        known[key] = found
+    return found
+
+
+def described(node: fx.Node) -> str:
+    """What a fake kernel can see of a node's value."""
+    return str(pytree.tree_map(seen, node.meta["val"]))
+
+
+def seen(val: Any) -> str:
+    if isinstance(val, torch.Tensor):
+        return f"{val.dtype} {tuple(val.shape)} {val.stride()} {val.device}"
+    return str(val)
+
+
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """``node.args``, whose types fx gives as everything an argument could be; a pass knows which it is."""
+    return node.args
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Every argument of an operator's call by the name in its schema, with the defaults of those not given."""
+    operator: Any = node.target
+    schema = operator._schema
+    names = [a.name for a in schema.arguments]
+    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+class Emitter:
+    """Inserts nodes that stand for ``like``, where the graph's insertion point is.
+
+    Called as ``emit(target, *args, suffix="sum", **kwargs)``: the node is named ``<name>_sum``.
+    """
+
+    def __init__(self, graph: fx.Graph, like: fx.Node, name: str = "") -> None:
+        self.graph, self.like, self.name = graph, like, name or like.name
+
+    def __call__(self, target: Any, *args: Any, suffix: str, **kwargs: Any) -> fx.Node:
+        name = f"{self.name}_{suffix}"
+        return call(self.graph, target, args, kwargs, name=name, like=self.like)
+
+
+class StoredInputs:
+    """The placeholders of a graph that read the parameter store, by key and format.
+
+    Made once per pass: looking a key up in the graph each time is quadratic in the number of layers.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.nodes: dict[tuple[str, str], fx.Node] = {}
+        self.last: fx.Node | None = None
+        for node in placeholders(graph):
+            if "stored" in node.meta:
+                self.nodes[node.meta["stored"], node.meta.get("format", "")] = node
+                self.last = node
+
+    def add(self, key: str, val: torch.Tensor, *, name: str = "", format: str = "") -> fx.Node:
+        """The placeholder for ``key``, made behind the other stored ones if there is none yet.
+
+        ``val`` is a fake tensor of the stored shape and dtype.
+        """
+        found = self.nodes.get((key, format))
+        if found is not None:
+            return found
+        name = name or identifier(key)
+        if self.last is not None:
+            context = self.graph.inserting_after(self.last)
+        else:
+            context = self.graph.inserting_before(next(iter(self.graph.nodes)))
+        with context:
+            node = self.graph.create_node("placeholder", name, name=name)
+        node.meta.update(val=val, stored=key)
+        if format:
+            node.meta["format"] = format
+        self.nodes[key, format] = self.last = node
+        return node
+
+
+def placeholders(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Placeholders, which stand first in every graph."""
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            return
+        yield node
+
+
+CANONICAL = frozenset(
+    {aten.linear.default, ops.grouped_linear.default, ops.grouped_linear_4bit.default}
+)
+"""After normalize only these multiply by a weight: ``linear``, and ``grouped_linear`` for stacks of experts."""
+
+
+def weight_view(node: Any) -> WeightView | None:
+    """What a product's weight argument reads; None if it is not a view of a parameter."""
+    if not isinstance(node, fx.Node):
+        return None
+    found: WeightView | None = node.meta.get("weight_view")
+    if found is not None:
+        return found
+    if node.op == "placeholder" and "stored" in node.meta:
+        shape = tuple(node.meta["val"].shape)
+        return WeightView(node.meta["stored"], Layout(shape, tuple(range(len(shape))), shape))
+    return None
+
+
+def sites(graph: fx.Graph) -> Iterable[fx.Node]:
+    """The nodes that carry a verdict, in graph order."""
+    return (n for n in graph.nodes if "site" in n.meta)
+
+
+def parameter_behind(node: Any) -> fx.Node | None:
+    """The stored placeholder that ``node`` reads through views, slices, casts and transposes only."""
+    while isinstance(node, fx.Node):
+        if node.op == "placeholder":
+            return node if "stored" in node.meta else None
+        if node.op != "call_function" or node.target not in VIEWS_AND_CASTS:
+            return None
+        node = node.args[0]
+    return None
+
+
+def weight_like(placeholder: fx.Node | None) -> bool:
+    """True for a stored floating-point parameter (not a buffer) of two or more dimensions."""
+    return (
+        placeholder is not None
+        and placeholder.meta["val"].dim() >= 2
+        and placeholder.meta["val"].is_floating_point()
+        and bool(placeholder.meta.get("parameter", True))
+    )
+
+
+CASTS = frozenset({aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device})
+VIEWS = frozenset(
+    {
+        aten.t.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.movedim.int,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.expand.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.narrow.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unbind.int,
+        operator.getitem,
+        aten.contiguous.default,
+        aten.clone.default,
+        aten.detach.default,
+        aten.alias.default,
+        aten.numpy_T.default,
+        aten.matrix_H.default,
+        aten.mT.default,
+    }
+)
+VIEWS_AND_CASTS = VIEWS | CASTS
+
+
+def identifier(name: str) -> str:
+    """``model.layers.0.q_proj.weight`` -> ``model_layers_0_q_proj_weight``."""
+    text = "".join(c if c.isalnum() and c.isascii() else "_" for c in name).strip("_")
+    return text if text and not text[0].isdigit() else f"n_{text}"

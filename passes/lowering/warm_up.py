@@ -1,0 +1,33 @@
+"""What a compiler for CPUs can do before there is anything to compile."""
+
+from __future__ import annotations
+
+import threading
+
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+from ...runtime.attention import library
+
+
+class WarmUp:
+    """Lets Inductor find out what this CPU can do, which takes 10 s of test compilations, while a model is captured.
+
+    The attention kernel, which is the same for every model, is compiled meanwhile too.
+
+    The work is in compiler processes; Python's lock is free meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        if self.thread is None:
+            self.thread = threading.Thread(target=self.run, daemon=True)
+            self.thread.start()
+
+    def run(self) -> None:
+        pick_vec_isa()
+        library()
+
+
+warm_up = WarmUp()

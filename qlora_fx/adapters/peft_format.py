@@ -1,0 +1,167 @@
+"""Adapters in PEFT's terms: which config to save, how values are taken over."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from ..config import Config, check_lora
+from ..errors import AdapterError, ConfigError
+from ..passes.adapt import lora_keys
+from ..passes.graph.site import Site
+
+
+def apply_adapter(current: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+    """Copy ``state`` into ``current``, all of it or nothing.
+
+    Raises:
+        AdapterError: listing missing, unknown and misshapen keys.
+    """
+    missing = sorted(current.keys() - state.keys())
+    unknown = sorted(state.keys() - current.keys())
+    if missing or unknown:
+        lines = [f"missing: {some(missing)}"] if missing else []
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], list(current), 1)
+            hint = f" (near: {near[0]})" if near else ""
+            lines.append(f"not in this model: {some(unknown)}{hint}")
+        raise AdapterError("adapter does not fit this model; " + "; ".join(lines))
+    for key, tensor in current.items():
+        if state[key].shape != tensor.shape:
+            raise AdapterError(
+                f"{key} has shape {list(state[key].shape)}; this model's is {list(tensor.shape)}"
+            )
+        if not torch.isfinite(state[key]).all():
+            raise AdapterError(f"{key} holds NaN or infinity")
+    with torch.no_grad():
+        for key, tensor in current.items():
+            tensor.copy_(state[key])
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def peft_names(sites: Mapping[str, Site], parameters: Iterable[str]) -> dict[str, str]:
+    """PEFT's path of each adapter tensor, by store key.
+
+    A module's adapter lies at the module's path. A parameter's adapter (``target_parameters``) wraps the
+    module that holds the parameter; of several on one module the first wraps it and the next wraps that, so
+    that the inner ones and all that lies below the module have ``base_layer`` in their path
+    (``peft.tuners.tuners_utils.BaseTuner._inject_parameters``).
+
+    Args:
+        sites: the model's sites.
+        parameters: parameter names in the order in which the model holds them.
+    """
+    place = {name: i for i, name in enumerate(parameters)}
+    wrapped: dict[str, list[str]] = {}
+    for site in sites.values():
+        if site.adapt and site.kind == "parameter":
+            wrapped.setdefault(site.weight.rpartition(".")[0], []).append(site.weight)
+    for keys in wrapped.values():
+        keys.sort(key=lambda key: place.get(key, len(place)))
+
+    def path(module: str) -> str:
+        parts = module.split(".")
+        out: list[str] = []
+        for i, part in enumerate(parts):
+            above = ".".join(parts[:i])
+            out += ["base_layer"] * len(wrapped.get(above, ())) + [part]
+        return ".".join(out)
+
+    names: dict[str, str] = {}
+    for site in sites.values():
+        if not site.adapt:
+            continue
+        for key, which in zip(lora_keys(site), ("lora_A", "lora_B"), strict=True):
+            if site.kind == "parameter":
+                owner = site.weight.rpartition(".")[0]
+                inner = len(wrapped[owner]) - 1 - wrapped[owner].index(site.weight)
+                names[key] = ".".join([path(owner), *["base_layer"] * inner, which, "weight"])
+            else:
+                names[key] = path(key)
+    return names
+
+
+def saved_config(lora: LoraConfig, sites: Mapping[str, Site], config: Any) -> dict[str, Any]:
+    """``adapter_config.json``: the user's config with its targets resolved to names that PEFT finds."""
+    saved = copy.deepcopy(lora)
+    saved.inference_mode = True
+    saved.base_model_name_or_path = (
+        saved.base_model_name_or_path or getattr(config, "_name_or_path", None) or None
+    )
+    adapted = [s for s in sites.values() if s.adapt]
+    by_parameter = [s for s in adapted if s.kind == "parameter"]
+    if saved.target_modules in (None, "all-linear") or by_parameter:
+        saved.target_modules = target_names(sites)
+        saved.exclude_modules = None
+    if by_parameter:
+        saved.target_parameters = parameter_names(sites)
+        if saved.lora_dropout:
+            saved.lora_dropout = 0.0
+            warnings.warn(
+                "adapter_config.json says lora_dropout=0: PEFT refuses dropout on target_parameters "
+                f"({by_parameter[0].weight} and others). It plays no part when the adapter is used",
+                stacklevel=3,
+            )
+    own = [s.name for s in adapted if s.kind == "own"]
+    if own:
+        warnings.warn(
+            f"PEFT has no adapter for {some(own)}: the saved folder loads here, but PEFT will not find "
+            "these tensors' places",
+            stacklevel=3,
+        )
+    plain: dict[str, Any] = saved.to_dict()
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()}
+
+
+def target_names(sites: Mapping[str, Site]) -> list[str]:
+    """The shortest list for PEFT that names exactly the adapted modules: leaf names, or full names."""
+    modules = [s for s in sites.values() if s.kind in ("linear", "conv")]
+    adapted = {s.name for s in modules if s.adapt}
+    others = {s.name for s in modules if not s.adapt}
+    leaves = {name.rsplit(".", 1)[-1] for name in adapted}
+    if any(o.rsplit(".", 1)[-1] in leaves for o in others):
+        return sorted(adapted)
+    return sorted(leaves)
+
+
+def parameter_names(sites: Mapping[str, Site]) -> list[str]:
+    """The same for ``target_parameters``: what follows the layer's number, or full names."""
+    adapted = {s.weight for s in sites.values() if s.adapt and s.kind == "parameter"}
+    others = {s.weight for s in sites.values() if s.weight} - adapted
+    ends = {re.split(r"\.\d+\.", key)[-1] for key in adapted}
+    if any(other.endswith(f".{end}") for other in others for end in ends):
+        return sorted(adapted)
+    return sorted(ends)
+
+
+def check_saved(config: dict[str, Any], sites: Mapping[str, Site], folder: str) -> None:
+    """Raise if a saved adapter's ranks and scalings are not those of the model's sites.
+
+    Raises:
+        AdapterError: naming the first site that differs.
+    """
+    try:
+        theirs = check_lora(LoraConfig.from_peft_type(**config))
+    except (ConfigError, TypeError, ValueError) as error:
+        raise AdapterError(f"{folder}: {error}") from error
+    saved = Config(lora=theirs)
+    for site in sites.values():
+        if not site.adapt:
+            continue
+        new = (saved.rank(site.name), saved.scaling(site.name))
+        if new != (site.r, site.scaling):
+            raise AdapterError(
+                f"{folder}: {site.name} has rank {new[0]} and scaling {new[1]:g} there, rank {site.r} and "
+                f"scaling {site.scaling:g} here. Transform the model with "
+                f"lora=peft.LoraConfig.from_pretrained({folder!r}) to take them over"
+            )

@@ -1,0 +1,150 @@
+"""capture's second half: an exported program becomes one flat graph in our form."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..passes.graph.nodes import aten, identifier
+
+PRODUCES_GRADIENT = frozenset({aten.linear.default, aten.addmm.default, aten.matmul.default})
+
+
+class Flattener:
+    """Copies an exported graph into a new one: our placeholders, our names, nested regions inlined.
+
+    Args:
+        stored: store key by placeholder name of the exported graph.
+        names: argument name by placeholder name.
+        dtypes: dtype in which each key is stored.
+        parameters: keys of parameters; other keys are buffers and constants.
+    """
+
+    def __init__(
+        self,
+        stored: dict[str, str],
+        names: dict[str, str],
+        dtypes: Mapping[str, torch.dtype],
+        parameters: Collection[str],
+    ) -> None:
+        self.parameters = parameters
+        self.stored, self.names, self.dtypes = stored, names, dtypes
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, Any] = {}
+        self.tainted: set[fx.Node] = set()
+
+    def run(self, exported: fx.GraphModule) -> fx.Graph:
+        nodes = list(exported.graph.nodes)
+        inputs = [n for n in nodes if n.op == "placeholder"]
+        for node in sorted(inputs, key=lambda n: n.name not in self.stored):
+            self.placeholder(node)
+        self.inline(exported)
+        output = self.env[next(n for n in nodes if n.op == "output")]
+        self.graph.output(tuple(output))
+        self.graph.lint()
+        return self.graph
+
+    def placeholder(self, node: fx.Node) -> None:
+        val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor):
+            self.env[node] = val  # None, a flag or a number: already acted on while tracing
+            return
+        key = self.stored.get(node.name)
+        if key is not None and not node.users:
+            return
+        name = key if key is not None else self.names[node.name]
+        new = self.graph.create_node("placeholder", identifier(name), name=identifier(name))
+        new.meta["val"] = val
+        if key is not None:
+            new.meta["stored"] = key
+            new.meta["stored_dtype"] = self.dtypes.get(key, val.dtype)
+            new.meta["parameter"] = key in self.parameters
+        else:
+            new.meta["input"] = name
+            if val.is_floating_point():
+                self.tainted.add(new)
+        self.env[node] = new
+
+    def inline(self, gm: fx.GraphModule) -> None:
+        for node in gm.graph.nodes:
+            if node in self.env or node.op == "placeholder":
+                continue
+            if node.op == "get_attr":
+                self.env[node] = getattr(gm, str(node.target))
+            elif node.op == "output":
+                self.env[node] = fx.map_arg(node.args[0], lambda n: self.env[n])
+            elif is_region(node):
+                self.region(node)
+            elif isinstance(node.args and self.env.get(node.args[0]), (tuple, list)):
+                self.env[node] = self.env[node.args[0]][node.args[1]]  # getitem of a region
+            else:
+                self.env[node] = self.copy(node)
+
+    def region(self, node: fx.Node) -> None:
+        """Inline ``with torch.no_grad()`` and disabled-autocast blocks."""
+        position = next(
+            i for i, a in enumerate(node.args) if isinstance(self.value(a), fx.GraphModule)
+        )
+        body = self.value(node.args[position])
+        for inner, outer in zip(
+            body.graph.find_nodes(op="placeholder"), node.args[position + 1 :], strict=True
+        ):
+            self.env[inner] = self.value(outer)
+        self.inline(body)
+        outputs = self.env[next(n for n in body.graph.nodes if n.op == "output")]
+        if "set_grad" in str(node.target) and node.args[0] is False:
+            outputs = [self.detached(o) for o in outputs]
+        self.env[node] = outputs
+
+    def detached(self, node: Any) -> Any:
+        if node not in self.tainted:
+            return node
+        new = self.graph.create_node(
+            "call_function", aten.detach.default, (node,), name=f"{node.name}_detach"
+        )
+        new.meta.update(node.meta)
+        return new
+
+    def value(self, arg: Any) -> Any:
+        return self.env[arg] if isinstance(arg, fx.Node) else arg
+
+    def copy(self, node: fx.Node) -> fx.Node:
+        path = module_path(node)
+        args = fx.map_arg(node.args, lambda n: self.env[n])
+        kwargs = fx.map_arg(node.kwargs, lambda n: self.env[n])
+        new = self.graph.create_node(
+            node.op, node.target, args, kwargs, name=node_name(path, node.target)
+        )
+        for key in ("val", "nn_module_stack", "stack_trace"):
+            if key in node.meta:
+                new.meta[key] = node.meta[key]
+        new.meta["module"] = path
+        if node.target in PRODUCES_GRADIENT or any(n in self.tainted for n in new.all_input_nodes):
+            self.tainted.add(new)
+        return new
+
+
+def is_region(node: fx.Node) -> bool:
+    name = str(node.target)
+    if "wrap_with_set_grad_enabled" in name:
+        return True
+    # Positional: device_type, dtype, enabled, cache_enabled, body, *args. An enabled region changes dtypes.
+    return "wrap_with_autocast" in name and node.args[2] is False
+
+
+def module_path(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return "" if path.startswith("_empty_nn_module_stack") else path
+
+
+def node_name(path: str, target: Any) -> str:
+    """``model.layers.0.q_proj`` and ``aten.linear`` -> ``model_layers_0_q_proj``; other ops append their name."""
+    op = getattr(target, "overloadpacket", target)
+    op_name = getattr(op, "__name__", str(op)).strip("_")
+    if op_name == "linear" and path:
+        return identifier(path)
+    return identifier(f"{path}.{op_name}" if path else op_name)

@@ -1,0 +1,262 @@
+"""capture: from a Hugging Face model to one flat ATen graph, on fake weights.
+
+The graph that leaves this stage holds no tensor: parameters, buffers and constants are placeholders with
+``meta["stored"]`` (their key in the parameter store), the user's tensors are placeholders with
+``meta["input"]``, and every node has ``meta["val"]`` and a name made of its module path and its operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import CaptureError
+from .arguments import is_paired
+from .dynamic_shapes import automatic_dims, example, is_about_dims, resized, shared_dims
+from .export_patches import hard_models
+from .flat_graph import Flattener
+
+
+@dataclass
+class Capture:
+    """One captured signature.
+
+    Attributes:
+        gm: the flat graph.
+        out_spec: pytree spec of the model's own output class.
+        guards: Python expressions over ``L[name]`` (the user's tensors) that must hold for a call.
+        constants: tensors the model made itself, by store key.
+    """
+
+    gm: fx.GraphModule
+    out_spec: pytree.TreeSpec
+    guards: list[str] = field(default_factory=list)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+UNTRACEABLE_EXPERTS = ("eager", "deepgemm", "sonicmoe")
+"""transformers' ways to run experts that depend on the data in Python, or call kernels of their own."""
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer, also under its tied names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+class Blueprint:
+    """The model's Python without its weights: what is traced for each new signature.
+
+    Args:
+        model: a ``transformers.PreTrainedModel``; read, never changed.
+        device: where its weights will be when it runs; default: where they are.
+
+    Attributes:
+        keys: canonical store key of every parameter and buffer name (tied names share one).
+        dtype: dtype of the model's first floating-point parameter.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
+        tensors = dict(named_tensors(model))
+        self.device = next(iter(tensors.values())).device if device is None else device
+        self.dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
+        first: dict[int, str] = {}
+        self.keys = {name: first.setdefault(id(t), name) for name, t in tensors.items()}
+        memo: dict[int, Any] = {}
+        for tensor in tensors.values():
+            empty: torch.Tensor = torch.empty_like(tensor, device="meta", requires_grad=False)
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=False)
+            memo.setdefault(id(tensor), empty)
+        self.model: Any = copy.deepcopy(model, memo)
+        self.signature = inspect.signature(model.forward)
+        self.dtypes = {name: t.dtype for name, t in tensors.items()}
+        self.parameters = {self.keys[name] for name, _ in model.named_parameters()}
+        self.captures = 0
+
+    def fake(self, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
+        """A copy with fake tensors on the real device; tensors of the model's dtype become ``dtype``."""
+        memo: dict[int, Any] = {}
+        with mode:
+            for _, tensor in named_tensors(self.model):
+                new_dtype = dtype if tensor.dtype == self.dtype else tensor.dtype
+                fake = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=new_dtype, device=self.device
+                )
+                if isinstance(tensor, nn.Parameter):
+                    fake = nn.Parameter(fake, requires_grad=False)
+                memo.setdefault(id(tensor), fake)
+        model = copy.deepcopy(self.model, memo)
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "use_cache", False):
+                config.use_cache = False  # for models that take no such argument
+            if getattr(config, "_experts_implementation", None) in UNTRACEABLE_EXPERTS:
+                config._experts_implementation = "grouped_mm"  # the same numbers
+        return model  # type: ignore[no-any-return]
+
+    def capture(self, inputs: Mapping[str, Any], *, training: bool, dtype: torch.dtype) -> Capture:
+        """Trace ``forward(**inputs)``.
+
+        Args:
+            inputs: the call's arguments by name. Tensors give shape and dtype only, their values are
+                not read. Dimensions equal to batch and sequence of the main input become dynamic.
+            training: train or eval mode of the model while it is traced (dropout is baked in).
+            dtype: dtype of activations.
+
+        Raises:
+            CaptureError: naming the line of the model that stopped the trace.
+        """
+        errors: list[Exception] = []
+        for seam in (contextlib.nullcontext, hard_models):
+            for dims in (shared_dims, automatic_dims):
+                try:
+                    program = self.export(inputs, training, dtype, dims, seam)
+                except Exception as error:
+                    errors.append(error)
+                    if not is_about_dims(error):
+                        break
+                else:
+                    return self.finish(program)
+        # The first error is about the model as it is; the last may be about a patch.
+        raise capture_error(self.model, errors[0], inputs) from errors[0]
+
+    def export(
+        self,
+        inputs: Mapping[str, Any],
+        training: bool,
+        dtype: torch.dtype,
+        dims: Callable[..., dict[str, Any]],
+        seam: Callable[[], Any],
+    ) -> ExportedProgram:
+        """One attempt, with one choice of free sizes and with or without patches."""
+        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        model = self.fake(mode, dtype).train(training)
+        paired = is_paired(self.model)
+        with mode:
+            examples = {k: example(v) for k, v in resized(inputs, paired).items()}
+        take_exactly(model, list(examples))
+        spec = dims(examples, paired)
+        with mode, quiet(), seam():
+            return torch.export.export(model, (), examples, dynamic_shapes=spec, strict=False)
+
+    def finish(self, program: ExportedProgram) -> Capture:
+        """Flatten the exported program into our form."""
+        signature = program.graph_signature
+        foreign = [s for s in signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
+        if foreign:
+            raise CaptureError(
+                f"the model changes {foreign[0].target!r} during forward; a captured graph must only "
+                "return values. Accepted: models whose forward does not write to their buffers"
+            )
+        self.captures += 1
+        stored: dict[str, str] = {}
+        names: dict[str, str] = {}
+        constants: dict[str, torch.Tensor] = {}
+        keywords = program.call_spec.in_spec.children()[1]
+        user = iter(keywords.context)
+        for item in signature.input_specs:
+            if item.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                stored[item.arg.name] = self.keys[str(item.target)]
+            elif item.kind is InputKind.CONSTANT_TENSOR:
+                key = f"constants.{self.captures}.{item.target}"  # each capture has its own
+                value = program.constants[str(item.target)]
+                if not isinstance(value, torch.Tensor) or type(value) is not torch.Tensor:
+                    raise CaptureError(
+                        f"the model made the constant {item.target} from a traced value"
+                    )
+                stored[item.arg.name] = key
+                constants[key] = value
+            elif item.kind is InputKind.USER_INPUT:
+                names[item.arg.name] = next(user)
+        graph = Flattener(stored, names, self.dtypes, self.parameters).run(program.graph_module)
+        gm = fx.GraphModule(nn.Module(), graph, class_name=type(self.model).__name__)
+        gm.meta.update(holders=holders(self.model), transposed_stacks=transposed_stacks(self.model))
+        out_spec = program.call_spec.out_spec
+        assert out_spec is not None
+        guards = list(getattr(program, "_guards_code", None) or [])
+        return Capture(gm, out_spec, guards, constants)
+
+
+def holders(model: nn.Module) -> dict[str, str]:
+    """What each module that holds a weight is to PEFT: ``linear``, ``conv`` or ``embedding``."""
+    kinds = {
+        "linear": (nn.Linear, Conv1D),
+        "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        "embedding": (nn.Embedding,),
+    }
+    return {
+        path: kind
+        for path, module in model.named_modules(remove_duplicate=False)
+        for kind, classes in kinds.items()
+        if isinstance(module, classes)
+    }
+
+
+def transposed_stacks(model: nn.Module) -> frozenset[str]:
+    """Modules whose expert weights are ``[experts, in, out]``, as transformers marks them for PEFT."""
+    return frozenset(p for p, m in model.named_modules() if getattr(m, "is_transposed", False))
+
+
+def take_exactly(model: Any, names: list[str]) -> None:
+    """Give the copy that is traced a forward of just these arguments.
+
+    torch.export 2.13 mistakes the place of arguments that go into the model's ``**kwargs``.
+    """
+    original = model.forward
+
+    def forward(**kwargs: Any) -> Any:
+        return original(**kwargs)
+
+    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    model.forward = forward
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep export's advice to its own developers, and the graphs it prints, out of the user's terminal."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+        warnings.filterwarnings("ignore", message=".*lru_cache.*")
+        yield
+
+
+def capture_error(model: Any, error: Exception, inputs: Mapping[str, Any]) -> CaptureError:
+    """Name the line of the user's model that stopped the capture, and what to try."""
+    ours = (os.path.dirname(torch.__file__), os.path.dirname(os.path.abspath(__file__)))
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith(ours) and not f.filename.startswith("<")
+    ]
+    where = ""
+    if frames:
+        f = frames[-1]
+        where = f'\n  File "{f.filename}", line {f.lineno}, in {f.name}\n    {f.line}'
+    first_line = next((line for line in str(error).splitlines() if line.strip()), "")
+    return CaptureError(
+        f"{type(model).__name__} could not be captured by torch.export with arguments "
+        f"({', '.join(inputs)}).{where}\n  {type(error).__name__}: {first_line}\n"
+        "  Data-dependent Python (`if tensor.sum() > 0`, `.item()`, `.tolist()`) cannot be captured: use "
+        "torch.where or torch.cond there, or pass example_inputs= that take another path. "
+        "The model is unchanged."
+    )

@@ -1,0 +1,142 @@
+"""A transformers model without weights, as ``from_pretrained`` would build it before it loads any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, GenerationConfig
+from transformers.core_model_loading import build_glob_alternation
+from transformers.utils.generic import ContextManagers
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from ..capture.skeleton import named_tensors
+from ..errors import CheckpointError, ConfigError
+from .locate import Source
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def read_config(source: Source) -> Any:
+    """The transformers config of a source, without its quantization_config."""
+    options = {"gguf_file": source.gguf.name} if source.gguf is not None else {}
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, **options)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{source.given!r} has no config that transformers reads: {error}"
+        ) from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.name_or_path = source.given
+    return config
+
+
+def model_class(config: Any, given: Any) -> Any:
+    """The class to build: the one given, or the one that the config names.
+
+    Raises:
+        ConfigError: it is no class of transformers'.
+    """
+    if given is not None:
+        mapping = getattr(given, "_model_mapping", None)
+        if mapping is not None:
+            if type(config) not in mapping:
+                raise ConfigError(f"{given.__name__} has no model for a {type(config).__name__}")
+            return mapping[type(config)]
+        if not hasattr(given, "_from_config"):
+            raise ConfigError(
+                f"model_class={given!r}; accepted: a model class of transformers, or an Auto class"
+            )
+        return given
+    names = list(getattr(config, "architectures", None) or [])
+    if not names:
+        mapping = transformers.AutoModelForCausalLM._model_mapping
+        if type(config) in mapping:
+            return mapping[type(config)]
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        raise ConfigError(
+            f"config.architectures is {names}; accepted: a class of transformers {transformers.__version__}, "
+            "or pass model_class="
+        )
+    return found
+
+
+def settle_dtype(config: Any, dtype: Any, found: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype of the model: the one asked for; "auto" is the config's, or else the checkpoint's first float.
+
+    Raises:
+        ConfigError: it is no dtype that models have.
+    """
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or next(
+            (d for d in found if d.is_floating_point), torch.float32
+        )
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype not in FLOATS:
+        raise ConfigError(f"dtype={dtype!r}; accepted: 'auto', {', '.join(map(str, FLOATS))}")
+    config.dtype = dtype
+    for name in getattr(config, "sub_configs", ()):
+        if getattr(config, name, None) is not None:
+            getattr(config, name).dtype = dtype
+    settled: torch.dtype = dtype
+    return settled
+
+
+def build(config: Any, kind: Any, dtype: torch.dtype, source: Source | None = None) -> Any:
+    """The model on the meta device, not tied, each parameter in the dtype it will have."""
+    with ContextManagers(kind.get_init_context(dtype, False, False, None)):
+        model = kind(config)
+    wanted = model._get_dtype_plan(dtype)
+    if wanted:
+        pattern, by_group, _ = build_glob_alternation(list(wanted))
+        for name, tensor in list(named_tensors(model)):
+            match = pattern.search(name)
+            if match is not None and tensor.is_floating_point():
+                put(model, name, tensor.to(wanted[by_group[match.lastgroup]]))
+    saved = source.folder / "generation_config.json" if source is not None else None
+    if saved is not None and saved.is_file() and hasattr(model, "generation_config"):
+        model.generation_config = GenerationConfig.from_pretrained(saved.parent)
+    return model
+
+
+def put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def complete(
+    model: Any, missing: set[str], unexpected: set[str], device: torch.device
+) -> tuple[set[str], set[str]]:
+    """Tie weights, and give values to what a checkpoint does not hold, with transformers' own functions.
+
+    Non-persistent buffers (``inv_freq``), and parameters that the model class allows to be missing, are made
+    on ``device`` and initialized; everything else stays on the meta device.
+
+    Returns:
+        The names that are missing, and those that are unexpected, by the model's own rules.
+    """
+    info = LoadStateDictInfo(set(missing), set(unexpected), set(), [], {}, set())
+    for name, tensor in named_tensors(model):
+        if name not in missing:
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    model.mark_tied_weights_as_initialized(info)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    optional = set(info.missing_keys)
+    model._adjust_missing_and_unexpected_keys(info)
+    optional -= info.missing_keys
+    if info.missing_keys:
+        return info.missing_keys, info.unexpected_keys
+    model._move_missing_keys_from_meta_to_device(optional, {"": device}, None, None)
+    model._initialize_missing_keys(False)
+    model.eval()
+    return info.missing_keys, info.unexpected_keys

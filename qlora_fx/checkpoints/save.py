@@ -1,0 +1,268 @@
+"""``save_quantized``: the base in 4 bits, as transformers + bitsandbytes would save it.
+
+Where bitsandbytes' format can say what the model holds, the folder is an ordinary 4-bit checkpoint: the names
+that ``save_pretrained`` writes, with ``weight.absmax``, ``weight.quant_map`` and so on beside each weight in 4 bits.
+
+What it cannot say is 4-bit weights of anything but ``nn.Linear`` and ``Conv1D`` (stacks of experts, embeddings,
+convolutions, bare parameters), and layouts other than theirs. Such a model is saved in a format of our own:
+
+- files ``quantized.safetensors``, or ``quantized-0000n-of-0000m.safetensors`` with ``quantized.safetensors.index.json``;
+  transformers looks for ``model.safetensors``, finds none, and says so instead of loading something else;
+- tensors under the model's own parameter names; of a weight in 4 bits ``<name>`` (packed, with a leading
+  dimension of experts where it is a stack), ``<name>.absmax``, and with double quantization ``<name>.nested_absmax``
+  and ``<name>.offset`` (float32, one per matrix). The maps are bitsandbytes' constants and are not repeated;
+- ``config.json`` with ``quantization_config``: ``quant_method`` "qlora_fx", ``version`` 1, ``quant_type``, ``blocksize``,
+  ``double_quant``, ``quant_storage``, ``compute_dtype``, ``also_quantize``, and ``weights``: for each weight in 4 bits
+  its ``shape`` as it multiplies, ``[(experts,) out, in]``, and its dense ``dtype``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ..runtime.checkpoint_writer import FolderWriter, Spec
+from ..runtime.parameter_store import PARTS, QuantizedNode
+from ..runtime.schemes.four_bit import quant_state
+from ..weights.move import quantized_sites
+from .conversion import plan_back
+from .four_bit import bitsandbytes_layout
+from .locate import BESIDE, OWN_METHOD, OWN_SINGLE, SINGLE
+
+if TYPE_CHECKING:
+    from ..model import QLoRAModel
+
+
+Replace = Callable[[str], dict[str, torch.Tensor] | None]
+"""New storage of the weight of a parameter name, or None where it stays as it is."""
+
+
+def unchanged(name: str) -> None:
+    """A ``Replace`` that changes nothing."""
+
+
+def write_quantized(
+    qmodel: QLoRAModel,
+    folder: str | os.PathLike[str],
+    limit: int,
+    replace: Replace | None = None,
+) -> None:
+    """Write the base in 4 bits in the format that can say it; what ``replace`` makes is held one at a time."""
+    names = saved_names(qmodel)
+    settings, obstacles = bitsandbytes_config(qmodel, names)
+    write = as_ours if settings is None else as_bitsandbytes
+    if settings is None:
+        warnings.warn(
+            f"{os.fspath(folder)!r} is saved in qlora_fx's own format, which qlora_fx.from_pretrained loads and "
+            f"transformers does not, because in bitsandbytes' format {obstacles[0]}"
+            + (f" (and {len(obstacles) - 1} more)" if len(obstacles) > 1 else ""),
+            stacklevel=4,
+        )
+    with FolderWriter(folder) as writer:
+        write_config(qmodel, writer, settings or own_config(qmodel, names))
+        specs = [
+            Spec(name, tensor.dtype, tuple(tensor.shape))
+            for name, tensor in write(qmodel, names, replace and unchanged)
+        ]
+        single = SINGLE if settings is not None else OWN_SINGLE
+        writer.tensors(specs, single=single, max_shard_size=limit)
+        for name, tensor in write(qmodel, names, replace):
+            writer.put(name, tensor)
+        write_beside(qmodel, writer)
+
+
+def saved_names(qmodel: QLoRAModel) -> dict[str, str]:
+    """Names of the model's saved parameters and buffers, with their store keys; a tied weight has one."""
+    model, keys = qmodel._blueprint.model, qmodel._blueprint.keys
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    chosen: dict[str, str] = {}
+    for name in model.state_dict():
+        if name not in ignored:
+            key = keys[name]
+            if key not in chosen or chosen[key] in tied:
+                chosen[key] = name
+    return {name: key for key, name in chosen.items()}
+
+
+def bitsandbytes_config(
+    qmodel: QLoRAModel, names: dict[str, str]
+) -> tuple[BitsAndBytesConfig | None, list[str]]:
+    """The config with which transformers would hold exactly this model in 4 bits, or why there is none."""
+    model, q = qmodel._blueprint.model, qmodel._config.quantization
+    sites = quantized_sites(qmodel)
+    by_key = {key: name for name, key in names.items()}
+    linears = {
+        path: module
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear or isinstance(module, Conv1D)
+    }
+    obstacles = []
+    quantized = set()
+    for key, site in sites.items():
+        path, _, leaf = by_key[key].rpartition(".")
+        module = linears.get(path)
+        shape = tuple(model.get_parameter(by_key[key]).shape)
+        if module is None or leaf != "weight":
+            what = (
+                f"a {type(model.get_submodule(path)).__name__}"
+                if site.kind != "parameter"
+                else "no module"
+            )
+            obstacles.append(f"{by_key[key]}, which is the weight of {what}, cannot be in 4 bits")
+        elif site.layout != bitsandbytes_layout(shape, isinstance(module, Conv1D)):
+            obstacles.append(f"{by_key[key]} cannot be stored transposed")
+        else:
+            quantized.add(path)
+    for group in plan_back(model, [by_key[key] for key in sites]):
+        if group.single is None:
+            obstacles.append(
+                f"{group.sources[0][0]} in 4 bits cannot be converted to {group.first}"
+            )
+    dense = [path for path in linears if path not in quantized]
+    for skip in (None, dense):
+        skipped = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+        if {p for p in linears if should_convert_module(p, skipped)} == quantized:
+            break
+    else:
+        obstacles.append("the list of dense modules cannot be said")
+    if obstacles:
+        return None, obstacles
+    return (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            llm_int8_skip_modules=skip,
+            bnb_4bit_compute_dtype=qmodel.compute_dtype,
+            bnb_4bit_quant_type=q.quant_type,
+            bnb_4bit_use_double_quant=q.double_quant,
+            bnb_4bit_quant_storage=q.storage_dtype,
+        ),
+        [],
+    )
+
+
+def own_config(qmodel: QLoRAModel, names: dict[str, str]) -> dict[str, Any]:
+    q = qmodel._config.quantization
+    sites = quantized_sites(qmodel)
+    return {
+        "quant_method": OWN_METHOD,
+        "version": 1,
+        "quant_type": q.quant_type,
+        "blocksize": q.blocksize,
+        "double_quant": q.double_quant,
+        "quant_storage": plain(q.storage_dtype),
+        "compute_dtype": plain(qmodel.compute_dtype),
+        "also_quantize": sorted(qmodel._config.also_quantize),
+        "weights": {
+            name: {"shape": list(sites[key].shape), "dtype": plain(described(qmodel, key).dtype)}
+            for name, key in names.items()
+            if key in sites
+        },
+    }
+
+
+def plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def described(qmodel: QLoRAModel, key: str) -> Any:
+    path, _, leaf = key.rpartition(".")
+    node = qmodel._store.node(path)
+    assert isinstance(node, QuantizedNode)
+    return node.descriptions[leaf]
+
+
+DESCRIPTION = 512
+"""Bytes of a weight's description in JSON, filled up with spaces: its length is known before its values are."""
+
+
+def as_bitsandbytes(
+    qmodel: QLoRAModel, names: dict[str, str], replace: Replace | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors under the names of a checkpoint; those of weights in 4 bits with their companions."""
+    model, store, sites = qmodel._blueprint.model, qmodel._store, quantized_sites(qmodel)
+    for group in plan_back(model, names):
+        name = group.sources[0][0]
+        key = names[name]
+        if key not in sites:
+            yield from group.convert(lambda n: store[names[n]].detach(), model).items()
+            continue
+        path, _, leaf = key.rpartition(".")
+        node = store.node(path)
+        assert isinstance(node, QuantizedNode)
+        parts = (replace(name) if replace is not None else None) or node.parts(leaf)
+        d = node.descriptions[leaf]
+        yield group.first, parts["packed"]
+        state = quant_state(parts, d.shape, d.dtype, d.quantization)
+        for part, tensor in state.as_dict(packed=True).items():
+            if "quant_state" in part and replace is not None:
+                spaces = torch.full((DESCRIPTION - tensor.numel(),), ord(" "), dtype=torch.uint8)
+                tensor = torch.cat([tensor.cpu(), spaces])
+            yield f"{group.first}.{part}", tensor
+
+
+def as_ours(
+    qmodel: QLoRAModel, names: dict[str, str], replace: Replace | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors under the model's names, with the parts of weights in 4 bits."""
+    store, sites = qmodel._store, quantized_sites(qmodel)
+    for name, key in names.items():
+        if key not in sites:
+            yield name, store[key]
+            continue
+        path, _, leaf = key.rpartition(".")
+        node = store.node(path)
+        assert isinstance(node, QuantizedNode)
+        parts = (replace(name) if replace is not None else None) or node.parts(leaf)
+        yield name, parts["packed"]
+        for part in PARTS:
+            if part in parts:
+                yield f"{name}.{part}", parts[part]
+
+
+def write_config(qmodel: QLoRAModel, writer: FolderWriter, quantization: Any) -> None:
+    """``config.json`` as ``save_pretrained`` would write it, with or without a ``quantization_config``."""
+    model = qmodel._blueprint.model
+    config = copy.deepcopy(model.config)
+    config.dtype = plain(qmodel._blueprint.dtype)
+    config.architectures = [type(model).__name__]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    text = json.loads(config.to_json_string(use_diff=True))
+    if quantization is not None:
+        text["quantization_config"] = (
+            quantization if isinstance(quantization, dict) else quantization.to_dict()
+        )
+    writer.text("config.json", json.dumps(text, indent=2, sort_keys=True) + "\n")
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        writer.text("generation_config.json", model.generation_config.to_json_string())
+
+
+def write_beside(qmodel: QLoRAModel, writer: FolderWriter) -> None:
+    """The tokenizer and what else lies beside the weights, where the model came from a folder."""
+    folder = source_folder(qmodel)
+    if folder is None:
+        return
+    for name in BESIDE:
+        if (folder / name).is_file() and not (writer.scratch / name).exists():
+            writer.copy(folder / name)
+
+
+def source_folder(qmodel: QLoRAModel) -> Path | None:
+    """The folder the model was loaded from, if it is known and here."""
+    if qmodel._source is not None:
+        return qmodel._source.folder
+    named = getattr(qmodel.config, "_name_or_path", None) or ""
+    return Path(named) if named and Path(named).is_dir() else None

@@ -1,0 +1,253 @@
+"""``memory_budget``: how many calls of each block keep only their inputs for backward.
+
+A block that keeps everything holds its products and its attention; one that keeps its inputs computes them again.
+Calls are taken from the first block on: when backward comes to them, what the later ones held is free again, so
+that computing them anew adds nothing to the peak.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ..errors import ConfigError
+from ..passes.lowering.compiled_body import CompiledBody, Key
+from ..passes.lowering.live_bytes import elements, value
+from ..passes.lowering.partition import Partition, activations
+from ..runtime.free_memory import free_bytes
+
+SHARE_OF_FREE = 0.8
+"""Of free memory, where no budget is given: the rest is for what a step holds only for a moment."""
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def check_budget(value: Any) -> int | float | None:
+    """The budget as bytes (int), as a fraction of what keeping everything takes (float), or None: from free memory.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b?\s*", value.lower())
+        if match and match[2]:
+            return int(float(match[1]) * UNITS[match[2]])
+    elif (isinstance(value, int) and not isinstance(value, bool) and value > 0) or (
+        isinstance(value, float) and 0 <= value <= 1
+    ):
+        return value
+    raise ConfigError(
+        f"memory_budget={value!r}; accepted: bytes as an int or as '6GB' or '500 MiB', a fraction from 0.0 to 1.0 of "
+        "what keeping everything takes, or None (as much as is free)"
+    )
+
+
+def memory_of(memory: int | str) -> int:
+    """Bytes of ``"24GB"`` or a number.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if isinstance(memory, (int, str)):
+        try:
+            found = check_budget(memory)
+        except ConfigError:
+            found = None
+        if isinstance(found, int):
+            return found
+    raise ConfigError(f"fit={memory!r}; accepted: bytes as an int, or as '24GB' or '22 GiB'")
+
+
+@dataclass(frozen=True)
+class Calls:
+    """One body at given sizes.
+
+    Attributes:
+        name: the block's class, ``prologue`` or ``epilogue``.
+        calls: how often it is called.
+        recomputed: how many of them keep only their inputs.
+        held, inputs: bytes that one call holds, if it keeps everything and if it keeps its inputs.
+        flops: of forward and backward of one call.
+        again: flops that a recomputed call adds.
+    """
+
+    name: str
+    body: CompiledBody
+    calls: int
+    held: int
+    inputs: int
+    flops: int
+    again: int
+    recomputed: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.held * (self.calls - self.recomputed) + self.inputs * self.recomputed
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one step holds from forward to backward, and computes twice for it.
+
+    Attributes:
+        bodies: in the order of the program.
+        budget: bytes; None where all that is free was more than enough.
+    """
+
+    bodies: list[Calls] = field(default_factory=list)
+    budget: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(calls.bytes for calls in self.bodies)
+
+    @property
+    def recomputation(self) -> float:
+        """Products computed again, as a part of all products of the step."""
+        again = sum(c.again * c.recomputed for c in self.bodies)
+        return again / max(1, sum(c.flops * c.calls for c in self.bodies))
+
+
+class Budget:
+    """The memory budget of one program.
+
+    Args:
+        run: the lowered graph.
+        asked: what ``check_budget`` returned.
+        device: where activations live.
+    """
+
+    def __init__(self, run: Any, asked: int | float | None, device: torch.device) -> None:
+        children = run.named_children() if isinstance(run, fx.GraphModule) else ()
+        self.bodies = [(n, b) for n, b in children if isinstance(b, CompiledBody)]
+        self.asked, self.device = asked, device
+        self.chosen: dict[tuple[Any, ...], dict[CompiledBody, int]] = {}
+        self.told = False
+
+    def ask(self, asked: int | float | None) -> None:
+        """Decide anew, from another budget."""
+        self.asked = asked
+        self.chosen.clear()
+        for _, body in self.bodies:
+            body.recomputed = 0
+
+    def prepare(self, sizes: Mapping[sympy.Expr, int]) -> None:
+        """Set how many calls of each body are recomputed at these sizes; called before each training step."""
+        if not torch.is_grad_enabled() or not self.bodies:
+            return
+        key = tuple(sizes.values())
+        chosen = self.chosen.get(key)
+        if chosen is None:
+            chosen = self.chosen[key] = self.choose(sizes)
+        for body, count in chosen.items():
+            body.recomputed = count
+
+    def choose(self, sizes: Mapping[sympy.Expr, int]) -> dict[CompiledBody, int]:
+        if not isinstance(self.asked, float):
+            limit = self.asked or SHARE_OF_FREE * free_bytes(self.device)
+            if sum(body.calls * everything(body, sizes) for _, body in self.bodies) < limit:
+                return {body: 0 for _, body in self.bodies}
+        split = self.split(sizes)
+        if split.budget is not None and split.bytes > split.budget and not self.told:
+            self.told = True
+            warnings.warn(
+                f"memory_budget: {split.budget / 1e6:.0f} MB are not enough for this batch; {split.bytes / 1e6:.0f} MB "
+                "are held with every block recomputed. Accepted: a smaller batch or shorter rows",
+                stacklevel=6,
+            )
+        return {calls.body: calls.recomputed for calls in split.bodies}
+
+    def split(self, sizes: Mapping[sympy.Expr, int]) -> Split:
+        """The calls to recompute, those with the fewest operations per byte first, until the rest fits."""
+        known = [measured(name, body, sizes) for name, body in self.bodies]
+        whole = sum(c.bytes for c in known)
+        if self.asked is None:
+            limit = int(SHARE_OF_FREE * free_bytes(self.device))
+        elif isinstance(self.asked, float):
+            least = sum(min(c.held, c.inputs) * c.calls for c in known if c.calls > 1)
+            fixed = sum(c.bytes for c in known if c.calls == 1)
+            limit = max(int(self.asked * whole), least + fixed)
+        else:
+            limit = self.asked
+        excess = whole - limit
+        counts: dict[str, int] = {}
+        worth = [c for c in known if c.calls > 1 and c.held > c.inputs]
+        for c in sorted(worth, key=lambda c: c.again / (c.held - c.inputs)):
+            gain = c.held - c.inputs
+            counts[c.name] = min(c.calls, max(0, -(-excess // gain)))
+            excess -= counts[c.name] * gain
+        bodies = [
+            Calls(
+                c.name, c.body, c.calls, c.held, c.inputs, c.flops, c.again, counts.get(c.name, 0)
+            )
+            for c in known
+        ]
+        return Split(bodies, limit)
+
+
+def free_sizes(
+    inputs: Iterable[torch.Tensor], batch_size: int, sequence_length: int
+) -> dict[sympy.Expr, int]:
+    """The capture's symbols for a batch: rows of all inputs, encoder's and decoder's, have ``sequence_length``.
+
+    Args:
+        inputs: fake values of the program's inputs.
+    """
+    found: dict[sympy.Expr, int] = {}
+    for tensor in inputs:
+        for dim, size in enumerate(tensor.shape):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                found.setdefault(size.node.expr, sequence_length if dim else batch_size)
+    return found
+
+
+def measured(name: str, body: CompiledBody, sizes: Mapping[sympy.Expr, int]) -> Calls:
+    kept = body.partitioned(Key(body.flowing))
+    flowing = flows(body)
+    held = total(kept, flowing, sizes)
+    inputs, again = held, 0
+    if body.calls > 1 and any(body.flowing):
+        anew = body.partitioned(Key(body.flowing, True))
+        inputs = total(anew, flowing, sizes)
+        again = value(anew.flops[1] - kept.flops[1], sizes)
+    flops = value(kept.flops[0] + kept.flops[1], sizes)
+    return Calls(name, body, body.calls, held, inputs, flops, again)
+
+
+def flows(body: CompiledBody) -> tuple[bool, ...]:
+    """Which inputs of a body are activations that are held because of it."""
+    return tuple(
+        flowing and "stored" not in node.meta
+        for flowing, node in zip(body.flowing, body.inputs, strict=True)
+    )
+
+
+def total(partition: Partition, flowing: tuple[bool, ...], sizes: Mapping[sympy.Expr, int]) -> int:
+    return sum(value(size, sizes) for _, size in activations(partition, flowing))
+
+
+def everything(body: CompiledBody, sizes: Mapping[sympy.Expr, int]) -> int:
+    """Bytes of all values that depend on the input: more than any partition holds, and known without tracing."""
+    return sum(value(elements(val) * val.element_size(), sizes) for val in values(body))
+
+
+def values(body: CompiledBody) -> Iterator[torch.Tensor]:
+    stored: set[fx.Node] = set()  # computed from weights alone
+    for node in body.body.graph.nodes:
+        if node.op == "placeholder":
+            stored |= {node} if "stored" in node.meta else set()
+            continue
+        if node.all_input_nodes and all(n in stored for n in node.all_input_nodes):
+            stored.add(node)
+            continue
+        val = node.meta.get("val")
+        if node.op == "call_function" and isinstance(val, torch.Tensor):
+            yield val

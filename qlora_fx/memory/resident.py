@@ -1,0 +1,96 @@
+"""What a model holds all the time, from its graph and the rules of storage; no weight is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..capture.skeleton import named_tensors
+from ..compiler.compile import Prepared
+from ..errors import ConfigError
+from ..passes.adapt import ADAPTER_DTYPE
+from ..runtime.optimizer import ALIGNMENT, PAGED
+from ..runtime.schemes.four_bit import NESTED_QUANT_MAP, layout
+
+STATES = {"Adam": 2, "Lion": 1}
+"""Moments that an optimizer keeps per parameter, by a part of its name."""
+BLOCK_8BIT = 256
+"""Values per scale of 8-bit optimizer state (bitsandbytes 0.50, ``Optimizer2State.init_state``)."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes held throughout training, by kind.
+
+    Attributes:
+        storage: weights in 4 bits, with their absmax.
+        constants: everything else of the model: embeddings, head, norms, biases, buffers.
+        adapters, gradients, optimizer: of ``lora_A`` and ``lora_B``.
+        weights: how many weights are in ``storage``.
+        parameters: of the whole model, without adapters.
+        trained: adapter parameters.
+    """
+
+    storage: int
+    constants: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    weights: int
+    parameters: int
+    trained: int
+
+    @property
+    def total(self) -> int:
+        return self.storage + self.constants + self.adapters + self.gradients + self.optimizer
+
+
+def footprint(prepared: Prepared, optimizer: str) -> Footprint:
+    """Count what ``prepared`` will hold with ``optimizer`` over one flat buffer of adapters."""
+    blueprint, q = prepared.blueprint, prepared.config.quantization
+    quantized = {s.weight: s for s in prepared.sites.values() if s.quantize}
+    storage = weights = shared = 0
+    for site in quantized.values():
+        for part, (shape, dtype) in layout(site.shape, q, name=site.name).items():
+            size = math.prod(shape) * dtype.itemsize
+            if part == NESTED_QUANT_MAP:
+                shared = size
+            else:
+                storage += size
+        weights += math.prod(site.shape)
+    distinct = {blueprint.keys[name]: tensor for name, tensor in named_tensors(blueprint.model)}
+    constants = shared + sum(t.nbytes for key, t in distinct.items() if key not in quantized)
+    constants += sum(t.nbytes for t in prepared.capture.constants.values())
+    sizes = [
+        math.prod(shape) for s in prepared.sites.values() if s.adapt for shape in s.lora_shapes()
+    ]
+    flat = sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)
+    held = flat * ADAPTER_DTYPE.itemsize
+    parameters = {blueprint.keys[name] for name, _ in blueprint.model.named_parameters()}
+    return Footprint(
+        storage=storage,
+        constants=constants,
+        adapters=held,
+        gradients=held,
+        optimizer=state_bytes(optimizer, flat),
+        weights=weights,
+        parameters=sum(distinct[key].numel() for key in parameters),
+        trained=sum(sizes),
+    )
+
+
+def state_bytes(optimizer: str, count: int) -> int:
+    """Bytes of optimizer state for ``count`` float32 parameters in pieces of whole blocks.
+
+    32 bits: 4 bytes per moment. 8 bits: 1 byte per moment and one float32 scale per 256 values of a piece, and a
+    map of 256 float32 per moment (arXiv:2110.02861).
+
+    Raises:
+        ConfigError: for an optimizer that ``paged_optimizer`` does not make.
+    """
+    if optimizer not in PAGED:
+        raise ConfigError(f"optimizer={optimizer!r}; accepted: {', '.join(PAGED)}")
+    moments = next(n for part, n in STATES.items() if part in optimizer)
+    if not optimizer.endswith("8bit"):
+        return 4 * moments * count
+    return moments * (count + 4 * -(-count // BLOCK_8BIT) + (4 * 256 if count else 0))

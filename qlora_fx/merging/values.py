@@ -1,0 +1,239 @@
+"""What each parameter of a model is with its adapter merged in, made one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..checkpoints.conversion import Group
+from ..checkpoints.load import of_one
+from ..checkpoints.open import Checkpoint
+from ..errors import CheckpointError, ConfigError
+from ..model import QLoRAModel
+from ..passes.adapt import lora_keys
+from ..passes.graph.site import Layout, Site
+from ..runtime.allocator import WORTH_IT, trim
+from ..runtime.parameter_store import QuantizedNode
+from ..runtime.schemes.four_bit import StorageBuilder, dequantize_rows, row_ranges
+from ..weights.move import quantized_sites
+
+MODES = ("dequantized", "base16", "requantized")
+
+
+class BaseWeights:
+    """The original dense parameters of an opened checkpoint, by name; the last conversion is kept."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.groups = {n: g for g in checkpoint.groups for n in g.targets(checkpoint.model)}
+        self.last: tuple[Group | None, dict[str, torch.Tensor]] = (None, {})
+
+    def read(self, name: str, expert: int | None = None) -> torch.Tensor:
+        """The parameter, or one matrix of a stack of experts.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        group = self.groups.get(name)
+        if group is None:
+            raise CheckpointError(f"{self.checkpoint.source.given!r} has no {name}")
+        read, model = self.checkpoint.read, self.checkpoint.model
+        if expert is not None and group.experts:
+            return group.convert(read, model, expert)[name][0]
+        if self.last[0] is not group:
+            self.last = (None, {})
+            self.last = (group, group.convert(read, model))
+        whole = self.last[1][name]
+        if group.single is not None:
+            self.last = (None, {})
+        return whole if expert is None else whole[expert]
+
+
+class Merged:
+    """The parameters of ``qmodel`` with its adapter in them.
+
+    Args:
+        mode: "dequantized" (the values that 4 bits stand for, plus the adapter: what was trained), "base16" (the
+            original weights plus the adapter), or "requantized" (the first, quantized again).
+        base: the original weights, for "base16".
+
+    Attributes:
+        errors: relative error (Frobenius) of each weight that was made so far, beside what was trained, by key.
+
+    Raises:
+        ConfigError: an adapted weight has other readers, for whom it would change too.
+    """
+
+    def __init__(self, qmodel: QLoRAModel, mode: str, base: BaseWeights | None = None) -> None:
+        self.qmodel, self.mode, self.base = qmodel, mode, base
+        self.model = qmodel._blueprint.model
+        self.quantization = qmodel._config.quantization
+        self.sites = quantized_sites(qmodel)
+        self.adapted: dict[str, list[Site]] = {}
+        for site in qmodel._sites.values():
+            if site.adapt:
+                self.adapted.setdefault(site.weight, []).append(site)
+        self.errors: dict[str, float] = {}
+        self.check_readers()
+
+    def check_readers(self) -> None:
+        names: dict[str, list[str]] = {}
+        for name, key in self.qmodel._blueprint.keys.items():
+            names.setdefault(key, []).append(name)
+        others = {
+            s.weight: s.name
+            for s in self.qmodel._sites.values()
+            if s.kind in ("reader", "embedding")
+        }
+        for key, sites in self.adapted.items():
+            shared = names[key] if len(names[key]) > 1 else [others[key]] if key in others else []
+            if shared:
+                raise ConfigError(
+                    f"{sites[0].name} is adapted, and its weight is shared ({', '.join(shared)}): merged, the adapter "
+                    "would act on all of them. Accepted: adapters on weights with one reader"
+                )
+
+    # -- values -----------------------------------------------------------------------------------------
+
+    def parameter(self, name: str, expert: int | None = None) -> torch.Tensor:
+        """The parameter (or one matrix of a stack, in the parameter's order) in the model's own dtype.
+
+        In mode "requantized" the values that the new 4 bits stand for.
+        """
+        key = self.qmodel._blueprint.keys[name]
+        old = self.model.get_parameter_or_buffer(name)
+        shape = tuple(old.shape) if expert is None else tuple(old.shape[1:])
+        site = self.sites.get(key) or next(iter(self.adapted.get(key, ())), None)
+        if site is None:
+            return self.untouched(name, key, expert)
+        assert site.layout is not None
+        layout: Layout | None = site.layout
+        if site.experts:
+            one = of_one(site.layout, site.experts)
+            if expert is None and one is not None:
+                out = torch.empty(shape, dtype=old.dtype, device=self.qmodel.device)
+                for i in range(site.experts):
+                    out[i] = self.parameter(name, i)
+                return out
+            if expert is None:
+                each = [self.matrix(name, site, i, old.dtype) for i in range(site.experts)]
+                return site.layout.inverse(torch.stack(each)).reshape(shape).contiguous()
+            layout = one
+        if layout is None:
+            assert expert is not None
+            return self.parameter(name)[expert]
+        value = self.matrix(name, site, expert, old.dtype)
+        if value.nbytes >= WORTH_IT:
+            trim()
+        return layout.inverse(value).reshape(shape).contiguous()
+
+    def untouched(self, name: str, key: str, expert: int | None) -> torch.Tensor:
+        stored = self.qmodel._store[key].detach()
+        return stored if expert is None else stored[expert]
+
+    def matrix(self, name: str, site: Site, expert: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """``[out, in]`` as it multiplies, in ``dtype``; made by rows, so that only the result is whole."""
+        key, shape = site.weight, site.shape[-2:]
+        out = torch.empty(shape, dtype=dtype, device=self.qmodel.device)
+        others: Iterator[torch.Tensor] = self.trained(site, expert)
+        if key in self.sites and self.mode == "base16":
+            others = self.with_adapter(self.original(name, site, expert), site, expert)
+        elif key in self.sites and key in self.adapted and self.mode == "requantized":
+            others = dequantize_rows(self.quantize(site, expert), shape, self.quantization)
+        distance = norm = 0.0
+        ranges = row_ranges(shape, self.quantization.blocksize)
+        for (start, stop), value, true in zip(
+            ranges, others, self.trained(site, expert), strict=True
+        ):
+            out[start:stop] = value
+            distance += float((out[start:stop].float() - true).double().square().sum())
+            norm += float(true.double().square().sum())
+        error = (distance / norm) ** 0.5 if norm else 0.0
+        self.errors[key] = max(self.errors.get(key, 0.0), error)
+        return out
+
+    def trained(self, site: Site, expert: int | None) -> Iterator[torch.Tensor]:
+        """What the adapter was trained with, float32, by rows: the weight as held, plus the adapter."""
+        if site.weight in self.sites:
+            parts = self.parts(site.weight, expert)
+            rows = dequantize_rows(parts, site.shape[-2:], self.quantization)
+        else:
+            assert site.layout is not None
+            held = site.layout.of(self.qmodel._store[site.weight].detach())
+            rows = self.rows_of(held if expert is None else held[expert])
+        return self.with_adapter(rows, site, expert)
+
+    def original(self, name: str, site: Site, expert: int | None) -> Iterator[torch.Tensor]:
+        """The original weight, float32, by rows."""
+        assert self.base is not None
+        assert site.layout is not None
+        layout = of_one(site.layout, site.experts) if expert is not None else site.layout
+        if layout is None:
+            assert expert is not None
+            stack = site.layout.of(self.base.read(name).to(self.qmodel.device))
+            return self.rows_of(stack[expert])
+        return self.rows_of(layout.of(self.base.read(name, expert).to(self.qmodel.device)))
+
+    def rows_of(self, matrix: torch.Tensor) -> Iterator[torch.Tensor]:
+        for start, stop in row_ranges(tuple(matrix.shape), self.quantization.blocksize):
+            yield matrix[start:stop].float().clone(memory_format=torch.contiguous_format)
+
+    def with_adapter(
+        self, rows: Iterator[torch.Tensor], site: Site, expert: int | None
+    ) -> Iterator[torch.Tensor]:
+        """Add the adapters of the site's weight to float32 rows, in place."""
+        pairs = []
+        for adapted in self.adapted.get(site.weight, ()):
+            a, b = factors(adapted, self.qmodel._store)
+            if site.experts:
+                a, b = a[expert], b[expert]
+            pairs.append((a, b, adapted.scaling))
+        at = 0
+        for part in rows:
+            for a, b, scaling in pairs:
+                part.addmm_(b[at : at + part.shape[0]], a, alpha=scaling)
+            at += part.shape[0]
+            yield part
+
+    def quantize(self, site: Site, expert: int | None) -> dict[str, torch.Tensor]:
+        """New storage of one matrix."""
+        builder = StorageBuilder(site.shape[-2:], self.quantization, self.qmodel.device)
+        builder.add(0, (part.reshape(-1) for part in self.trained(site, expert)))
+        return builder.parts
+
+    def parts(self, key: str, expert: int | None) -> dict[str, torch.Tensor]:
+        path, _, leaf = key.rpartition(".")
+        node = self.qmodel._store.node(path)
+        assert isinstance(node, QuantizedNode)
+        parts = node.parts(leaf)
+        if expert is None:
+            return parts
+        return {k: v if k == "nested_quant_map" else v[expert] for k, v in parts.items()}
+
+    def requantized(self, name: str) -> dict[str, torch.Tensor] | None:
+        """New storage of an adapted weight in 4 bits; None where it stays as it is."""
+        key = self.qmodel._blueprint.keys[name]
+        if key not in self.adapted or key not in self.sites:
+            return None
+        site = self.sites[key]
+        if not site.experts:
+            return self.quantize(site, None)
+        each = [self.quantize(site, i) for i in range(site.experts)]
+        return {
+            part: first if part == "nested_quant_map" else torch.stack([e[part] for e in each])
+            for part, first in each[0].items()
+        }
+
+
+def factors(site: Site, store: Mapping[str, Any] | Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[(experts,) r, in]`` and ``[(experts,) out, r]`` of an adapter: as ``passes.adapt.factors``, on tensors."""
+    a, b = (store[key].detach().float() for key in lora_keys(site))
+    a, b = a.reshape(a.shape[0], a.shape[1]), b.reshape(b.shape[0], b.shape[1])
+    if site.experts:
+        a = a.reshape(site.experts, site.r, a.shape[1])
+        b = b.reshape(b.shape[0], site.r, site.experts).permute(2, 0, 1)
+    if site.swapped:
+        a, b = b.transpose(-2, -1), a.transpose(-2, -1)
+    return a, b
