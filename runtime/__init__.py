@@ -1,5 +1,11 @@
 """What a finished graph calls when it runs. Knows nothing of torch.fx."""
 
-from . import attention, loss, ops
+from . import attention, convolution, loss, ops, recurrence
 
-__all__ = ["attention", "loss", "ops"]  # importing them registers the operators
+__all__ = [
+    "attention",
+    "convolution",
+    "loss",
+    "ops",
+    "recurrence",
+]  # importing them registers the operators

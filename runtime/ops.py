@@ -19,6 +19,10 @@ _bnb = torch.ops.bitsandbytes
 
 NESTED_BLOCKSIZE = 256
 
+ANY_STRIDES = (torch.Tag.flexible_layout,)
+"""Of operators whose kernels take any strides. Otherwise Inductor gives them those of the trace, written as numbers
+where it knows them for one size only."""
+
 
 # Note [Rows that do not fill blocks]
 # The 4-bit dequantization of bitsandbytes 0.50.2 for CPUs with AVX-512 starts a new block at each row of the

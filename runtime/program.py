@@ -71,8 +71,8 @@ class Program:
             tensor = values[name]
             for dim, (size, want) in enumerate(zip(tensor.shape, expected.shape, strict=True)):
                 where = f"{name}.shape[{dim}]"
-                if not isinstance(want, torch.SymInt):
-                    if size != want:
+                if not isinstance(want, torch.SymInt) or want.node.expr.is_number:
+                    if size != int(want):
                         raise DoesNotFit(f"{where} is {size}, captured as {want}")
                     continue
                 known, first = sizes.setdefault(want.node.expr, (size, where))

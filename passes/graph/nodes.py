@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -70,7 +71,8 @@ def fake_value(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
     key = (target, str(fx.map_arg((args, kwargs), described)))
     found = known.get(key)
     if found is None:
-        with mode, torch.no_grad():
+        # The dispatcher in Python: PyTorch's C++ would ask for sizes as numbers, and so fix free ones.
+        with mode, torch.no_grad(), enable_python_dispatcher():
             found = target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
         known[key] = found
     return found

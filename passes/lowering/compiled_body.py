@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import sympy
 import torch
 from torch import fx, nn
+from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 
 from ..graph.nodes import ops
 from .partition import Partition
@@ -30,10 +34,30 @@ class Key(NamedTuple):
     recompute: bool = False
 
 
+class Variant(NamedTuple):
+    """One compiled form of a body.
+
+    Attributes:
+        run: takes the tensors and then the free sizes.
+        holds: whether it is right for given sizes; None where it is for all. Note [Guards of the compiler].
+    """
+
+    run: Callable[..., Any]
+    holds: Callable[[tuple[int, ...]], bool] | None
+
+
+# Note [Guards of the compiler]
+# AOTAutograd and Inductor may decide something by the sizes that they are shown (a convolution's backward in
+# Inductor fixes the length of a row), and note a guard with their ShapeEnv. Dynamo would check it; here nobody does.
+# So each compilation gets a ShapeEnv of its own, whose symbols have the sizes of the call at hand as hints; the
+# guards that were added are kept and checked before each call, and a call that they refuse is compiled anew.
+# A shared ShapeEnv would also let one body's decision fix the sizes of all others.
+
+
 class CompiledBody(nn.Module):
     """One body, compiled on first use for each combination of grad mode and inputs that need grad.
 
-    Shapes never cause another compilation: sizes are symbols of the capture.
+    Other sizes cause another compilation only where the compiler itself relied on them.
 
     Args:
         foreign: free sizes that no input of the body shows by itself (only ``[B * S, 8]``); the caller passes
@@ -53,13 +77,14 @@ class CompiledBody(nn.Module):
         super().__init__()
         self.body = body
         self.backend = backend
-        self.compiled: dict[Key, Callable[..., Any]] = {}
+        self.compiled: dict[Key, list[Variant]] = {}
         self.partitions: dict[Key, Partition] = {}
         self.inputs = list(body.graph.find_nodes(op="placeholder"))
         output = next(iter(body.graph.find_nodes(op="output")))
         self.single = isinstance(output.args[0], fx.Node)
-        self.sizes = [where for _, where in symbols(self.inputs)]
-        self.foreign = list(foreign)
+        shown = symbols(self.inputs)
+        self.sizes = [where for _, where in shown]
+        self.symbols = [size.node.expr for size, _ in shown] + [s.node.expr for s in foreign]
         self.calls = 1
         self.recomputed = 0
         self.flowing: tuple[bool, ...] = ()
@@ -76,11 +101,18 @@ class CompiledBody(nn.Module):
             )
             needs_grad = self.usual
         key = Key(needs_grad, any(needs_grad) and call < self.recomputed)
-        compiled = self.compiled.get(key)
-        if compiled is None:
-            compiled = self.compiled[key] = self.build(key)
-        outputs = compiled(*args, *(args[i].shape[dim] for i, dim in self.sizes), *foreign)
+        sizes = (*(args[i].shape[dim] for i, dim in self.sizes), *foreign)
+        outputs = self.variant(key, sizes).run(*args, *sizes)
         return outputs[0] if self.single else outputs
+
+    def variant(self, key: Key, sizes: tuple[int, ...]) -> Variant:
+        """The compiled form for a call, compiled now if there is none. Note [Guards of the compiler]."""
+        variants = self.compiled.setdefault(key, [])
+        for variant in variants:
+            if variant.holds is None or variant.holds(sizes):
+                return variant
+        variants.append(self.build(key, sizes))
+        return variants[-1]
 
     def covers(self, needs_grad: tuple[bool, ...]) -> bool:
         """True if the usual program computes every gradient that is asked for. Note [The first of many blocks]."""
@@ -88,53 +120,49 @@ class CompiledBody(nn.Module):
             usual or not need for usual, need in zip(self.usual, needs_grad, strict=True)
         )
 
-    def build(self, key: Key) -> Callable[..., Any]:
-        gm, args, partition = self.prepared(key)
-        self.partitions[key] = partition
+    def build(self, key: Key, sizes: tuple[int, ...]) -> Variant:
+        example = self.example(key, sizes)
+        self.partitions[key] = example.partition
         if warm_up.thread is not None:
             warm_up.thread.join()
-        with tracing(TracingContext(args[0].fake_mode)):
+        with tracing(TracingContext(example.mode)):
             if self.backend == "inductor":
-                patches = {"custom_partitioner_fn": partition}
+                patches = {"custom_partitioner_fn": example.partition}
                 try:
                     # The backward too is compiled now: a refusal of it is ours to handle, not the user's.
                     with functorch.patch(force_non_lazy_backward_lowering=True):
-                        compiled: Any = compile_fx(gm, args, config_patches=patches)
+                        run: Any = compile_fx(example.gm, example.args, config_patches=patches)
                 except InductorError as error:
                     self.tell(error)
-                    gm, *_ = self.prepared(key)
                 else:
-                    return compiled  # type: ignore[no-any-return]
-            return aot_eager(gm, args, partition)
+                    return Variant(run, example.guards())
+        example = self.example(key, sizes)
+        with tracing(TracingContext(example.mode)):
+            return Variant(aot_eager(example), example.guards())
 
-    def prepared(self, key: Key) -> tuple[fx.GraphModule, list[Any], Partition]:
-        """A copy of the body, fake arguments for it, and its partitioner."""
-        sizes = [size for size, _ in symbols(self.inputs)] + self.foreign
-        gm = tuple_output(self.body, sizes)
+    def example(self, key: Key, sizes: Sequence[int] = ()) -> Example:
+        """What to compile: a copy of the body and fake arguments of these sizes; default: those of the capture."""
+        gm = tuple_output(self.body, len(self.symbols))
         if not key.needs_grad:
             skip_gradients(gm.graph)
-        args: list[Any] = []
-        with next(iter(self.inputs)).meta["val"].fake_mode:
-            for i, node in enumerate(self.inputs):
-                val = node.meta["val"].detach()
-                needed = bool(key.needs_grad) and key.needs_grad[i]
-                args.append(val.requires_grad_() if needed else val)
         held = frozenset(i for i, n in enumerate(self.inputs) if "stored" in n.meta)
         own = frozenset(i for i, needed in enumerate(key.needs_grad) if needed) - held
-        return gm, args + sizes, Partition(held, own, recompute=key.recompute)
+        partition = Partition(held, own, recompute=key.recompute)
+        vals = [n.meta["val"] for n in self.inputs]
+        return Example(gm, vals, key.needs_grad, self.symbols, sizes, partition)
 
     def partitioned(self, key: Key) -> Partition:
         """How a program is split: found out, where it was not compiled yet or came from a cache."""
         partition = self.partitions.get(key)
         if partition is None or (not partition.inputs and any(key.needs_grad)):
-            gm, args, partition = self.prepared(key)
+            example = self.example(key)
             with (
                 torch.inference_mode(False),
                 torch.enable_grad(),
-                tracing(TracingContext(args[0].fake_mode)),
+                tracing(TracingContext(example.mode)),
             ):
-                aot_eager(gm, args, partition)
-            self.partitions[key] = partition
+                aot_eager(example)
+            partition = self.partitions[key] = example.partition
         return partition
 
     def tell(self, error: Exception) -> None:
@@ -148,7 +176,94 @@ class CompiledBody(nn.Module):
             )
 
 
-def aot_eager(gm: fx.GraphModule, args: list[Any], partition: Partition) -> Callable[..., Any]:
+class FreeStrides(ShapeEnv):
+    """Keeps the strides that Inductor gives to what a forward saves as formulas.
+
+    AOTAutograd shows them to the backward as numbers, which are right for one size and guarded by nothing.
+    """
+
+    def evaluate_symexpr(self, code: str) -> Any:
+        return self.deserialize_symexpr(code)
+
+
+class Example:
+    """Arguments for one compilation: fake tensors whose sizes are symbols of a ShapeEnv of their own.
+
+    Args:
+        gm: the graph; takes the tensors and then one integer per symbol.
+        vals: the capture's fake value of each tensor.
+        needs_grad: by tensor; empty: none does.
+        symbols: the capture's free sizes, in the order in which they are passed.
+        sizes: what they are in the call at hand; empty: as in the capture.
+        partition: of the graph; its formulas get the capture's symbols back.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        vals: Sequence[Any],
+        needs_grad: Sequence[bool],
+        symbols: Sequence[sympy.Symbol],
+        sizes: Sequence[int],
+        partition: Partition,
+    ) -> None:
+        self.gm, self.partition = gm, partition
+        self.env = FreeStrides()
+        self.mode = FakeTensorMode(shape_env=self.env)
+        captured: ShapeEnv = vals[0].fake_mode.shape_env
+        self.free: list[torch.SymInt] = []
+        new: dict[sympy.Expr, sympy.Expr] = {}
+        hints: dict[sympy.Expr, sympy.Integer] = {}
+        for i, symbol in enumerate(symbols):
+            by_data = free_unbacked_symbols(symbol)
+            hint = sizes[i] if sizes else USUAL_ROWS if by_data else hint_of(captured, symbol)
+            # The capture knows sizes of 2 and more only; what holds for them holds for 1.
+            hint = hint if by_data else max(hint, 2)
+            source = ConstantSource(f"size_{i}")
+            expr = self.env.create_symbol(
+                hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=bool(by_data)
+            )
+            self.free.append(
+                cast(torch.SymInt, self.env.create_symintnode(expr, hint=hint, source=source))
+            )
+            new[symbol], hints[symbol] = expr, sympy.Integer(hint)
+
+        def size(old: Any) -> Any:
+            if not isinstance(old, torch.SymInt):
+                return old
+            expr = old.node.expr
+            return self.env.create_symintnode(expr.xreplace(new), hint=int(expr.xreplace(hints)))
+
+        self.args: list[Any] = []
+        with self.mode:
+            for i, val in enumerate(vals):
+                shape, strides = map(size, val.shape), map(size, val.stride())
+                tensor = torch.empty_strided(
+                    tuple(shape), tuple(strides), dtype=val.dtype, device=val.device
+                )
+                self.args.append(tensor.requires_grad_(bool(needs_grad) and needs_grad[i]))
+        self.args += self.free
+        partition.symbols = {n: o for o, n in new.items() if isinstance(n, sympy.Symbol)}
+
+    def guards(self) -> Callable[[tuple[int, ...]], bool] | None:
+        """What the compiler relied on, as a test of sizes; None where it relied on nothing."""
+        # Also sizes that became plain numbers are compared: ignore_static would leave them out.
+        text = self.env.produce_guards_expression(self.free, ignore_static=False)
+        if text is None:
+            return None
+        env = self.env
+        return lambda sizes: env.evaluate_guards_expression(text, [max(s, 2) for s in sizes])
+
+
+USUAL_ROWS = 5
+"""A size that the data decide, where no call is at hand."""
+
+
+def hint_of(env: ShapeEnv, symbol: sympy.Symbol) -> int:
+    return int(env.backed_var_to_val[symbol])
+
+
+def aot_eager(example: Example) -> Callable[..., Any]:
     """The same joint graph, partition and recomputation, run by PyTorch's own kernels."""
     from functorch.compile import make_boxed_func
     from torch._functorch.aot_autograd import aot_module_simplified
@@ -162,7 +277,11 @@ def aot_eager(gm: fx.GraphModule, args: list[Any], partition: Partition) -> Call
         return make_boxed_func(gm.forward)
 
     compiled: Callable[..., Any] = aot_module_simplified(
-        gm, args, fw_compiler=run, bw_compiler=run, partition_fn=partition
+        example.gm,
+        example.args,
+        fw_compiler=run,
+        bw_compiler=run,
+        partition_fn=example.partition,
     )
     return compiled
 
@@ -191,7 +310,7 @@ def hidden_symbols(body: fx.GraphModule) -> set[Any]:
     return used - shown
 
 
-def tuple_output(body: fx.GraphModule, sizes: Sequence[torch.SymInt]) -> fx.GraphModule:
+def tuple_output(body: fx.GraphModule, sizes: int) -> fx.GraphModule:
     """A copy that returns a tuple and takes the free sizes behind its tensors; the backend changes the copy.
 
     The graph itself reads sizes from its tensors. As inputs of their own they can be saved for backward,
@@ -202,8 +321,8 @@ def tuple_output(body: fx.GraphModule, sizes: Sequence[torch.SymInt]) -> fx.Grap
     inputs = list(body.graph.find_nodes(op="placeholder"))
     for node in inputs:
         mapping[node] = graph.node_copy(node)
-    for i, size in enumerate(sizes):
-        graph.placeholder(f"size_{i}").meta["val"] = size
+    for i in range(sizes):
+        graph.placeholder(f"size_{i}")
     value = graph.graph_copy(body.graph, mapping)
     graph.output(value if isinstance(value, tuple) else (value,))
     return fx.GraphModule(nn.Module(), graph)

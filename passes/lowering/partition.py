@@ -46,6 +46,7 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
     Attributes:
         saved: what the forward hands to the backward, once it has run.
         inputs: the forward's inputs, in order.
+        symbols: the capture's free sizes, by those that the graph was traced with.
         live: what the forward and the backward add to what is live, node by node.
         flops: multiplications and additions of the forward's products and of the backward's, in the capture's
             symbols.
@@ -63,6 +64,7 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
         self.recompute = recompute
         self.saved: list[fx.Node] = []
         self.inputs: list[fx.Node] = []
+        self.symbols: dict[sympy.Symbol, sympy.Symbol] = {}
         self.live: tuple[list[Event], list[Event]] = ([], [])
         self.flops: tuple[sympy.Expr, sympy.Expr] = (sympy.Integer(0), sympy.Integer(0))
 
@@ -77,9 +79,21 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
         outputs: Any = next(iter(forward.graph.find_nodes(op="output"))).args[0]
         self.saved = [n for n in outputs[kwargs["num_fwd_outputs"] :] if isinstance(n, fx.Node)]
         self.inputs = list(forward.graph.find_nodes(op="placeholder"))
-        self.flops = (flops_of(forward.graph), flops_of(backward.graph))
-        self.live = (events(forward.graph, ()), events(backward.graph, self.given(backward.graph)))
+        self.flops = tuple(self.captured(flops_of(g.graph)) for g in (forward, backward))
+        given = ((), self.given(backward.graph))
+        forth, back = (
+            [
+                Event(e.node, self.captured(e.bytes), self.captured(e.moment))
+                for e in events(g.graph, known)
+            ]
+            for g, known in zip((forward, backward), given, strict=True)
+        )
+        self.live = (forth, back)
         return forward, backward
+
+    def captured(self, formula: Any) -> sympy.Expr:
+        """A formula over sizes in the symbols of the capture."""
+        return sympy.sympify(formula).xreplace(self.symbols)
 
     def given(self, backward: fx.Graph) -> list[fx.Node]:
         """What comes into the backward and goes with it: saved values that are its own, and gradients."""
@@ -174,7 +188,7 @@ def activations(partition: Partition, flowing: tuple[bool, ...]) -> list[tuple[s
         base = viewed(node)
         val = base.meta["val"]
         if isinstance(val, torch.Tensor) and (base.op != "placeholder" or base in own):
-            found[base] = elements(val) * val.element_size()
+            found[base] = partition.captured(elements(val) * val.element_size())
     return [(node.name, size) for node, size in found.items()]
 
 

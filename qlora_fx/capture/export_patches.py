@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..runtime.recurrence import LIKE, as_operator
+
 
 @contextlib.contextmanager
 def hard_models() -> Iterator[None]:
@@ -31,6 +33,26 @@ def hard_models() -> Iterator[None]:
         stack.enter_context(casts_that_change_nothing())
         stack.enter_context(AllExperts())
         yield
+
+
+@contextlib.contextmanager
+def recurrences(model: nn.Module) -> Iterator[None]:
+    """Let the recurrences over time of the model's modeling files be one operator each (runtime/recurrence.py)."""
+    undo: list[tuple[Any, str, Any]] = []
+    for name in sorted({type(module).__module__ for module in model.modules()}):
+        if not name.startswith("transformers.models."):
+            continue
+        module = sys.modules[name]
+        for function in LIKE:
+            original = getattr(module, function, None)
+            if original is not None:
+                undo.append((module, function, original))
+                setattr(module, function, as_operator(original, name))
+    try:
+        yield
+    finally:
+        for module, function, original in undo:
+            setattr(module, function, original)
 
 
 class AllExperts(TorchFunctionMode):

@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CaptureError
 from .arguments import is_paired
 from .dynamic_shapes import automatic_dims, example, is_about_dims, resized, shared_dims
-from .export_patches import hard_models
+from .export_patches import hard_models, recurrences
 from .flat_graph import Flattener
 
 
@@ -154,7 +154,7 @@ class Blueprint:
             examples = {k: example(v) for k, v in resized(inputs, paired).items()}
         take_exactly(model, list(examples))
         spec = dims(examples, paired)
-        with mode, quiet(), seam():
+        with mode, quiet(), recurrences(model), seam():
             return torch.export.export(model, (), examples, dynamic_shapes=spec, strict=False)
 
     def finish(self, program: ExportedProgram) -> Capture:

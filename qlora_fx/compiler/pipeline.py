@@ -22,6 +22,7 @@ from ..config import Config
 from ..errors import GraphError
 from ..passes.adapt import adapt
 from ..passes.attention import attention
+from ..passes.convolutions import convolutions
 from ..passes.loss_head import loss_head
 from ..passes.normalize import normalize
 from ..passes.outline import outline
@@ -64,6 +65,7 @@ PIPELINE: tuple[Stage, ...] = (
     ),
     Stage(siblings, optional=True),
     Stage(attention, optional=True),
+    Stage(convolutions, optional=True),
     Stage(loss_head, optional=True),
     Stage(outline, (invariants.each_distinct_body_occurs_once,)),
 )
