@@ -1,0 +1,235 @@
+"""Decoders of text that images are put into."""
+
+from __future__ import annotations
+
+from .batches import IMAGE, VOCABULARY
+from .build import Family, composite
+from .pictures import image_rows, image_text, prefixed, questioned, typed, with_sizes
+from .settings import (
+    ALTERNATING,
+    CLIP_VISION,
+    DECODER,
+    DROP,
+    HEAD,
+    LLAMA,
+    LONG,
+    OPT,
+    SIGLIP_VISION,
+    SIZES,
+    TOKENS,
+    TOWER,
+    WIDE,
+)
+
+COHERE = LLAMA | ALTERNATING | {"model_type": "cohere2"}
+
+
+VISION_LANGUAGE = (
+    Family(
+        "llava",
+        "vision-language",
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": LLAMA | {"model_type": "llama"},
+            "vision_config": TOWER | {"model_type": "clip_vision_model"},
+            "image_token_index": IMAGE,
+            "image_seq_length": 4,
+            "vision_feature_layer": -1,  # by default the last layer is not used
+        },
+        image_text(3, 30, 30),
+    ),
+    Family(
+        "paligemma",
+        "vision-language",
+        "PaliGemmaForConditionalGeneration",
+        {
+            "text_config": DECODER | HEAD | {"attention_bias": True, "model_type": "gemma"},
+            "vision_config": TOWER
+            | {"vision_use_head": False, "model_type": "siglip_vision_model"},
+            "image_token_index": IMAGE,
+            "vocab_size": VOCABULARY,
+            "projection_dim": 48,
+            "hidden_size": 48,
+        },
+        prefixed,
+    ),
+    Family(
+        "idefics3",
+        "vision-language",
+        "Idefics3ForConditionalGeneration",
+        {
+            "text_config": LLAMA | {"model_type": "llama"},
+            "vision_config": TOWER | {"image_size": 60},
+            "image_token_id": IMAGE,
+            "pad_token_id": 0,
+            "scale_factor": 2,
+        },
+        image_text(1, 3, 60, 60),
+    ),
+    Family(
+        "blip-2",
+        "vision-language",
+        "Blip2ForConditionalGeneration",
+        {
+            "text_config": OPT | {"model_type": "opt"},
+            "vision_config": TOWER | {"initializer_range": 0.02, "qkv_bias": True},
+            "qformer_config": SIZES
+            | WIDE
+            | LONG
+            | DROP
+            | {"vocab_size": VOCABULARY, "pad_token_id": 0},
+            "num_query_tokens": 4,
+            "image_token_index": IMAGE,
+        },
+        image_text(3, 30, 30),
+    ),
+    composite(
+        "aria",
+        "AriaForConditionalGeneration",
+        image_text(3, 30, 30),
+        text_config=DECODER
+        | HEAD
+        | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+        vision_config=TOWER | {"model_type": "idefics3_vision"},
+        image_token_index=IMAGE,
+        projector_patch_to_query_dict={4: 4},
+        vision_feature_layer=-1,
+    ),
+    composite(
+        "aya_vision",
+        "AyaVisionForConditionalGeneration",
+        image_text(3, 60, 60),
+        text_config=COHERE,
+        vision_config=SIGLIP_VISION | {"image_size": 60},
+        image_token_index=IMAGE,
+        downsample_factor=2,
+        vision_feature_layer=-1,
+    ),
+    composite(
+        "cohere2_vision",
+        "Cohere2VisionForConditionalGeneration",
+        image_text(3, 60, 60),
+        text_config=COHERE,
+        vision_config=SIGLIP_VISION | {"image_size": 60},
+        image_token_id=IMAGE,
+        downsample_factor=2,
+        alignment_intermediate_size=64,
+    ),
+    composite(
+        "deepseek_vl",
+        "DeepseekVLForConditionalGeneration",
+        image_text(3, 30, 30),
+        text_config=LLAMA | {"model_type": "llama"},
+        vision_config=SIGLIP_VISION,
+        image_token_id=IMAGE,
+    ),
+    composite(
+        "fuyu",
+        "FuyuForCausalLM",
+        image_rows,
+        text_config=TOKENS | SIZES | WIDE | LONG | {"hidden_size": 64, "model_type": "persimmon"},
+        image_size=8,
+        patch_size=4,
+        image_token_id=IMAGE,
+    ),
+    composite(
+        "gemma3",
+        "Gemma3ForConditionalGeneration",
+        typed,
+        text_config=DECODER | HEAD | ALTERNATING | {"attention_bias": True},
+        vision_config=SIGLIP_VISION,
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+    ),
+    composite(
+        "got_ocr2",
+        "GotOcr2ForConditionalGeneration",
+        image_text(3, 64, 64),
+        text_config=DECODER | {"model_type": "qwen2"},
+        vision_config=SIZES
+        | {
+            "image_size": 64,
+            "patch_size": 8,
+            "output_channels": 16,
+            "window_size": 4,
+            "global_attn_indexes": [1],
+            "mlp_dim": 80,
+            "attention_dropout": 0.0,
+        },
+        image_token_index=IMAGE,
+        image_seq_length=4,
+    ),
+    composite(
+        "idefics2",
+        "Idefics2ForConditionalGeneration",
+        image_text(1, 3, 30, 30),
+        text_config=DECODER | HEAD | {"model_type": "mistral"},
+        vision_config=TOWER,
+        image_token_id=IMAGE,
+        perceiver_config={
+            "hidden_size": 48,
+            "resampler_n_latents": 4,
+            "resampler_depth": 1,
+            "resampler_n_heads": 4,
+            "resampler_head_dim": 12,
+            "num_key_value_heads": 2,
+        },
+    ),
+    composite(
+        "instructblip",
+        "InstructBlipForConditionalGeneration",
+        questioned,
+        text_config=OPT | {"model_type": "opt"},
+        vision_config=TOWER | {"qkv_bias": True},
+        qformer_config=SIZES | WIDE | LONG | DROP | {"vocab_size": VOCABULARY, "pad_token_id": 0},
+        num_query_tokens=4,
+        image_token_index=IMAGE,
+    ),
+    composite(
+        "internvl",
+        "InternVLForConditionalGeneration",
+        image_text(3, 60, 60),
+        text_config=DECODER | {"model_type": "qwen2"},
+        vision_config=TOWER
+        | {
+            "image_size": [60, 60],
+            "patch_size": [15, 15],
+            "attention_bias": True,
+            "layer_scale_init_value": 1.0,
+            "use_mean_pooling": False,
+        },
+        image_token_id=IMAGE,
+        image_seq_length=4,
+        vision_feature_layer=-1,
+    ),
+    composite(
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        with_sizes,
+        text_config=DECODER | HEAD | {"model_type": "mistral"},
+        vision_config=TOWER | HEAD | {"hidden_size": 64, "model_type": "pixtral"},
+        image_token_index=IMAGE,
+        spatial_merge_size=1,
+        vision_feature_layer=-1,
+    ),
+    composite(
+        "smolvlm",
+        "SmolVLMForConditionalGeneration",
+        image_text(1, 3, 60, 60),
+        text_config=LLAMA | {"model_type": "llama"},
+        vision_config=TOWER | {"image_size": 60},
+        image_token_id=IMAGE,
+        pad_token_id=0,
+        scale_factor=2,
+    ),
+    composite(
+        "vipllava",
+        "VipLlavaForConditionalGeneration",
+        image_text(3, 30, 30),
+        text_config=LLAMA | {"model_type": "llama"},
+        vision_config=CLIP_VISION,
+        image_token_index=IMAGE,
+        image_seq_length=4,
+        vision_feature_layers=[-2, -1],
+    ),
+)
