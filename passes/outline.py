@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .graph.nodes import aten, placeholders
+from .graph.nodes import aten, identifier, placeholders
 
 INDEXED = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
 
@@ -262,7 +262,7 @@ class Body:
 
     def local(self, name: str) -> str:
         prefix = self.prefix.replace(".", "_")
-        return name.removeprefix(f"{prefix}_") if prefix else name
+        return identifier(name.removeprefix(f"{prefix}_")) if prefix else name
 
     def key(self) -> Any:
         """Equal for two bodies that compute the same from inputs of the same types."""

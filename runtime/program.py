@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -79,7 +80,7 @@ class Program:
                 if known != size:
                     raise DoesNotFit(f"{where} is {size}, but {first} is {known}")
             tensors.append(tensor.contiguous())
-        scope = {"L": values, "torch": torch}
+        scope = {"L": values, "torch": torch, "math": math}
         for text, code in self.guards:
             if not eval(code, scope):
                 raise DoesNotFit(f"the capture relied on {text}")

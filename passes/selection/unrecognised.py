@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..graph.flops import flops
 from ..graph.nodes import VIEWS_AND_CASTS, args_of, aten, parameter_behind, weight_like
@@ -121,7 +122,7 @@ def is_multiplied_and_summed(node: fx.Node) -> bool:
     if sum(found) != 1:
         return False
     weight = args_of(node)[found.index(True)]
-    if sum(s != 1 for s in weight.meta["val"].shape) < 2:
+    if sum(not statically_known_true(s == 1) for s in weight.meta["val"].shape) < 2:
         return False
     users = list(node.users)
     return any(u.target in (aten.sum.dim_IntList, aten.sum.default) for u in users)

@@ -186,6 +186,8 @@ def check_call(
             continue
         if name == "labels" and paired:
             continue  # an encoder-decoder's target has a length of its own
+        if name == "labels" and any(n.endswith("embeds") for n in values):
+            continue  # what is embedded besides the ids may have labels too
         if other.dim() == 2 and other.shape != ids.shape:
             raise InputError(
                 f"{name} has shape {list(other.shape)}, input_ids {list(ids.shape)}; accepted: the same shape"

@@ -1,4 +1,7 @@
-"""Ways past Python that torch.export cannot follow, tried when a plain capture fails. All are undone after it."""
+"""Ways past Python that torch.export cannot follow, or follows badly. All are undone after a capture.
+
+``always`` holds for every capture; ``hard_models`` is tried when a plain one fails.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch._dynamo._trace_wrapped_higher_order_op as masks
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -33,6 +37,36 @@ def hard_models() -> Iterator[None]:
         stack.enter_context(casts_that_change_nothing())
         stack.enter_context(AllExperts())
         yield
+
+
+@contextlib.contextmanager
+def always(model: nn.Module) -> Iterator[None]:
+    """What helps every model: recurrences as operators, numbers as nodes, indexing inside masks as an operation."""
+    before = masks.mod_index
+    # An autograd function, for flex attention's sake, which export writes into the graph as a Python object.
+    masks.mod_index = lambda x, indices: torch.ops.aten.index(x, indices)  # type: ignore[assignment]
+    try:
+        with recurrences(model), numbers_as_nodes():
+            yield
+    finally:
+        masks.mod_index = before
+
+
+@contextlib.contextmanager
+def numbers_as_nodes() -> Iterator[None]:
+    """``torch.tensor(0.5)`` in a forward is a number: export would lift it as a constant without a value."""
+    original = torch.tensor
+
+    def tensor(data: Any, **options: Any) -> torch.Tensor:
+        if isinstance(data, (bool, int, float)):
+            return torch.full((), data, **options)
+        return original(data, **options)
+
+    torch.tensor = tensor  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.tensor = original
 
 
 @contextlib.contextmanager

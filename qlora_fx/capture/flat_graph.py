@@ -78,7 +78,11 @@ class Flattener:
                 self.env[node] = fx.map_arg(node.args[0], lambda n: self.env[n])
             elif is_region(node):
                 self.region(node)
-            elif isinstance(node.args and self.env.get(node.args[0]), (tuple, list)):
+            elif (
+                node.args
+                and isinstance(self.value(node.args[0]), (tuple, list))
+                and (isinstance(node.args[0], fx.Node))
+            ):
                 self.env[node] = self.env[node.args[0]][node.args[1]]  # getitem of a region
             else:
                 self.env[node] = self.copy(node)

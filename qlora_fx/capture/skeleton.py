@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CaptureError
 from .arguments import is_paired
 from .dynamic_shapes import automatic_dims, example, is_about_dims, resized, shared_dims
-from .export_patches import hard_models, recurrences
+from .export_patches import always, hard_models
 from .flat_graph import Flattener
 
 
@@ -154,7 +154,7 @@ class Blueprint:
             examples = {k: example(v) for k, v in resized(inputs, paired).items()}
         take_exactly(model, list(examples))
         spec = dims(examples, paired)
-        with mode, quiet(), recurrences(model), seam():
+        with mode, quiet(), always(model), seam():
             return torch.export.export(model, (), examples, dynamic_shapes=spec, strict=False)
 
     def finish(self, program: ExportedProgram) -> Capture:
@@ -178,7 +178,8 @@ class Blueprint:
             elif item.kind is InputKind.CONSTANT_TENSOR:
                 key = f"constants.{self.captures}.{item.target}"  # each capture has its own
                 value = program.constants[str(item.target)]
-                if not isinstance(value, torch.Tensor) or type(value) is not torch.Tensor:
+                value = getattr(value, "constant", None) if is_fake(value) else value
+                if type(value) is not torch.Tensor:
                     raise CaptureError(
                         f"the model made the constant {item.target} from a traced value"
                     )

@@ -1,0 +1,174 @@
+"""What a user does with a model, through the defaults: each model type of the table walks this path.
+
+``transform`` with its defaults (Inductor, all linears, NF4 with double quantization), a training step beside float64
+with the memory budget at both ends, another shape, eval, train again, the adapter saved and loaded by PEFT, the
+checkpoint loaded by ``from_pretrained``. Only the compute dtype is fixed, to float32: what is fastest here must not
+decide what a test tolerates.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import qlora_fx
+import torch
+from families import Family, build
+from peft import PeftModel
+from qlora_fx.testing import compare, randomize_adapter, relative_error
+from qlora_fx.testing.check import leaves
+from qlora_fx.testing.reference import dense_weights
+
+STEPS = ("transform", "train", "budget", "shape", "eval", "train again", "peft", "checkpoint")
+
+
+@dataclass
+class Walk:
+    """What happened on the way.
+
+    Attributes:
+        seconds: by step, of those that were finished.
+        said: warnings of qlora_fx, by step.
+        error: the step that failed, and how; empty if none did.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    said: dict[str, list[str]] = field(default_factory=dict)
+    error: str = ""
+
+
+class Wrong(AssertionError):
+    """A number that is not what it should be."""
+
+
+def walk(family: Family, *, steps: tuple[str, ...] = STEPS, backend: str = "inductor") -> Walk:
+    """Take a family along the path; errors are reported, not raised."""
+    result = Walk()
+    step = ""
+
+    @contextmanager
+    def taking(name: str) -> Iterator[None]:
+        nonlocal step
+        step, start = name, time.perf_counter()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield
+        result.seconds[name] = round(time.perf_counter() - start, 1)
+        said = [str(w.message) for w in caught if "qlora_fx" in str(w.filename) or ours(w)]
+        if said:
+            result.said[name] = said
+
+    try:
+        follow(family, steps, backend, taking)
+    except Exception as error:
+        text = str(error).strip() or "-"
+        result.error = f"{step}: {type(error).__name__}: {text[:600]}"
+    return result
+
+
+OURS = (
+    "capturing ",
+    "Inductor cannot compile",
+    "memory_budget",
+    "stays dense",
+    "PEFT has no adapter",
+)
+
+
+def ours(warning: warnings.WarningMessage) -> bool:
+    return any(words in str(warning.message) for words in OURS)
+
+
+def follow(family: Family, steps: tuple[str, ...], backend: str, taking: Any) -> None:
+    model = build(family).train()
+    first, second = family.batch(3, 21), family.batch(2, 17)
+    with taking("transform"):
+        qmodel = qlora_fx.transform(
+            copy.deepcopy(model),
+            compute_dtype=torch.float32,
+            example_inputs=first,
+            backend=backend,
+        )
+    randomize_adapter(qmodel)
+    with taking("train"):
+        right(model, qmodel, first)
+    if "budget" in steps:
+        with taking("budget"):
+            qmodel.memory_budget = 0.0
+            right(model, qmodel, first)
+            qmodel.memory_budget = 1.0
+    if "shape" in steps:
+        with taking("shape"):
+            right(model, qmodel, second)
+    if "eval" in steps:
+        with taking("eval"), torch.no_grad():
+            outputs = leaves(qmodel.eval()(**first))
+            if not outputs or not all(bool(t.isfinite().all()) for t in outputs.values()):
+                raise Wrong("outputs in eval mode are not finite")
+    if "train again" in steps:
+        with taking("train again"):
+            right(model, qmodel.train(), first)
+    with tempfile.TemporaryDirectory() as folder:
+        if "peft" in steps:
+            with taking("peft"):
+                qmodel.save_pretrained(f"{folder}/adapter")
+                in_peft(model, qmodel, first, outputs, Path(folder) / "adapter")
+        if "checkpoint" in steps:
+            with taking("checkpoint"):
+                loaded(model, qmodel, first, Path(folder), backend)
+
+
+def right(model: Any, qmodel: Any, batch: Any) -> None:
+    """Outputs and the gradients of all adapters beside float64; half of them at least are not zero."""
+    report = compare(model, qmodel, batch, all_outputs=False)
+    if not report.passed:
+        raise Wrong(str(report))
+    if sum(line.norm > 0 for line in report.sites) < len(report.sites) / 2:
+        raise Wrong("most adapters have a gradient of zero")
+
+
+def in_peft(model: Any, qmodel: Any, batch: Any, ours: Any, folder: Path) -> None:
+    """PEFT's own model over the same weights, with the folder we saved, gives the same outputs."""
+    base = copy.deepcopy(model)
+    tensors = dict(base.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, weight in dense_weights(model, qmodel).items():
+            tensors[name].copy_(weight)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected) .*key.*")
+        warnings.filterwarnings("error", message=".*no effect.*")
+        theirs = PeftModel.from_pretrained(base, folder).eval()
+        with torch.no_grad():
+            other = leaves(theirs(**batch))
+    for name, value in ours.items():
+        error = relative_error(value, other[name])
+        if error > 1e-4:
+            raise Wrong(f"{name} differs by {error:.1e} from PEFT's with the saved adapter")
+
+
+def loaded(model: Any, qmodel: Any, batch: Any, folder: Path, backend: str) -> None:
+    """The dense checkpoint streamed to 4 bits, with the saved adapter: the same step."""
+    model.save_pretrained(folder / "model")
+    again = qlora_fx.from_pretrained(
+        folder / "model",
+        compute_dtype=torch.float32,
+        example_inputs=batch,
+        backend=backend,
+        model_class=type(model),
+        device="cpu",
+        progress=False,
+    )
+    again.load_adapter_state_dict(qmodel.adapter_state_dict())
+    with torch.no_grad():
+        one, other = leaves(qmodel(**batch)), leaves(again(**batch))
+    for name, value in one.items():
+        error = relative_error(other[name], value)
+        if error > 1e-5:
+            raise Wrong(f"{name} of the loaded checkpoint differs by {error:.1e}")
