@@ -6,7 +6,7 @@ import copy
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -99,17 +99,21 @@ def saved_config(lora: LoraConfig, sites: Mapping[str, Site], config: Any) -> di
         saved.base_model_name_or_path or getattr(config, "_name_or_path", None) or None
     )
     adapted = [s for s in sites.values() if s.adapt]
-    by_parameter = [s for s in adapted if s.kind == "parameter"]
+    claimed = renamed_targets(config)
+    by_parameter = {s.weight for s in adapted if s.kind == "parameter"}
+    by_parameter |= {
+        s.weight for s in adapted if s.kind == "linear" and s.name.rpartition(".")[2] in claimed
+    }
     if saved.target_modules in (None, "all-linear") or by_parameter:
-        saved.target_modules = target_names(sites)
+        saved.target_modules = target_names(sites, by_parameter)
         saved.exclude_modules = None
     if by_parameter:
-        saved.target_parameters = parameter_names(sites)
+        saved.target_parameters = parameter_names(sites, by_parameter)
         if saved.lora_dropout:
             saved.lora_dropout = 0.0
             warnings.warn(
                 "adapter_config.json says lora_dropout=0: PEFT refuses dropout on target_parameters "
-                f"({by_parameter[0].weight} and others). It plays no part when the adapter is used",
+                f"({min(by_parameter)} and others). It plays no part when the adapter is used",
                 stacklevel=3,
             )
     own = [s.name for s in adapted if s.kind == "own"]
@@ -123,21 +127,43 @@ def saved_config(lora: LoraConfig, sites: Mapping[str, Site], config: Any) -> di
     return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()}
 
 
-def target_names(sites: Mapping[str, Site]) -> list[str]:
-    """The shortest list for PEFT that names exactly the adapted modules: leaf names, or full names."""
+# Note [Targets that PEFT renames]
+# For models whose experts transformers 5 fused, PEFT takes target_modules with the leaf names of the old experts
+# (gate_proj, up_proj, down_proj, w1, w2, w3, gate) to mean the fused parameters, and doubles the rank of the fused
+# gate_up_proj, also where the names are those of shared experts or of layers without experts, which it then leaves
+# out. Named as target_parameters (shared_experts.gate_proj.weight) the same modules are adapted as they are: the
+# tensors, their names and their shapes are those of the module's own adapter.
+
+
+def renamed_targets(config: Any) -> frozenset[str]:
+    """Leaf names that PEFT takes for fused experts of this model. Note [Targets that PEFT renames]."""
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+
+        base = conversion._MODEL_TO_CONVERSION_PATTERN.get(getattr(config, "model_type", None))
+        return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(base, ()))
+    except (ImportError, AttributeError):
+        return frozenset()
+
+
+def target_names(sites: Mapping[str, Site], by_parameter: Collection[str] = ()) -> list[str]:
+    """The shortest list for PEFT that names exactly the adapted modules: leaf names, or full names.
+
+    Args:
+        by_parameter: weights that ``target_parameters`` names.
+    """
     modules = [s for s in sites.values() if s.kind in ("linear", "conv")]
-    adapted = {s.name for s in modules if s.adapt}
-    others = {s.name for s in modules if not s.adapt}
+    adapted = {s.name for s in modules if s.adapt and s.weight not in by_parameter}
+    others = {s.name for s in modules} - adapted
     leaves = {name.rsplit(".", 1)[-1] for name in adapted}
     if any(o.rsplit(".", 1)[-1] in leaves for o in others):
         return sorted(adapted)
     return sorted(leaves)
 
 
-def parameter_names(sites: Mapping[str, Site]) -> list[str]:
+def parameter_names(sites: Mapping[str, Site], adapted: Collection[str]) -> list[str]:
     """The same for ``target_parameters``: what follows the layer's number, or full names."""
-    adapted = {s.weight for s in sites.values() if s.adapt and s.kind == "parameter"}
-    others = {s.weight for s in sites.values() if s.weight} - adapted
+    others = {s.weight for s in sites.values() if s.weight}.difference(adapted)
     ends = {re.split(r"\.\d+\.", key)[-1] for key in adapted}
     if any(other.endswith(f".{end}") for other in others for end in ends):
         return sorted(adapted)

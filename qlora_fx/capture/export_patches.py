@@ -9,11 +9,13 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo._trace_wrapped_higher_order_op as masks
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import masking_utils
 
 from ..runtime.recurrence import LIKE, as_operator
 
@@ -42,14 +44,30 @@ def hard_models() -> Iterator[None]:
 @contextlib.contextmanager
 def always(model: nn.Module) -> Iterator[None]:
     """What helps every model: recurrences as operators, numbers as nodes, indexing inside masks as an operation."""
-    before = masks.mod_index
-    # An autograd function, for flex attention's sake, which export writes into the graph as a Python object.
-    masks.mod_index = lambda x, indices: torch.ops.aten.index(x, indices)  # type: ignore[assignment]
-    try:
-        with recurrences(model), numbers_as_nodes():
-            yield
-    finally:
-        masks.mod_index = before
+    with recurrences(model), numbers_as_nodes(), masks_by_broadcasting():
+        yield
+
+
+@contextlib.contextmanager
+def masks_by_broadcasting() -> Iterator[None]:
+    """Masks of index functions that transformers evaluates with vmap, whose traces are no graphs.
+
+    The functions are elementwise in their indices, so indices that broadcast give the same mask.
+    """
+
+    def expansion(function: Any) -> Any:
+        def mask(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+            indices = masking_utils._non_vmap_expansion_sdpa(batch, head, query, key)
+            result: torch.Tensor = function(*indices)
+            return result.expand(batch.shape[0], head.shape[0], query.shape[0], key.shape[0])
+
+        return mask
+
+    with (
+        mock.patch.object(masking_utils, "_vmap_expansion_sdpa", expansion),
+        mock.patch.object(masks, "mod_index", torch.ops.aten.index),
+    ):
+        yield
 
 
 @contextlib.contextmanager
