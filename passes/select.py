@@ -167,9 +167,10 @@ class Judge:
         """
         path = node.meta.get("module", "")
         owner, _, leaf = view.key.rpartition(".")
-        if leaf == "weight" and self.holders.get(path) in ("linear", "conv"):
+        plain = leaf == "weight" and len(view.layout.shape) == 2  # no linear in groups, which PEFT takes for one
+        if plain and self.holders.get(path) in ("linear", "conv"):
             return Place(path, self.holders[path])
-        if leaf == "weight" and self.holders.get(owner) in ("linear", "conv"):
+        if plain and self.holders.get(owner) in ("linear", "conv"):
             if owner in self.running:  # the module runs by itself, this is someone else
                 return Place(f"{owner} (read by {path or node.name})", "reader")
             return Place(owner, self.holders[owner])

@@ -165,7 +165,7 @@ def loaded(model: Any, qmodel: Any, batch: Any, folder: Path, backend: str) -> N
         device="cpu",
         progress=False,
     )
-    again.load_adapter_state_dict(qmodel.adapter_state_dict())
+    again.load_adapter_state_dict(qmodel.train().adapter_state_dict())
     with torch.no_grad():
         one, other = leaves(qmodel(**batch)), leaves(again(**batch))
     for name, value in one.items():
