@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,18 +116,33 @@ def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
     assert bool(torch.isnan(dk[0, 0, :64]).all())
 
 
-@pytest.mark.skipif(
-    not torch.cpu._is_avx512_supported() or not torch.backends.mkldnn.is_available(),
-    reason="oneDNN's block products in bfloat16 want AVX-512",
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compiled_kernel_is_not_silently_left_out(dtype: torch.dtype) -> None:
-    """PyTorch's kernel gives the same numbers, three times slower: nothing else would notice."""
-    q, k, v = (t.detach() for t in tensors(1, 70, (32, 32), dtype))
-    out, lse = attention(q, k, v, None, None, 0.3)
-    results = {"out": torch.zeros_like(out), "lse": torch.zeros_like(lse)}
-    assert compiled("forward", q, k, v, None, 0.3, **results)
-    torch.testing.assert_close(results["out"], out, rtol=0, atol=0)
+@pytest.mark.parametrize("capability", ["default", "avx2", None])
+def test_every_kind_of_cpu_computes_the_same_and_uses_the_compiled_kernel_where_it_can(
+    capability: str | None,
+) -> None:
+    """PyTorch's kernel gives the same numbers, three times slower: nothing else would notice that ours is left out.
+
+    oneDNN's block products take float32 on every CPU, and bfloat16 where there are instructions for it.
+    """
+    script = Path(__file__).with_name("cpu_levels.py")
+    env = os.environ | ({"ATEN_CPU_CAPABILITY": capability} if capability else {})
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True, env=env
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 5, done.stderr
+    has_low = torch.cpu._is_avx512_bf16_supported()
+    for line in found:
+        wide, low = line["torch.float32"], line["torch.bfloat16"]
+        assert max(wide["errors"]) < 1e-5, line
+        assert max(low["errors"]) < 1e-2, line
+        if not torch.backends.mkldnn.is_available():
+            continue
+        assert wide["compiled"], line
+        capped = line["level"] in ("SSE41", "AVX2", "AVX512_CORE")
+        assert low["compiled"] is (has_low and not capped), line
+        if capability:
+            assert line["capability"] == capability.upper()
 
 
 def test_the_compiled_kernel_runs_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
