@@ -133,18 +133,10 @@ def saved_config(lora: LoraConfig, sites: Mapping[str, Site], config: Any) -> di
 # gate_up_proj, also where the names are those of shared experts or of layers without experts, which it then leaves
 # out. Named as target_parameters (shared_experts.gate_proj.weight) the same modules are adapted as they are: the
 # tensors, their names and their shapes are those of the module's own adapter.
-#
-# Of Mamba models PEFT refuses the module out_proj, whose weight their fused kernels read past the module: an adapter
-# there would be left out. As a parameter it is read with its adapter whoever reads it.
-
-MAMBA_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
-"""Of ``peft.tuners.tuners_utils._check_lora_target_modules_mamba``, in PEFT 0.21."""
 
 
 def renamed_targets(config: Any) -> frozenset[str]:
-    """Leaf names of modules that PEFT must find as parameters. Note [Targets that PEFT renames]."""
-    if getattr(config, "model_type", None) in MAMBA_TYPES:
-        return frozenset({"out_proj"})
+    """Leaf names that PEFT takes for fused experts of this model. Note [Targets that PEFT renames]."""
     try:
         from peft.utils import transformers_weight_conversion as conversion
 
