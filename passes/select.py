@@ -167,7 +167,9 @@ class Judge:
         """
         path = node.meta.get("module", "")
         owner, _, leaf = view.key.rpartition(".")
-        plain = leaf == "weight" and len(view.layout.shape) == 2  # no linear in groups, which PEFT takes for one
+        plain = (
+            leaf == "weight" and len(view.layout.shape) == 2
+        )  # no linear in groups, which PEFT takes for one
         if plain and self.holders.get(path) in ("linear", "conv"):
             return Place(path, self.holders[path])
         if plain and self.holders.get(owner) in ("linear", "conv"):

@@ -105,6 +105,11 @@ class CompiledBody(nn.Module):
         outputs = self.variant(key, sizes).run(*args, *sizes)
         return outputs[0] if self.single else outputs
 
+    @property
+    def compilations(self) -> int:
+        """How often it was compiled."""
+        return sum(len(variants) for variants in self.compiled.values())
+
     def variant(self, key: Key, sizes: tuple[int, ...]) -> Variant:
         """The compiled form for a call, compiled now if there is none. Note [Guards of the compiler]."""
         variants = self.compiled.setdefault(key, [])

@@ -21,21 +21,19 @@ from ..runtime.recurrence import LIKE, as_operator
 
 
 @contextlib.contextmanager
-def hard_models() -> Iterator[None]:
-    """transformers' own export patches, and loops over the experts that were hit.
+def hard_models(model: nn.Module) -> Iterator[None]:
+    """transformers' own export patches, loops over the experts that were hit, and losses that look at their labels.
 
     The patches are those of ``transformers.exporters.exporter_dynamo``; they replace data-dependent loops and
     casts of some models by equivalents, and route attention through its math form.
     """
     with contextlib.ExitStack() as stack:
-        try:
-            from transformers.exporters import exporter_dynamo
-            from transformers.exporters.utils import apply_patches
-        except ImportError:
-            pass
-        else:
-            assert exporter_dynamo is not None  # importing it registers the patches
-            stack.enter_context(apply_patches("dynamo"))
+        from transformers.exporters import exporter_dynamo
+        from transformers.exporters.utils import apply_patches
+
+        assert exporter_dynamo is not None  # importing it registers the patches
+        stack.enter_context(apply_patches("dynamo"))
+        name_the_loss(model)
         stack.enter_context(casts_that_change_nothing())
         stack.enter_context(AllExperts())
         yield
@@ -46,6 +44,11 @@ def always(model: nn.Module) -> Iterator[None]:
     """What helps every model: recurrences as operators, numbers as nodes, indexing inside masks as an operation."""
     with recurrences(model), numbers_as_nodes(), masks_by_broadcasting():
         yield
+
+
+def nothing(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """The model as it is."""
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -105,6 +108,21 @@ def recurrences(model: nn.Module) -> Iterator[None]:
     finally:
         for module, function, original in undo:
             setattr(module, function, original)
+
+
+def name_the_loss(model: Any) -> None:
+    """Let DeBERTa's classifiers compute the loss that they would choose by looking at the labels.
+
+    Without a ``problem_type`` they leave out rows with negative labels; cross-entropy leaves out -100.
+    """
+    config: Any = getattr(model, "config", None)
+    if (
+        type(model).__name__
+        in ("DebertaForSequenceClassification", "DebertaV2ForSequenceClassification")
+        and config.problem_type is None
+        and config.num_labels > 1
+    ):
+        config.problem_type = "single_label_classification"
 
 
 class AllExperts(TorchFunctionMode):

@@ -53,7 +53,7 @@ class Flattener:
             self.env[node] = val  # None, a flag or a number: already acted on while tracing
             return
         key = self.stored.get(node.name)
-        if key is not None and not node.users:
+        if node.name not in self.names and not node.users:
             return
         name = key if key is not None else self.names[node.name]
         new = self.graph.create_node("placeholder", identifier(name), name=identifier(name))

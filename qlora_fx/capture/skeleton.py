@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CaptureError
 from .arguments import is_paired
 from .dynamic_shapes import automatic_dims, example, is_about_dims, resized, shared_dims
-from .export_patches import always, hard_models
+from .export_patches import always, hard_models, nothing
 from .flat_graph import Flattener
 
 
@@ -125,7 +125,7 @@ class Blueprint:
             CaptureError: naming the line of the model that stopped the trace.
         """
         errors: list[Exception] = []
-        for seam in (contextlib.nullcontext, hard_models):
+        for seam in (nothing, hard_models):
             for dims in (shared_dims, automatic_dims):
                 try:
                     program = self.export(inputs, training, dtype, dims, seam)
@@ -144,7 +144,7 @@ class Blueprint:
         training: bool,
         dtype: torch.dtype,
         dims: Callable[..., dict[str, Any]],
-        seam: Callable[[], Any],
+        seam: Callable[[nn.Module], Any],
     ) -> ExportedProgram:
         """One attempt, with one choice of free sizes and with or without patches."""
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -154,7 +154,7 @@ class Blueprint:
             examples = {k: example(v) for k, v in resized(inputs, paired).items()}
         take_exactly(model, list(examples))
         spec = dims(examples, paired)
-        with mode, quiet(), always(model), seam():
+        with mode, quiet(), always(model), seam(model):
             return torch.export.export(model, (), examples, dynamic_shapes=spec, strict=False)
 
     def finish(self, program: ExportedProgram) -> Capture:
@@ -170,12 +170,13 @@ class Blueprint:
         stored: dict[str, str] = {}
         names: dict[str, str] = {}
         constants: dict[str, torch.Tensor] = {}
+        unread = without_writes(program, type(self.model).__name__)
         keywords = program.call_spec.in_spec.children()[1]
         user = iter(keywords.context)
         for item in signature.input_specs:
             if item.kind in (InputKind.PARAMETER, InputKind.BUFFER):
                 stored[item.arg.name] = self.keys[str(item.target)]
-            elif item.kind is InputKind.CONSTANT_TENSOR:
+            elif item.kind is InputKind.CONSTANT_TENSOR and item.arg.name not in unread:
                 key = f"constants.{self.captures}.{item.target}"  # each capture has its own
                 value = program.constants[str(item.target)]
                 value = getattr(value, "constant", None) if is_fake(value) else value
@@ -194,6 +195,27 @@ class Blueprint:
         assert out_spec is not None
         guards = list(getattr(program, "_guards_code", None) or [])
         return Capture(gm, out_spec, guards, constants)
+
+
+def without_writes(program: ExportedProgram, model: str) -> set[str]:
+    """Take out what the model writes to its own frozen weights (Gemma 3n clamps one in train mode), and say so.
+
+    Returns:
+        Names of the inputs that nobody reads.
+    """
+    graph = program.graph_module.graph
+    for node in reversed(graph.find_nodes(op="placeholder")):
+        for user in list(node.users):
+            schema = getattr(user.target, "_schema", None)
+            if user.users or schema is None or not schema.is_mutable or user.args[0] is not node:
+                continue
+            warnings.warn(
+                f"{model} changes a weight of its own during forward ({schema.name}); that is left out: the base "
+                "is frozen",
+                stacklevel=2,
+            )
+            graph.erase_node(user)
+    return {n.name for n in graph.find_nodes(op="placeholder") if not n.users}
 
 
 def holders(model: nn.Module) -> dict[str, str]:

@@ -43,7 +43,7 @@ def test_equal_blocks_share_one_program_and_their_gradients_are_right(trained: A
     """The first block's input needs no gradient; it runs the others' program all the same."""
     qmodel, true_grads = trained
     block = bodies(qmodel)["LlamaDecoderLayer"]
-    assert len(block.compiled) == 1
+    assert block.compilations == 1
     for name, p in qmodel.adapter_parameters():
         assert p.grad is not None
         assert relative_error(p.grad, true_grads[f"base_model.model.{name}"]) < LIMIT, name
@@ -99,13 +99,13 @@ def test_a_block_holds_products_attention_and_little_else(trained: Any) -> None:
 
 def test_fifty_shapes_compile_nothing_again(trained: Any) -> None:
     qmodel, _ = trained
-    before = {name: dict(body.compiled) for name, body in bodies(qmodel).items()}
+    before = {name: body.compilations for name, body in bodies(qmodel).items()}
     torch._dynamo.utils.counters.clear()
     for i in range(50):
         inputs = batch(1 + i % 5, 2 + 3 * i, padded=i % 3, seed=i)
         loss = qmodel(**inputs).loss
         loss.backward()
         assert bool(torch.isfinite(loss.detach()))
-    assert {name: dict(body.compiled) for name, body in bodies(qmodel).items()} == before
+    assert {name: body.compilations for name, body in bodies(qmodel).items()} == before
     assert len(qmodel._programs) == 1
     assert not torch._dynamo.utils.counters["inductor"], "nothing went through the compiler"

@@ -1,0 +1,91 @@
+"""One body of a program: what the compiler relied on is checked, and sizes of one body bind no other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import captured
+from qlora_fx.passes.lowering import compiled_body
+from qlora_fx.passes.lowering.compiled_body import CompiledBody, Example, aot_eager
+
+
+def run(body: CompiledBody, rows: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    values = []
+    for node in body.inputs:
+        val = node.meta["val"]
+        shape = (rows, 3, 8) if "input" in node.meta else tuple(val.shape)
+        values.append(torch.randn(shape, generator=generator))
+    result: torch.Tensor = body(*values, 0)[0]
+    eager = body.body(*values)[0]
+    torch.testing.assert_close(result, eager)
+    return result
+
+
+def test_a_guard_that_the_compiler_adds_is_checked_before_each_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stand-in for Inductor that writes code for fewer than ten rows, or for ten and more."""
+    written: list[bool] = []
+
+    def compile_fx(gm: Any, args: Any, **_: Any) -> Any:
+        few = bool(args[body_input].shape[0] < 10)
+        written.append(few)
+        run = aot_eager(Recompiled(gm, args))
+
+        def checked(*values: Any) -> Any:
+            assert (values[body_input].shape[0] < 10) is few
+            return run(*values)
+
+        return checked
+
+    class Recompiled:
+        def __init__(self, gm: Any, args: Any) -> None:
+            self.gm, self.args, self.partition = gm, args, None
+
+    body = CompiledBody(captured().gm, "inductor")
+    body_input = next(i for i, n in enumerate(body.inputs) if "input" in n.meta)
+    monkeypatch.setattr(compiled_body, "compile_fx", compile_fx)
+    for rows in (4, 7, 1, 12, 30, 5):
+        run(body, rows)
+    assert written == [True, False]
+    assert body.compilations == 2
+
+
+def test_without_guards_all_sizes_share_one_program() -> None:
+    body = CompiledBody(captured().gm, "aot_eager")
+    for rows in (4, 1, 12):
+        run(body, rows)
+    assert body.compilations == 1
+    (variant,) = next(iter(body.compiled.values()))
+    assert variant.holds is None
+
+
+def test_compiling_one_body_does_not_fix_the_sizes_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the compiler fixes stays within the compilation: the capture's own sizes are free afterwards."""
+
+    def compile_fx(gm: Any, args: Any, **_: Any) -> Any:
+        int(args[-1])  # fixes the size
+        return lambda *values: gm(*values)
+
+    gm = captured().gm
+    body = CompiledBody(gm, "inductor")
+    monkeypatch.setattr(compiled_body, "compile_fx", compile_fx)
+    run(body, 4)
+    run(body, 6)
+    assert body.compilations == 2
+    shapes = [n.meta["val"].shape for n in body.inputs if "input" in n.meta]
+    assert all(isinstance(shape[0], torch.SymInt) for shape in shapes)
+    assert all(shape[0].node.expr.is_symbol for shape in shapes)
+
+
+def test_strides_that_a_forward_saves_are_formulas_for_the_backward() -> None:
+    gm = captured().gm
+    body = CompiledBody(gm, "aot_eager")
+    example: Example = body.example(compiled_body.Key(()), (4,))
+    symbol = str(example.free[0].node.expr)
+    assert isinstance(example.env.evaluate_symexpr(f"8*{symbol}"), torch.SymInt)

@@ -1,0 +1,88 @@
+"""The pass ``convolutions``: its golden, what it leaves alone, numbers compiled, one compilation for all lengths."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import qlora_fx
+import pytest
+import torch
+from conftest import captured
+from expecttest import assert_expected_inline
+from peft import LoraConfig
+from qlora_fx.compiler import printer
+from qlora_fx.config import Config
+from qlora_fx.passes.convolutions import convolutions
+from qlora_fx.passes.lowering.compiled_body import CompiledBody
+from qlora_fx.testing import compare, randomize_adapter
+from torch import nn
+
+X = {"x": torch.zeros(2, 5, 8)}
+
+
+class Mixer(nn.Module):
+    """A linear below a convolution over time and one above it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace()
+        self.up = nn.Linear(8, 12)
+        self.convolution = nn.Conv1d(12, 12, **({"kernel_size": 3, "padding": 2} | options))
+        self.down = nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.up(x).transpose(1, 2)
+        y = self.convolution(y)[..., : x.shape[1]].transpose(1, 2)
+        return {"y": self.down(torch.tanh(y))}
+
+
+def test_golden(config: Config) -> None:
+    gm = captured(Mixer(kernel_size=2, padding=1, groups=12), X).gm
+    assert convolutions(gm, config=config).modified
+    gm.recompile()
+    text = "\n".join(
+        line for line in printer.text(gm).splitlines() if line.startswith("%convolution")
+    )
+    assert_expected_inline(text, """""")
+
+
+def test_twice_is_once(config: Config) -> None:
+    for options in ({"groups": 12}, {"dilation": 2}):
+        gm = captured(Mixer(**options), X).gm
+        assert convolutions(gm, config=config).modified
+        assert not convolutions(gm, config=config).modified
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "short depthwise": {"groups": 12},
+    "short depthwise, as long as its input": {"groups": 12, "padding": "same", "kernel_size": 4},
+    "wide depthwise": {"groups": 12, "kernel_size": 9, "padding": 8},
+    "dense": {},
+    "dilated": {"dilation": 2, "bias": False},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradients_are_right_and_every_length_is_one_compilation(name: str) -> None:
+    model = Mixer(**OPTIONS[name])
+    qmodel = qlora_fx.transform(
+        copy.deepcopy(model),
+        LoraConfig(r=4, target_modules="all-linear"),
+        compute_dtype=torch.float32,
+        example_inputs={"x": torch.randn(3, 21, 8)},
+    )
+    randomize_adapter(qmodel)
+    for rows, tokens in ((3, 21), (2, 17), (16, 4), (5, 64)):
+        batch = {"x": torch.randn(rows, tokens, 8)}
+        report = compare(model, qmodel, batch)
+        assert report.passed, str(report)
+    bodies = [m for m in all_modules(qmodel) if isinstance(m, CompiledBody)]
+    assert bodies
+    assert all(b.compilations == len(b.compiled) for b in bodies)
+
+
+def all_modules(qmodel: Any) -> list[nn.Module]:
+    return [m for programs in qmodel._programs.values() for p in programs for m in p.run.modules()]
