@@ -11,6 +11,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from .graph.nodes import Emitter, StoredInputs, aten, fake_mode, ops, sites, weight_view
 from .graph.site import Site, WeightView, is_flipped
 from .schemes.stored import cast, replace_other_uses
+from .thaw import TRAINED
 
 ADAPTER_DTYPE = torch.float32
 """Adapters are stored in float32, as PEFT does by default."""
@@ -62,8 +63,8 @@ def lora_keys(site: Site) -> tuple[str, str]:
 
 
 def is_adapter_key(key: str) -> bool:
-    """True for the store keys that ``lora_keys`` makes."""
-    return not {"lora_A", "lora_B"}.isdisjoint(key.split(".")[:-1])
+    """True for the store keys that ``lora_keys`` makes, and for copies that train (thaw.py)."""
+    return not {"lora_A", "lora_B", TRAINED}.isdisjoint(key.split(".")[:-1])
 
 
 def has_branch(linear: fx.Node) -> bool:

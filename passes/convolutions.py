@@ -9,6 +9,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .graph.nodes import Emitter, arguments, aten, ops
+from .loss_head import trains
 from .schemes.stored import cast
 
 CONVOLUTIONS = (
@@ -59,6 +60,8 @@ def rewrite(graph: fx.Graph, node: fx.Node) -> bool:
     sizes = weight.meta["val"].dim() - 2
     if given.get("transposed") or x.meta["val"].dim() != sizes + 2:
         return False  # an unbatched input
+    if any(trains(given[name]) for name in ("weight", "bias")):
+        return False  # the operator has no gradient for them
     stride, dilation = (per_size(given[name], sizes) for name in ("stride", "dilation"))
     emit = Emitter(graph, node)
     with graph.inserting_before(node):
@@ -71,6 +74,8 @@ def rewrite(graph: fx.Graph, node: fx.Node) -> bool:
         else:
             options = (stride, padding, dilation, given["groups"])
             new = emit(ops.convolution.default, x, weight, given["bias"], *options, suffix="whole")
+    if "site" in node.meta:  # its row in explain
+        new.meta["site"] = node.meta["site"]
     node.replace_all_uses_with(new)
     return True
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .graph.nodes import CASTS, Emitter, arguments, aten, ops
+from .graph.nodes import CASTS, Emitter, arguments, aten, ops, parameter_behind
 from .graph.site import Site
 from .quantize import bnb
 from .schemes.stored import cast
@@ -93,12 +93,20 @@ def chain_to_head(loss: fx.Node, config: Any) -> Chain | None:
     site: Site = node.meta["site"]
     if site.adapt or site.weight not in config.output_heads:
         return None
+    if any(trains(a) for a in node.args[1:]):
+        return None  # the operator has no gradient for them
     chain = Chain(node, nodes[::-1])
     known = {node, loss, *nodes}
     for at in (node, *nodes):
         if any(user not in known and user.op != "output" for user in at.users):
             return None
     return chain if understand(chain) else None
+
+
+def trains(weight: Any) -> bool:
+    """True for a tensor of the head that trains itself (thaw.py)."""
+    behind = parameter_behind(weight)
+    return behind is not None and bool(behind.meta.get("trainable"))
 
 
 def understand(chain: Chain) -> bool:

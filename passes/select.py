@@ -20,6 +20,9 @@ from .linears.einsum import spelling
 from .selection.routers import is_router
 from .selection.targets import check_targets, is_excluded, targeted_parameter
 from .selection.unrecognised import COMPUTED, UNRECOGNISED, behind, unrecognised
+from .thaw import is_saved
+
+TRAINS = "trains as a whole (modules_to_save)"
 
 
 def select(gm: fx.GraphModule, *, config: Any) -> PassResult:
@@ -196,6 +199,8 @@ class Judge:
             return self.other_readers(self.stored[key], view)
         if key in config.kept:
             return "dense in the checkpoint"
+        if is_saved(key, config.lora.modules_to_save or ()):
+            return TRAINS
         if key in config.output_heads and "head" not in config.also_quantize:
             return "output head stays dense"
         if router and "routers" not in config.also_quantize:
@@ -232,6 +237,8 @@ class Judge:
     def why_bare(self, view: WeightView, place: Place, router: bool) -> str:
         """Why this linear gets no LoRA branch; empty if it does."""
         lora = self.config.lora
+        if is_saved(view.key, lora.modules_to_save or ()):
+            return f"not adapted: {TRAINS}"
         if place.kind == "reader":
             return "not adapted: PEFT adapts the module that owns the weight, not its other readers"
         if targeted_parameter(lora, view.key):

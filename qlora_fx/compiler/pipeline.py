@@ -29,6 +29,7 @@ from ..passes.outline import outline
 from ..passes.quantize import quantize
 from ..passes.select import select
 from ..passes.siblings import siblings
+from ..passes.thaw import thaw
 from . import invariants, printer
 
 log = logging.getLogger("qlora_fx")
@@ -55,6 +56,7 @@ CAPTURED: tuple[invariants.Invariant, ...] = (
 PIPELINE: tuple[Stage, ...] = (
     Stage(normalize, (invariants.only_canonical_linears_multiply_by_weights,)),
     Stage(select, (invariants.every_linear_has_a_verdict,)),
+    Stage(thaw),
     Stage(quantize, (invariants.no_dense_copy_of_a_selected_weight,)),
     Stage(
         adapt,
@@ -117,7 +119,7 @@ def run(
     if observe is not None:
         observe("capture", gm)
     for number, stage in enumerate(stages, 1):
-        if stage.name in config.disabled or (stage.run is adapt and not config.adapter):
+        if stage.name in config.disabled or (stage.run in (thaw, adapt) and not config.adapter):
             continue
         try:
             result = stage.run(gm, config=config)
@@ -174,4 +176,4 @@ def report(number: int, stage: str, title: str, before: str, after: str) -> None
     folder = dump_folder()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{title}.{number}_{stage}.txt").write_text(after, encoding="ascii")
+        (folder / f"{title}.{number:02}_{stage}.txt").write_text(after, encoding="ascii")

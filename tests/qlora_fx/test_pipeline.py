@@ -234,7 +234,7 @@ def test_each_stage_is_logged_as_a_diff(config: Config, caplog: pytest.LogCaptur
     ]
     assert (
         "+    %layers_0_up_lora_a: f32[B, S, 2] = aten.linear(%x, %layers_0_up_lora_A_weight)"
-        in messages[4]
+        in messages[5]
     )
 
 
@@ -245,17 +245,19 @@ def test_the_graph_after_every_stage_is_dumped(
     pipeline.run(captured().gm, config, title="train")
     names = sorted(p.name for p in (tmp_path / "dump").iterdir())
     assert names == [
-        "train.0_capture.txt",
-        "train.1_normalize.txt",
-        "train.2_select.txt",
-        "train.3_quantize.txt",
-        "train.4_adapt.txt",
-        "train.5_siblings.txt",
-        "train.6_attention.txt",
-        "train.7_loss_head.txt",
-        "train.8_outline.txt",
+        "train.00_capture.txt",
+        "train.01_normalize.txt",
+        "train.02_select.txt",
+        "train.03_thaw.txt",
+        "train.04_quantize.txt",
+        "train.05_adapt.txt",
+        "train.06_siblings.txt",
+        "train.07_attention.txt",
+        "train.08_convolutions.txt",
+        "train.09_loss_head.txt",
+        "train.10_outline.txt",
     ]
-    assert "def ToyBlock(" in (tmp_path / "dump" / "train.8_outline.txt").read_text(
+    assert "def ToyBlock(" in (tmp_path / "dump" / "train.10_outline.txt").read_text(
         encoding="ascii"
     )
 

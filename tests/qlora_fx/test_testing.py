@@ -23,8 +23,8 @@ def test_check_prints_a_verdict_and_the_worst_sites(capsys: pytest.CaptureFixtur
         assert report.passed
         assert report.culprit == ""
         assert list(report.stages) == [
-            *("capture", "normalize", "select", "quantize", "adapt"),
-            *("siblings", "attention", "loss_head", "outline", "lower"),
+            *("capture", "normalize", "select", "thaw", "quantize", "adapt"),
+            *("siblings", "attention", "convolutions", "loss_head", "outline", "lower"),
         ]
         printed = capsys.readouterr().out
         assert f"{type(model).__name__}: passed" in printed

@@ -1,0 +1,87 @@
+"""Every model type of the table, taken along the path that its users take (default_path.py).
+
+Twelve that differ most are in the default run; ``make test-all`` takes all. A part of them:
+``pytest -m slow tests/test_default_path.py --part 2/8``. What deviates is listed here with its reason; anything else that
+falls back, is captured again or is refused is a failure.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from default_path import STEPS, Walk, walk
+from families import FAMILIES, NOT_TRIED, Family
+from families.exceptions import CAPTURED_AGAIN, NO_CHECKPOINT, NO_PEFT, REFUSED, SAID
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+BY_TYPE = {f.model_type: f for f in FAMILIES}
+TWELVE = (
+    *("llama", "gpt2", "t5", "bert", "deepseek_v3", "gpt_oss", "qwen3_5_text", "nemotron_h"),
+    *("lfm2", "gemma3", "whisper", "vit"),
+)
+
+
+def check(family: Family, steps: tuple[str, ...] = STEPS) -> None:
+    model_type = family.model_type
+    left_out = set()
+    if model_type in NO_PEFT:
+        left_out.add("peft")
+    if model_type in NO_CHECKPOINT:
+        left_out.add("checkpoint")
+    result = walk(family, steps=tuple(s for s in steps if s not in left_out))
+    if model_type in REFUSED:
+        assert REFUSED[model_type] in result.error, result.error
+        return
+    assert not result.error, result.error
+    said = unexpected(model_type, result)
+    assert not said, said
+
+
+def unexpected(model_type: str, result: Walk) -> list[str]:
+    """What was said on the way that no list expects."""
+    found = [message for messages in result.said.values() for message in messages]
+    if model_type in CAPTURED_AGAIN:
+        assert any(m.startswith("capturing") for m in found), "is not captured again any more"
+        found = [m for m in found if not m.startswith("capturing")]
+    return [m for m in found if not any(words in m for words in SAID.get(model_type, ()))]
+
+
+@pytest.mark.parametrize("model_type", TWELVE)
+def test_twelve_that_differ_most(model_type: str) -> None:
+    check(BY_TYPE[model_type])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", [t for t in BY_TYPE if t not in TWELVE])
+def test_a_model_type(model_type: str) -> None:
+    check(BY_TYPE[model_type])
+
+
+def test_every_model_type_of_transformers_is_in_the_table_or_has_a_reason() -> None:
+    passing = BY_TYPE.keys() - REFUSED.keys()
+    assert len(passing) >= 120
+    assert not BY_TYPE.keys() & NOT_TRIED.keys()
+    assert BY_TYPE.keys() | NOT_TRIED.keys() == set(CONFIG_MAPPING_NAMES)
+    for listed in (CAPTURED_AGAIN, NO_CHECKPOINT, NO_PEFT, REFUSED, SAID):
+        assert set(listed) <= BY_TYPE.keys()
+    print(
+        f"{len(CONFIG_MAPPING_NAMES)} model types: {len(passing)} pass, {len(REFUSED)} refused with a reason, "
+        f"{len(NOT_TRIED)} not tried"
+    )
+
+
+def test_the_walk_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is lost on the way, and an adapter that PEFT would not find."""
+    import default_path
+
+    monkeypatch.setattr(default_path, "randomize_adapter", lambda qmodel: None)  # B stays zero
+    result = walk(BY_TYPE["gpt2"], steps=(), backend="eager")
+    assert result.error.startswith("train: Wrong"), result.error
+    monkeypatch.undo()
+
+    def wrong(model: object, qmodel: object) -> dict[str, torch.Tensor]:
+        return {}
+
+    monkeypatch.setattr(default_path, "dense_weights", wrong)
+    result = walk(BY_TYPE["gpt2"], steps=("eval", "peft"), backend="eager")
+    assert result.error.startswith("peft: Wrong"), result.error
