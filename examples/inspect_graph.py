@@ -37,7 +37,7 @@ def main() -> None:
             LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
             compute_dtype=torch.float32,
         )
-        for title, stage in (("as captured", "0_capture"), ("after the passes", "4_adapt")):
+        for title, stage in (("as captured", "00_capture"), ("after the passes", "05_adapt")):
             dump = next(Path(folder).glob(f"train-*.{stage}.txt")).read_text()
             print(f"# {title}")
             for line in dump.splitlines():
