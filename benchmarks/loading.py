@@ -236,26 +236,17 @@ def trace() -> dict[str, Any]:
     import torch
     from qlora_fx.checkpoints.empty_model import build
     from qlora_fx.checkpoints.locate import Source
-    from qlora_fx.compiler import compile as prepare
     from qlora_fx.compiler import printer
+    from qlora_fx.compiler.compile import prepare
+    from qlora_fx.compiler.request import Request
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = prepare.check_settings(
-        None,
-        None,
-        compute_dtype="bfloat16",
-        blocksize=64,
-        also_quantize=(),
-        example_inputs=None,
-        memory_budget=None,
-        disable=(),
-        backend="inductor",
-    )
+    request = Request.check(compute_dtype="bfloat16")
     Path("/proc/self/clear_refs").write_text("5")
     idle, start = status("VmRSS"), time.perf_counter()
     config = LlamaConfig(**LLAMA_3_70B)
     model = build(config, LlamaForCausalLM, torch.bfloat16, Source("", Path()))
-    prepared = prepare.prepare(model, settings, torch.device("cpu"))
+    prepared = prepare(model, request, torch.device("cpu"))
     seconds = time.perf_counter() - start
     gm = prepared.result.gm
     bodies = [m for m in gm.children() if isinstance(m, torch.fx.GraphModule)]

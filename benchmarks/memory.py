@@ -95,7 +95,7 @@ def main() -> None:
     )
     for case, row in zip(args.cases, rows, strict=True):
         s = row["settings"]
-        budget = "all" if s["memory_budget"] is None else s["memory_budget"]
+        budget = "all" if s["memory_budget"] == 1.0 else s["memory_budget"]
         slower = (
             f"{row['slower']:.2f} | {1 + row['recomputation']:.2f}" if budget != "all" else "- | -"
         )
@@ -182,7 +182,7 @@ def held(qmodel: Any, optimizer: Any) -> int:
     """Bytes of all tensors that live between steps, each memory counted once."""
     import torch
 
-    tensors = [t for _, t in qmodel._store.items()]
+    tensors = [t for _, t in qmodel.base.store.items()]
     tensors += [p.grad for _, p in qmodel.adapter_parameters() if p.grad is not None]
     for state in optimizer.state.values():
         tensors += [t for t in state.values() if isinstance(t, torch.Tensor)]

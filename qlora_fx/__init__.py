@@ -23,7 +23,7 @@ from .explain import Explanation, Row  # noqa: E402
 from .from_pretrained import from_pretrained  # noqa: E402
 from .memory.plan import plan  # noqa: E402
 from .memory.report import Plan  # noqa: E402
-from .memory.saved_activations import saved_activations  # noqa: E402
+from .memory.saved_activations import Activations  # noqa: E402
 from .merging.merge import MergeReport  # noqa: E402
 from .model import QLoRAModel  # noqa: E402
 from .transform import graph_text, transform  # noqa: E402
@@ -34,6 +34,20 @@ __version__ = "0.1.0"
 def explain(model: QLoRAModel) -> Explanation:
     """A table of every linear: quantized or not, adapted or not, why, and its bytes before and after."""
     return model.explain()
+
+
+def saved_activations(model: QLoRAModel, *, batch_size: int, sequence_length: int) -> Activations:
+    """The tensors held from forward to backward, from the partitioned joint graph of each body.
+
+    Args:
+        model: with backend "inductor" or "aot_eager". The memory budget it has is honoured.
+        batch_size, sequence_length: sizes to evaluate for; any, not only those that ran. A decoder's rows have the
+            encoder's length.
+
+    Raises:
+        ModelError: with backend "eager", whose program is not partitioned.
+    """
+    return model.saved_activations(batch_size=batch_size, sequence_length=sequence_length)
 
 
 __all__ = [

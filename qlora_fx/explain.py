@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .passes.adapt import is_adapter_key, lora_keys
+from .passes.graph.site import Site
+from .runtime.fastest_dtype import ComputeDtype
+from .runtime.parameter_store import PARTS
+from .weights.base import Base
+
 
 @dataclass(frozen=True)
 class Row:
@@ -155,3 +161,48 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.2f} GiB"
+
+
+def explain(base: Base, compute: ComputeDtype) -> Explanation:
+    """What was quantized and adapted, what was not, and why.
+
+    Args:
+        compute: the dtype in which linears multiply, and how it came about.
+    """
+    flops = sum(site.flops for site in base.sites.values())
+    dense = base.skeleton.dense_bytes()
+    rows = [
+        row_of(site, base, dense.get(site.weight, 0), site.flops / max(flops, 1))
+        for site in base.sites.values()
+    ]
+    counted = {site.weight for site in base.sites.values()}
+    counted |= {f"{weight}.{part}" for weight in counted for part in PARTS}
+    other = sum(
+        t.nbytes for k, t in base.store.items() if k not in counted and not is_adapter_key(k)
+    )
+    q, lora = base.config.quantization, base.config.lora
+    notes = [
+        f"storage: {q.quant_type}, blocksize {q.blocksize}, "
+        f"{'double' if q.double_quant else 'single'} quantization, held as {str(q.storage_dtype).removeprefix('torch.')}",
+        f"compute: {str(compute.dtype).removeprefix('torch.')} ({compute.reason}); "
+        f"activations {str(base.activation_dtype).removeprefix('torch.')}",
+        f"adapters: float32, r={lora.r}, lora_alpha={lora.lora_alpha}, dropout {lora.lora_dropout}",
+    ]
+    return Explanation(f"{base.skeleton.name} as qlora_fx runs it", rows, other, notes)
+
+
+def row_of(site: Site, base: Base, dense_bytes: int, flops_share: float) -> Row:
+    keys = lora_keys(site) if site.adapt else ()
+    return Row(
+        name=site.name,
+        op=site.op,
+        shape=site.shape,
+        flops_share=flops_share,
+        quantized=site.quantize,
+        adapted=site.adapt,
+        reason=site.reason,
+        bytes_before=dense_bytes,
+        bytes_after=base.store.bytes_of(site.weight) if site.weight else 0,
+        adapter_bytes=sum(base.store[k].nbytes for k in keys if k in base.store),
+        weight=site.weight,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +12,16 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from .capture.skeleton import Blueprint
+from .capture.skeleton import Skeleton
 from .checkpoints.four_bit import merge_settings
 from .checkpoints.load import fill
 from .checkpoints.locate import find
 from .checkpoints.open import Checkpoint, open_checkpoint
-from .compiler.compile import Settings, check_settings, prepare
+from .compiler.compile import Prepared, prepare
+from .compiler.request import Request
 from .model import QLoRAModel
 from .runtime.allocator import give_back, keep_freed_memory
+from .weights.base import Origin
 
 
 def from_pretrained(
@@ -71,7 +74,7 @@ def from_pretrained(
             unknown, or of a wrong shape or dtype. The message names the tensor and the file.
         CaptureError: the model's Python cannot be captured.
     """
-    settings = check_settings(
+    request = Request.check(
         lora,
         quantization,
         compute_dtype=compute_dtype,
@@ -85,32 +88,41 @@ def from_pretrained(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found = find(source, revision=revision, token=token, gguf_file=gguf_file)
     with open_checkpoint(found, dtype=dtype, kind=model_class, device=place) as checkpoint:
-        settings = as_stored(settings, quantization, checkpoint)
-        prepared = prepare(checkpoint.model, settings, place)
-        qmodel = prepared.model()
-        fill(qmodel, checkpoint, progress=progress)
+        prepared = prepare_checkpoint(checkpoint, request, quantization, place)
+        fill(prepared.base, checkpoint, progress=progress)
+    prepared.base.origin = Origin(found.folder, found.gguf)
     if place.type == "cpu":
         keep_freed_memory()  # only now: what loading freed is given back
-    prepared.install(qmodel)
-    qmodel._source = found
-    qmodel.train()
-    give_back(place, (t for _, t in qmodel._store.items()))
+    qmodel = QLoRAModel(prepared)
+    give_back(place, prepared.base.store.tensors.values())
     return qmodel
 
 
-def as_stored(
-    settings: Settings, given: BitsAndBytesConfig | None, checkpoint: Checkpoint
-) -> Settings:
-    """The settings with those of a checkpoint in 4 bits: what it has dense stays dense.
+def prepare_checkpoint(
+    checkpoint: Checkpoint,
+    request: Request,
+    quantization: BitsAndBytesConfig | None,
+    device: torch.device,
+) -> Prepared:
+    """Compile the checkpoint's model. What arrives in 4 bits keeps its settings; what arrives dense beside it stays so.
 
     In bitsandbytes' format that is said of linears only; what it cannot hold in 4 bits (experts) is quantized
     here as always.
     """
     stored = checkpoint.settings
     if stored.quantization is None:
-        return settings
-    quantization = merge_settings(stored, given, settings.storage, checkpoint.source.given)
-    keys = Blueprint(checkpoint.model).keys
+        return prepare(checkpoint.model, request, device)
+    request = replace(
+        request,
+        quantization=merge_settings(
+            stored, quantization, request.quantization, checkpoint.source.given
+        ),
+        quantization_dtype=(
+            request.quantization_dtype if quantization is not None else stored.compute_dtype
+        ),
+        also_quantize=request.also_quantize | set(stored.also_quantize),
+    )
+    keys = Skeleton(checkpoint.model).keys
     arriving = frozenset(keys[name] for name in checkpoint.stored)
     if any(weight.own for weight in stored.weights.values()):
         dense = frozenset(keys.values()) - arriving
@@ -120,10 +132,4 @@ def as_stored(
             for path, module in checkpoint.model.named_modules()
             if isinstance(module, (torch.nn.Linear, Conv1D))
         )
-    return settings.with_(
-        storage=quantization,
-        asked=settings.asked if given is not None else stored.compute_dtype,
-        also_quantize=settings.also_quantize | set(stored.also_quantize),
-        stored=arriving,
-        kept=dense - arriving,
-    )
+    return prepare(checkpoint.model, request, device, stored=arriving, kept=dense - arriving)

@@ -1,33 +1,42 @@
-"""transformers' ``generate`` over a transformed model."""
+"""transformers' ``generate`` over another forward."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from .errors import InputError
 
-if TYPE_CHECKING:
-    from .model import QLoRAModel
 
+def with_forward(
+    model: Any, run: Callable[..., Any], *, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """An object of the model's own class whose forward is ``run``, so that all of transformers' generation applies.
 
-def stand_in(ours: QLoRAModel) -> Any:
-    """The model's own class with our forward, so that all of transformers' generation applies."""
-    model = ours._blueprint.model
+    Args:
+        model: without weights.
+        device, dtype: what it says of itself.
+
+    Raises:
+        InputError: the model has no ``generate``.
+    """
     if not hasattr(model, "generate"):
         raise InputError(f"{type(model).__name__} has no generate")
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return ours(*args, **kwargs)
+        return run(*args, **kwargs)
 
     # generate looks at the signature to see which arguments the model takes.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     members = {
         "forward": forward,
-        "device": property(lambda _: ours.device),
-        "dtype": property(lambda _: ours.dtype),
+        "device": property(lambda _: device),
+        "dtype": property(lambda _: dtype),
     }
-    twin = copy.copy(model)
-    twin.__class__ = type(type(model).__name__, (type(model),), members)
-    return twin
+    generator = copy.copy(model)
+    generator.__class__ = type(type(model).__name__, (type(model),), members)
+    return generator

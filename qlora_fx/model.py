@@ -4,45 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import fx, nn
 
+from .adapters.initialize import add_adapters
 from .adapters.peft_format import apply_adapter, check_saved, peft_names, saved_config
-from .capture.arguments import (
-    bind,
-    check_call,
-    is_paired,
-    signature_key,
-    vocabulary_size,
-    without_cache,
-)
-from .capture.signature import Signature, graph_title, skips_logits
-from .capture.skeleton import Blueprint, Capture
-from .checkpoints.locate import Source
-from .compiler import pipeline
-from .config import Config
-from .errors import CaptureError, ConfigError, InputError
-from .explain import Explanation, Row
-from .generate import stand_in
-from .memory.recompute import Budget, check_budget
-from .passes.adapt import is_adapter_key, lora_keys
-from .passes.graph.nodes import sites
-from .passes.graph.site import Site
-from .passes.lower import lower
-from .runtime import adapter_files as checkpoint
-from .runtime.checkpoint_writer import parse_size
-from .runtime.fastest_dtype import ComputeDtype
-from .runtime.optimizer import Flat, paged_optimizer
-from .runtime.parameter_store import Store
-from .runtime.program import DoesNotFit, Program
-
-if TYPE_CHECKING:
-    from .merging.merge import MergeReport
+from .capture.arguments import Call, Signature
+from .checkpoints.save import write_quantized
+from .compiler.compile import Prepared
+from .compiler.programs import Programs
+from .compiler.request import check_memory_budget
+from .errors import ConfigError
+from .explain import Explanation, explain
+from .generate import with_forward
+from .memory.saved_activations import Activations, saved_activations
+from .merging.merge import MergeReport, merge
+from .optimizer import adapter_optimizer, check_groups
+from .passes.adapt import is_adapter_key
+from .runtime import adapter_files
+from .runtime.optimizer import Flat
+from .units import parse_size
 
 
 class QLoRAModel(nn.Module):
@@ -52,54 +37,50 @@ class QLoRAModel(nn.Module):
     arguments (names, ranks, dtypes, flags) is captured and compiled on first use; all of them read the
     same parameters. Batch and sequence are free: other sizes neither capture nor compile again.
 
-    Made by :func:`qlora_fx.transform`.
+    Made by :func:`qlora_fx.transform` and :func:`qlora_fx.from_pretrained`.
+
+    Args:
+        prepared: its store has all weights.
+
+    Attributes:
+        base: the model as data: its Python without weights, its verdicts, its store.
+        programs: its captured graphs.
     """
 
-    def __init__(
-        self,
-        blueprint: Blueprint,
-        config: Config,
-        compute: ComputeDtype,
-        activation_dtype: torch.dtype,
-        backend: str,
-    ) -> None:
+    def __init__(self, prepared: Prepared) -> None:
         super().__init__()
-        self._blueprint = blueprint
-        self._config = config
-        self._compute = compute
-        self._activation_dtype = activation_dtype
-        self._backend = backend
-        self._store = Store(self)
-        self._sites: dict[str, Site] = {}
-        self._dense_bytes: dict[str, int] = {}
-        self._programs: dict[Signature, list[Program]] = {}
-        self._graphs: dict[Signature, fx.GraphModule] = {}
-        self._budgets: dict[Program, Budget] = {}
-        self._memory_budget: int | float | None = None
+        base = prepared.base
+        add_adapters(base)
+        self.base = base
+        self.programs = Programs(base, prepared.request.backend, prepared.request.memory_budget)
+        signature = prepared.call.signature(training=True)
+        self.programs.add(signature, prepared.capture, prepared.result)
+        self._compute = prepared.compute
         self._adapter_enabled = True
         self._flat: Flat | None = None
-        self._source: Source | None = None
-        self._vocabulary = vocabulary_size(blueprint.model)
+        # The store's tensors are this module's own parameters and buffers.
+        for members in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[members] = base.store.root.__dict__[members]
 
     # -- the model it stands for ------------------------------------------------------------------
 
     @property
     def config(self) -> Any:
         """The Hugging Face config."""
-        return self._blueprint.model.config
+        return self.base.skeleton.model.config
 
     @property
     def generation_config(self) -> Any:
-        return self._blueprint.model.generation_config
+        return self.base.skeleton.model.generation_config
 
     @property
     def device(self) -> torch.device:
-        return self._blueprint.device
+        return self.base.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of activations and logits."""
-        return self._activation_dtype
+        return self.base.activation_dtype
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -107,9 +88,9 @@ class QLoRAModel(nn.Module):
         return self._compute.dtype
 
     @property
-    def lora_config(self) -> Any:
+    def lora_config(self) -> LoraConfig:
         """The ``peft.LoraConfig`` in force."""
-        return self._config.lora
+        return self.base.config.lora
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward.
@@ -121,79 +102,16 @@ class QLoRAModel(nn.Module):
             InputError: an unknown argument, or tensors whose shapes or devices do not fit.
             CaptureError: a new set of arguments could not be captured.
         """
-        wanted = kwargs.pop("return_logits", None)
-        values = bind(self._blueprint.signature, args, kwargs)
-        if values.get("use_cache"):
-            raise InputError(
-                "use_cache=True is not supported; accepted: False (recompute the prefix)"
-            )
-        values = without_cache(self._blueprint.signature, values)
-        if values.get("return_dict") is True:  # the default; not worth a capture of its own
-            del values["return_dict"]
-        count = values.get("num_items_in_batch")
-        if isinstance(count, int):
-            # It differs from step to step: an input of the graph, not a constant in it.
-            values["num_items_in_batch"] = torch.tensor(count, device=self.device)
-        check_call(values, self.device, self._vocabulary, is_paired(self._blueprint.model))
-        logits = not skips_logits(self.training, values) if wanted is None else bool(wanted)
-        key = Signature(self.training, self._adapter_enabled, logits, signature_key(values))
-        misfits = []
-        for program in self._programs.get(key, ()):
-            try:
-                return program(values)
-            except DoesNotFit as error:
-                misfits.append(error)
-        if misfits:
-            warnings.warn(
-                f"capturing {type(self._blueprint.model).__name__} again, its code depends on the shape: "
-                f"{misfits[0]}",
-                stacklevel=2,
-            )
-        program = self._capture(key, values)
-        try:
-            return program(values)
-        except DoesNotFit as error:
-            raise InputError(
-                f"the tensors of this call do not fit each other: {misfits[0] if misfits else error}"
-            ) from None
+        return self.programs.run(*self._bound(args, kwargs))
 
-    def _capture(self, key: Signature, values: Mapping[str, Any]) -> Program:
-        """Capture a further signature over the same parameters."""
-        config = self._config.with_(
-            training=key.training,
-            adapter=key.adapter,
-            return_logits=key.logits,
-            decided=self._sites,
-        )
-        try:
-            capture = self._blueprint.capture(
-                values, training=self.training, dtype=self._activation_dtype
-            )
-        except CaptureError as error:
-            if key in self._programs:
-                raise InputError(
-                    f"the tensors of this call do not fit each other: {error}"
-                ) from error
-            raise
-        result = pipeline.run(capture.gm, config, title=graph_title(self.training, values))
-        return self._install(key, capture, result)
+    def run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        """As a call, with the same graph run operator by operator. Later calls are compiled as ever."""
+        return self.programs.run(*self._bound(args, kwargs), compiled=False)
 
-    def _install(self, key: Signature, capture: Capture, result: pipeline.Result) -> Program:
-        for name, tensor in capture.constants.items():
-            self._store.tensors[name] = tensor.to(self.device)
-        gm = result.gm
-        program = Program(
-            lower(gm, backend=self._backend),
-            [self._store[n.meta["stored"]] for n in gm.graph.nodes if "stored" in n.meta],
-            [(n.meta["input"], n.meta["val"]) for n in gm.graph.nodes if "input" in n.meta],
-            capture.guards,
-            capture.out_spec,
-        )
-        self._budgets[program] = Budget(program.run, self._memory_budget, self.device)
-        program.prepare = self._budgets[program].prepare
-        self._programs.setdefault(key, []).append(program)
-        self._graphs.setdefault(key, gm)
-        return program
+    def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Call, Signature]:
+        call = self.base.skeleton.bind(args, kwargs)
+        self.base.skeleton.check(call)
+        return call, call.signature(training=self.training, adapter=self._adapter_enabled)
 
     @property
     def memory_budget(self) -> int | float | None:
@@ -201,13 +119,11 @@ class QLoRAModel(nn.Module):
 
         Assigning another one decides anew, and compiles what was not needed before.
         """
-        return self._memory_budget
+        return self.programs.memory_budget
 
     @memory_budget.setter
-    def memory_budget(self, value: Any) -> None:
-        self._memory_budget = check_budget(value)
-        for budget in self._budgets.values():
-            budget.ask(self._memory_budget)
+    def memory_budget(self, value: int | float | str | None) -> None:
+        self.programs.memory_budget = check_memory_budget(value, self.programs.backend)
 
     # -- the graph --------------------------------------------------------------------------------
 
@@ -217,51 +133,21 @@ class QLoRAModel(nn.Module):
 
         Its placeholders with ``meta["stored"]`` are the parameters, by store key.
         """
-        return next(iter(self._graphs.values()))
+        return next(iter(self.programs.graphs.values()))
 
     @property
     def graph_modules(self) -> dict[str, fx.GraphModule]:
         """Every captured graph, by mode and arguments."""
-        return {str(key): gm for key, gm in self._graphs.items()}
+        return {str(signature): gm for signature, gm in self.programs.graphs.items()}
 
     def explain(self) -> Explanation:
         """What was quantized and adapted, what was not, and why."""
-        flops = sum(site.flops for site in self._sites.values())
-        rows = [self._row(site, site.flops / max(flops, 1)) for site in self._sites.values()]
-        counted = {site.weight for site in self._sites.values()}
-        counted |= {
-            f"{w}.{part}" for w in counted for part in ("absmax", "nested_absmax", "offset")
-        }
-        other = sum(
-            t.nbytes for k, t in self._store.items() if k not in counted and not is_adapter_key(k)
-        )
-        q = self._config.quantization
-        lora = self._config.lora
-        notes = [
-            f"storage: {q.quant_type}, blocksize {q.blocksize}, "
-            f"{'double' if q.double_quant else 'single'} quantization, held as {str(q.storage_dtype).removeprefix('torch.')}",
-            f"compute: {str(self._compute.dtype).removeprefix('torch.')} ({self._compute.reason}); "
-            f"activations {str(self.dtype).removeprefix('torch.')}",
-            f"adapters: float32, r={lora.r}, lora_alpha={lora.lora_alpha}, dropout {lora.lora_dropout}",
-        ]
-        return Explanation(
-            f"{type(self._blueprint.model).__name__} as qlora_fx runs it", rows, other, notes
-        )
+        return explain(self.base, self._compute)
 
-    def _row(self, site: Site, flops_share: float) -> Row:
-        lora = lora_keys(site) if site.adapt else ()
-        return Row(
-            name=site.name,
-            op=site.op,
-            shape=site.shape,
-            flops_share=flops_share,
-            quantized=site.quantize,
-            adapted=site.adapt,
-            reason=site.reason,
-            bytes_before=self._dense_bytes.get(site.weight, 0),
-            bytes_after=self._store.bytes_of(site.weight) if site.weight else 0,
-            adapter_bytes=sum(self._store[k].nbytes for k in lora if k in self._store),
-            weight=site.weight,
+    def saved_activations(self, *, batch_size: int, sequence_length: int) -> Activations:
+        """See ``qlora_fx.saved_activations``."""
+        return saved_activations(
+            self.programs, batch_size=batch_size, sequence_length=sequence_length
         )
 
     # -- training ---------------------------------------------------------------------------------
@@ -293,37 +179,12 @@ class QLoRAModel(nn.Module):
         Raises:
             ConfigError: unknown optimizer, or a parameter that is no adapter of this model.
         """
-        if params is None:
-            if self._flat is None:
-                self._flat = Flat(p for _, p in self.adapter_parameters())
-            return self._bitsandbytes(self._flat, optimizer, lr, weight_decay, options)
-        ours = {id(p): n for n, p in self.adapter_parameters()}
-        groups = list(params)
-        flat: list[Any] = []
-        for i, group in enumerate(groups):
-            if isinstance(group, dict):
-                members = group["params"]
-                members = [members] if isinstance(members, torch.Tensor) else list(members)
-                groups[i] = {**group, "params": members}
-                flat += members
-            else:
-                flat.append(group)
-        for p in flat:
-            if id(p) not in ours:
-                what = f"a tensor {list(p.shape)}" if isinstance(p, torch.Tensor) else repr(p)
-                raise ConfigError(
-                    f"{what} is not an adapter parameter of this model; accepted: parameters from "
-                    "qmodel.adapter_parameters()"
-                )
-        return self._bitsandbytes(groups, optimizer, lr, weight_decay, options)
-
-    def _bitsandbytes(
-        self, params: Any, name: str, lr: float, weight_decay: float, options: dict[str, Any]
-    ) -> torch.optim.Optimizer:
-        try:
-            return paged_optimizer(params, name, lr=lr, weight_decay=weight_decay, **options)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        if params is not None:
+            groups = check_groups(params, dict(self.adapter_parameters()))
+            return adapter_optimizer(groups, optimizer, lr, weight_decay, options)
+        if self._flat is None:
+            self._flat = Flat(p for _, p in self.adapter_parameters())
+        return adapter_optimizer(self._flat, optimizer, lr, weight_decay, options)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -336,7 +197,7 @@ class QLoRAModel(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLoRAModel:
         """``.to``, ``.half``, ``.cuda``: allowed where they change nothing, else refused."""
-        for name, tensor in self._store.items():
+        for name, tensor in self.base.store.items():
             new = fn(tensor)
             if new.device != tensor.device or new.dtype != tensor.dtype:
                 raise ConfigError(
@@ -365,11 +226,11 @@ class QLoRAModel(nn.Module):
 
         ``[r, in]`` and ``[out, r]``; of experts ``[experts * r, in]`` and ``[out, r * experts]``.
         """
-        return {k: p.detach() for k, p in self._adapter_by_peft_name().items()}
+        return {k: p.detach() for k, p in self.adapter_by_peft_name().items()}
 
-    def _adapter_by_peft_name(self) -> dict[str, nn.Parameter]:
-        names = peft_names(self._sites, self._blueprint.keys)
-        return {checkpoint.PREFIX + names[n]: p for n, p in self.adapter_parameters()}
+    def adapter_by_peft_name(self) -> dict[str, nn.Parameter]:
+        names = peft_names(self.base.sites, self.base.skeleton.keys)
+        return {adapter_files.PREFIX + names[n]: p for n, p in self.adapter_parameters()}
 
     def load_adapter_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy adapter values in.
@@ -377,12 +238,12 @@ class QLoRAModel(nn.Module):
         Raises:
             AdapterError: a key is missing, unknown, or of another shape; nothing was changed.
         """
-        apply_adapter(self._adapter_by_peft_name(), state)
+        apply_adapter(self.adapter_by_peft_name(), state)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT does."""
-        config = saved_config(self._config.lora, self._sites, self.config)
-        checkpoint.save(folder, self.adapter_state_dict(), config)
+        config = saved_config(self.lora_config, self.base.sites, self.config)
+        adapter_files.save(folder, self.adapter_state_dict(), config)
 
     def load_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Load an adapter folder written here or by PEFT.
@@ -390,8 +251,8 @@ class QLoRAModel(nn.Module):
         Raises:
             AdapterError: it cannot be read or does not fit this model's adapter; nothing was changed.
         """
-        tensors, config = checkpoint.load(folder)
-        check_saved(config, self._sites, os.fspath(folder))
+        tensors, config = adapter_files.load(folder)
+        check_saved(config, self.base.sites, os.fspath(folder))
         self.load_adapter_state_dict(tensors)
 
     # -- the base ---------------------------------------------------------------------------------
@@ -413,9 +274,7 @@ class QLoRAModel(nn.Module):
         Raises:
             CheckpointError: it cannot be written; what was there is as it was.
         """
-        from .checkpoints.save import write_quantized
-
-        write_quantized(self, folder, parse_size(max_shard_size))
+        write_quantized(self.base, folder, parse_size(max_shard_size, "max_shard_size"))
 
     def merge(
         self,
@@ -447,11 +306,16 @@ class QLoRAModel(nn.Module):
             InputError: there is no sample and none can be made.
             CheckpointError: the original is of another model, or the folder cannot be written.
         """
-        from .merging.merge import merge
-
-        return merge(
-            self, folder, mode=mode, base=base, sample=sample, max_shard_size=max_shard_size
-        )
+        with self._evaluating():
+            return merge(
+                self.base,
+                self,
+                folder,
+                mode=mode,
+                original=base,
+                sample=sample,
+                max_shard_size=max_shard_size,
+            )
 
     # -- generation -------------------------------------------------------------------------------
 
@@ -462,22 +326,16 @@ class QLoRAModel(nn.Module):
         again.
         """
         kwargs["use_cache"] = False
+        model = self.base.skeleton.model
+        generator = with_forward(model, self, device=self.device, dtype=self.dtype)
+        with self._evaluating(), torch.no_grad():
+            return generator.generate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
         was_training = self.training
         self.eval()
         try:
-            with torch.no_grad():
-                return stand_in(self).generate(*args, **kwargs)
+            yield
         finally:
             self.train(was_training)
-
-
-def decide(flat: fx.GraphModule) -> dict[str, Site]:
-    """The verdicts of the first capture, by site name; FLOPs of a linear called several times are added up."""
-    decided: dict[str, Site] = {}
-    for node in sites(flat.graph):
-        site: Site = node.meta["site"]
-        before = decided.get(site.name)
-        if before is not None:
-            site = replace(before, flops=before.flops + site.flops)
-        decided[site.name] = site
-    return decided

@@ -12,7 +12,9 @@ from transformers import BitsAndBytesConfig
 
 from .capture.check_model import check_model, mark_used_up
 from .capture.skeleton import named_tensors
-from .compiler.compile import check_settings, prepare
+from .compiler.compile import prepare
+from .compiler.printer import text
+from .compiler.request import Request
 from .model import QLoRAModel
 from .runtime.allocator import give_back, keep_freed_memory
 from .weights.move import move_weights
@@ -69,7 +71,7 @@ def transform(
         ModelError: weights that are quantized already, not finite, not there (meta), or on several devices.
         CaptureError: the model's Python cannot be captured.
     """
-    settings = check_settings(
+    request = Request.check(
         lora,
         quantization,
         compute_dtype=compute_dtype,
@@ -84,17 +86,14 @@ def transform(
     device = next(iter(named_tensors(model)))[1].device
     if device.type == "cpu":
         keep_freed_memory()
-    prepared = prepare(model, settings)
-    qmodel = prepared.model()
-    move_weights(model, qmodel, prepared.config)
-    prepared.install(qmodel)
+    prepared = prepare(model, request)
+    move_weights(model, prepared.base)
+    qmodel = QLoRAModel(prepared)
     mark_used_up(model)
-    give_back(device, (t for _, t in qmodel._store.items()))
+    give_back(device, prepared.base.store.tensors.values())
     return qmodel
 
 
 def graph_text(qmodel: QLoRAModel | fx.GraphModule) -> str:
     """The rewritten graph as text (the first capture's)."""
-    from .compiler.printer import text
-
     return text(qmodel if isinstance(qmodel, fx.GraphModule) else qmodel.graph_module)

@@ -45,7 +45,7 @@ def save(model: Any, folder: Path, **options: Any) -> Path:
 
 def assert_same_store(ours: Any, other: Any) -> None:
     """Byte for byte, but for the adapters, which are random."""
-    ours, other = (dict(m._store.items()) for m in (ours, other))
+    ours, other = (dict(m.base.store.items()) for m in (ours, other))
     assert ours.keys() == other.keys()
     for key, tensor in ours.items():
         assert tensor.dtype == other[key].dtype, key

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from qlora_fx.capture.skeleton import Blueprint, Capture
-from qlora_fx.compiler import compile as prepare
+from qlora_fx.capture.skeleton import Capture, Skeleton
+from qlora_fx.compiler import request
 from qlora_fx.config import Config, Quantization, default_lora
 from qlora_fx.runtime.fastest_dtype import ComputeDtype
 from torch import nn
@@ -123,7 +123,7 @@ TOY_INPUT = {"x": torch.zeros(2, 3, 8)}
 def captured(model: nn.Module | None = None, inputs: Any = None, **options: Any) -> Capture:
     """A capture of ``model`` (default: ``Toy``) for pass tests."""
     settings = {"training": True, "dtype": torch.float32} | options
-    return Blueprint(model or Toy()).capture(inputs or TOY_INPUT, **settings)
+    return Skeleton(model or Toy()).capture(inputs or TOY_INPUT, **settings)
 
 
 @pytest.fixture
@@ -139,5 +139,5 @@ def auto_is_float32() -> Iterator[None]:
     """``compute_dtype="auto"`` measures the machine; what a test expects must not depend on it."""
     fixed = ComputeDtype(torch.float32, "fixed for the tests")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "fastest", lambda device: fixed)
+        patch.setattr(request, "fastest", lambda device: fixed)
         yield

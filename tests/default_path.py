@@ -139,7 +139,7 @@ def in_peft(model: Any, qmodel: Any, batch: Any, ours: Any, folder: Path) -> Non
     base = copy.deepcopy(model)
     tensors = dict(base.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name, weight in dense_weights(model, qmodel).items():
+        for name, weight in dense_weights(model, qmodel.base).items():
             tensors[name].copy_(weight)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected) .*key.*")

@@ -49,7 +49,7 @@ def test_minilm_agrees_with_its_nf4_baseline_and_learns_pairs() -> None:
     qmodel = qlora_fx.transform(
         copy.deepcopy(model), LoraConfig(**LORA), compute_dtype=torch.float32
     )
-    baseline = Oracle(model, qmodel, dtype=torch.float32, adapter=False)
+    baseline = Oracle(model, qmodel.base, dtype=torch.float32, adapter=False)
     inputs = {k: questions[k] for k in ("input_ids", "attention_mask")}
     with torch.no_grad():
         ours, dense = qmodel(**inputs).last_hidden_state, model(**inputs).last_hidden_state
@@ -90,7 +90,7 @@ def test_whisper_agrees_with_its_nf4_baseline_and_learns_sounds() -> None:
     qmodel = qlora_fx.transform(
         copy.deepcopy(model), LoraConfig(**LORA), compute_dtype=torch.float32
     )
-    baseline = Oracle(model, qmodel, dtype=torch.float32, adapter=False)
+    baseline = Oracle(model, qmodel.base, dtype=torch.float32, adapter=False)
     with torch.no_grad():
         assert relative_error(qmodel(**batch).logits, baseline(batch).logits) < 1e-4
     optimizer = qmodel.paged_optimizer(lr=1e-3)

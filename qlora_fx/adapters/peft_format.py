@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from ..config import Config, check_lora
+from ..compiler.request import check_lora
+from ..config import Config
 from ..errors import AdapterError, ConfigError
 from ..passes.adapt import lora_keys
 from ..passes.graph.site import Site

@@ -28,7 +28,8 @@ from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CaptureError
-from .arguments import is_paired
+from .arguments import Call, bind_call, is_encoder_decoder, vocabulary_size
+from .check_call import check_call
 from .dynamic_shapes import automatic_dims, example, is_about_dims, resized, shared_dims
 from .export_patches import always, hard_models, nothing
 from .flat_graph import Flattener
@@ -61,7 +62,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-class Blueprint:
+class Skeleton:
     """The model's Python without its weights: what is traced for each new signature.
 
     Args:
@@ -69,8 +70,14 @@ class Blueprint:
         device: where its weights will be when it runs; default: where they are.
 
     Attributes:
+        model: a copy of the model whose tensors are on the meta device.
+        signature: of its forward.
         keys: canonical store key of every parameter and buffer name (tied names share one).
         dtype: dtype of the model's first floating-point parameter.
+        dtypes: of every tensor, by name.
+        parameters: store keys of parameters; the others are of buffers.
+        vocabulary: rows of the input embedding; None where there is none.
+        encoder_decoder: whether the target has a length of its own.
     """
 
     def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
@@ -89,7 +96,26 @@ class Blueprint:
         self.signature = inspect.signature(model.forward)
         self.dtypes = {name: t.dtype for name, t in tensors.items()}
         self.parameters = {self.keys[name] for name, _ in model.named_parameters()}
+        self.vocabulary = vocabulary_size(self.model)
+        self.encoder_decoder = is_encoder_decoder(self.model)
         self.captures = 0
+
+    @property
+    def name(self) -> str:
+        """The class of the model."""
+        return type(self.model).__name__
+
+    def dense_bytes(self) -> dict[str, int]:
+        """Bytes of every tensor before it is quantized, by store key."""
+        return {self.keys[name]: tensor.nbytes for name, tensor in named_tensors(self.model)}
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """The call ``forward(*args, **kwargs)``, its arguments by name. See ``bind_call``."""
+        return bind_call(self.signature, args, kwargs, self.device)
+
+    def check(self, call: Call) -> None:
+        """Raise ``InputError`` if the call's tensors do not fit the model. See ``check_call``."""
+        check_call(call.values, self.device, self.vocabulary, self.encoder_decoder)
 
     def fake(self, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
         """A copy with fake tensors on the real device; tensors of the model's dtype become ``dtype``."""
@@ -125,10 +151,10 @@ class Blueprint:
             CaptureError: naming the line of the model that stopped the trace.
         """
         errors: list[Exception] = []
-        for seam in (nothing, hard_models):
+        for patches in (nothing, hard_models):
             for dims in (shared_dims, automatic_dims):
                 try:
-                    program = self.export(inputs, training, dtype, dims, seam)
+                    program = self.export(inputs, training, dtype, dims, patches)
                 except Exception as error:
                     errors.append(error)
                     if not is_about_dims(error):
@@ -144,17 +170,16 @@ class Blueprint:
         training: bool,
         dtype: torch.dtype,
         dims: Callable[..., dict[str, Any]],
-        seam: Callable[[nn.Module], Any],
+        patches: Callable[[nn.Module], Any],
     ) -> ExportedProgram:
         """One attempt, with one choice of free sizes and with or without patches."""
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         model = self.fake(mode, dtype).train(training)
-        paired = is_paired(self.model)
         with mode:
-            examples = {k: example(v) for k, v in resized(inputs, paired).items()}
+            examples = {k: example(v) for k, v in resized(inputs, self.encoder_decoder).items()}
         take_exactly(model, list(examples))
-        spec = dims(examples, paired)
-        with mode, quiet(), always(model), seam(model):
+        spec = dims(examples, self.encoder_decoder)
+        with mode, quiet(), always(model), patches(model):
             return torch.export.export(model, (), examples, dynamic_shapes=spec, strict=False)
 
     def finish(self, program: ExportedProgram) -> Capture:
@@ -189,7 +214,7 @@ class Blueprint:
             elif item.kind is InputKind.USER_INPUT:
                 names[item.arg.name] = next(user)
         graph = Flattener(stored, names, self.dtypes, self.parameters).run(program.graph_module)
-        gm = fx.GraphModule(nn.Module(), graph, class_name=type(self.model).__name__)
+        gm = fx.GraphModule(nn.Module(), graph, class_name=self.name)
         gm.meta.update(holders=holders(self.model), transposed_stacks=transposed_stacks(self.model))
         out_spec = program.call_spec.out_spec
         assert out_spec is not None

@@ -35,23 +35,23 @@ def read_config(source: Source) -> Any:
     return config
 
 
-def model_class(config: Any, given: Any) -> Any:
-    """The class to build: the one given, or the one that the config names.
+def find_class(config: Any, asked: Any) -> Any:
+    """The class to build: the one asked for, or the one that the config names.
 
     Raises:
         ConfigError: it is no class of transformers'.
     """
-    if given is not None:
-        mapping = getattr(given, "_model_mapping", None)
+    if asked is not None:
+        mapping = getattr(asked, "_model_mapping", None)
         if mapping is not None:
             if type(config) not in mapping:
-                raise ConfigError(f"{given.__name__} has no model for a {type(config).__name__}")
+                raise ConfigError(f"{asked.__name__} has no model for a {type(config).__name__}")
             return mapping[type(config)]
-        if not hasattr(given, "_from_config"):
+        if not hasattr(asked, "_from_config"):
             raise ConfigError(
-                f"model_class={given!r}; accepted: a model class of transformers, or an Auto class"
+                f"model_class={asked!r}; accepted: a model class of transformers, or an Auto class"
             )
-        return given
+        return asked
     names = list(getattr(config, "architectures", None) or [])
     if not names:
         mapping = transformers.AutoModelForCausalLM._model_mapping
@@ -66,7 +66,7 @@ def model_class(config: Any, given: Any) -> Any:
     return found
 
 
-def settle_dtype(config: Any, dtype: Any, found: Iterable[torch.dtype]) -> torch.dtype:
+def choose_dtype(config: Any, dtype: Any, found: Iterable[torch.dtype]) -> torch.dtype:
     """The dtype of the model: the one asked for; "auto" is the config's, or else the checkpoint's first float.
 
     Raises:
@@ -84,8 +84,8 @@ def settle_dtype(config: Any, dtype: Any, found: Iterable[torch.dtype]) -> torch
     for name in getattr(config, "sub_configs", ()):
         if getattr(config, name, None) is not None:
             getattr(config, name).dtype = dtype
-    settled: torch.dtype = dtype
-    return settled
+    chosen: torch.dtype = dtype
+    return chosen
 
 
 def build(config: Any, kind: Any, dtype: torch.dtype, source: Source | None = None) -> Any:

@@ -12,7 +12,8 @@ import bitsandbytes.functional as bnb
 import torch
 from transformers import BitsAndBytesConfig
 
-from ..config import Quantization, check_quantization
+from ..compiler.request import check_quantization
+from ..config import Quantization
 from ..errors import CheckpointError, ConfigError
 from ..passes.graph.site import Layout
 from ..runtime.ops import NESTED_BLOCKSIZE

@@ -1,4 +1,4 @@
-"""Fill the store of a prepared model from a checkpoint, tensor by tensor in the order of its files.
+"""Fill the store of a base from a checkpoint, tensor by tensor in the order of its files.
 
 What is held beside the store: one piece (2 MB) of a weight that is quantized as it is stored; one dense tensor
 where the file's order is not the storage's (Conv1D, fused experts); one expert of a stack that a checkpoint has in
@@ -15,24 +15,24 @@ import torch
 from tqdm import tqdm
 
 from ..errors import CheckpointError
-from ..model import QLoRAModel
 from ..passes.graph.site import Layout, Site
 from ..runtime.parameter_store import QuantizedShape
 from ..runtime.schemes.blocks import pieces_of
 from ..runtime.schemes.four_bit import StorageBuilder, dequantize_weight
-from ..weights.move import add_dense, add_quant_map, quantized_sites
+from ..weights.base import Base
+from ..weights.move import add_dense, add_quant_map
 from .conversion import Group
 from .four_bit import StoredWeight, bitsandbytes_layout
 from .open import Checkpoint
 
 
-def fill(qmodel: QLoRAModel, checkpoint: Checkpoint, *, progress: bool) -> None:
+def fill(base: Base, checkpoint: Checkpoint, *, progress: bool) -> None:
     """Read every tensor once.
 
     Raises:
         CheckpointError: a file ended early, or has values that are not finite.
     """
-    filler = Filler(qmodel, checkpoint)
+    filler = Filler(base, checkpoint)
     total = sum(checkpoint.bytes_of(group) for group in checkpoint.groups)
     with tqdm(
         total=total,
@@ -51,17 +51,17 @@ class Filler:
     """Puts tensors where the store wants them.
 
     Args:
-        qmodel: with its verdicts, and a store that is filled here.
+        base: its store is filled here.
         checkpoint: what is read.
     """
 
-    def __init__(self, qmodel: QLoRAModel, checkpoint: Checkpoint) -> None:
-        self.qmodel = qmodel
+    def __init__(self, base: Base, checkpoint: Checkpoint) -> None:
+        self.base = base
         self.checkpoint = checkpoint
         self.model = checkpoint.model
-        self.keys = qmodel._blueprint.keys
-        self.sites = quantized_sites(qmodel)
-        self.quantization = qmodel._config.quantization
+        self.keys = base.skeleton.keys
+        self.sites = base.quantized_sites()
+        self.quantization = base.config.quantization
 
     def put(self, group: Group) -> None:
         """Read one group into the store."""
@@ -96,7 +96,7 @@ class Filler:
 
     def dense(self, source: str, old: torch.Tensor) -> torch.Tensor:
         """A tensor in the dtype of ``old`` on the model's device; only a piece is held besides."""
-        shards, device = self.checkpoint.shards, self.qmodel.device
+        shards, device = self.checkpoint.shards, self.base.device
         if shards.entries[source].dtype == old.dtype and device.type == "cpu":
             return shards.read(source)
         new = torch.empty(old.shape, dtype=old.dtype, device=device)
@@ -115,7 +115,7 @@ class Filler:
                 f"{self.checkpoint.where(group)} makes {name} {list(tensor.shape)}; the model's is {list(old.shape)}"
             )
         if site is None:
-            self.add_dense(group, name, tensor.to(self.qmodel.device, old.dtype).contiguous())
+            self.add_dense(group, name, tensor.to(self.base.device, old.dtype).contiguous())
             return
         assert site.layout is not None
         builder = self.builder(site)
@@ -133,7 +133,11 @@ class Filler:
             for name, one in group.convert(self.checkpoint.read, self.model, i).items():
                 old = self.parameter(name)
                 site = self.sites.get(self.keys[name])
-                layout = None if site is None or site.layout is None else of_one(site.layout, count)
+                layout = (
+                    None
+                    if site is None or site.layout is None
+                    else matrix_layout(site.layout, count)
+                )
                 if site is not None and layout is not None:
                     builder = (
                         builders.setdefault(name, self.builder(site)) if i == 0 else builders[name]
@@ -154,7 +158,7 @@ class Filler:
             yield piece.to(dtype)
 
     def builder(self, site: Site) -> StorageBuilder:
-        return StorageBuilder(site.shape, self.quantization, self.qmodel.device)
+        return StorageBuilder(site.shape, self.quantization, self.base.device)
 
     # -- what arrives in 4 bits -----------------------------------------------------------------------
 
@@ -164,14 +168,13 @@ class Filler:
         settings = self.checkpoint.settings.quantization
         assert settings is not None
         parts = weight.read(self.checkpoint.shards, settings)
-        parts = {part: tensor.to(self.qmodel.device) for part, tensor in parts.items()}
+        parts = {part: tensor.to(self.base.device) for part, tensor in parts.items()}
         site = self.sites.get(self.keys[name])
         old = self.parameter(name)
         layout = self.layout_of(name, weight, site, old)
         if site is not None and site.layout == layout:
             described = QuantizedShape(site.shape, weight.dtype, self.quantization)
-            self.qmodel._dense_bytes[self.keys[name]] = old.nbytes
-            self.qmodel._store.add_quantized(self.keys[name], parts, described)
+            self.base.store.add_quantized(self.keys[name], parts, described)
             return
         why = (
             "nothing in the graph multiplies by it"
@@ -211,8 +214,7 @@ class Filler:
         if not builder.finite:
             raise self.not_finite(group, name)
         old, key = self.parameter(name), self.keys[name]
-        self.qmodel._dense_bytes[key] = old.nbytes
-        self.qmodel._store.add_quantized(
+        self.base.store.add_quantized(
             key, builder.parts, QuantizedShape(site.shape, old.dtype, self.quantization)
         )
 
@@ -225,8 +227,7 @@ class Filler:
             raise self.not_finite(group, name)
         path, _, leaf = name.rpartition(".")
         key = self.keys[name]
-        self.qmodel._dense_bytes[key] = tensor.nbytes
-        add_dense(self.qmodel, key, tensor, self.model.get_submodule(path), leaf)
+        add_dense(self.base.store, key, tensor, self.model.get_submodule(path), leaf)
 
     def not_finite(self, group: Group, name: str) -> CheckpointError:
         return CheckpointError(
@@ -237,16 +238,15 @@ class Filler:
     def finish(self) -> None:
         """Move what transformers made itself (buffers that no checkpoint holds), and share the maps."""
         for name, key in self.keys.items():
-            if key not in self.qmodel._store:
+            if key not in self.base.store:
                 path, _, leaf = name.rpartition(".")
                 module: Any = self.model.get_submodule(path)
                 tensor = getattr(module, leaf)
-                self.qmodel._dense_bytes[key] = tensor.nbytes
-                add_dense(self.qmodel, key, tensor, module, leaf)
-        add_quant_map(self.qmodel, self.qmodel._config)
+                add_dense(self.base.store, key, tensor, module, leaf)
+        add_quant_map(self.base)
 
 
-def of_one(layout: Layout, count: int) -> Layout | None:
+def matrix_layout(layout: Layout, count: int) -> Layout | None:
     """The layout of each matrix of a stack, where the stack's own dimension is the first throughout."""
     if len(layout.shape) != 3 or layout.view[0] != count or layout.permute[0] != 0:
         return None

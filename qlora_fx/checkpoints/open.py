@@ -17,7 +17,7 @@ import torch
 from ..errors import CheckpointError, ConfigError
 from ..runtime.safetensors_reader import Shards
 from .conversion import Group, plan, results
-from .empty_model import build, complete, model_class, read_config, settle_dtype
+from .empty_model import build, choose_dtype, complete, find_class, read_config
 from .four_bit import StoredWeight, StoredWeights, find_stored
 from .gguf import LazyFile, TensorwiseFile, open_file
 from .locate import Source
@@ -89,8 +89,8 @@ def open_checkpoint(
     with Shards(source.entries) as shards:
         settings = find_stored(source, shards)
         config = read_config(source)
-        settled = settle_dtype(config, dtype, (e.dtype for e in source.entries.values()))
-        model = build(config, model_class(config, kind), settled, source)
+        chosen = choose_dtype(config, dtype, (e.dtype for e in source.entries.values()))
+        model = build(config, find_class(config, kind), chosen, source)
         names = [name for name in source.entries if not settings.belongs(name)]
         mapping: list[Any] | None = [] if any(w.own for w in settings.weights.values()) else None
         groups, unexpected = plan(model, names, mapping)
@@ -98,7 +98,7 @@ def open_checkpoint(
             model._weight_conversions = None  # what is saved from it has the names of its class
         checkpoint = Checkpoint(source, model, shards, settings=settings)
         produced = check_groups(checkpoint, groups)
-        drop_equal_twins(checkpoint, groups, produced)
+        drop_equal_duplicates(checkpoint, groups, produced)
         finish(checkpoint, set(produced), set(unexpected), device)
         places = {e.name: i for i, e in enumerate(source.entries.values())}
         checkpoint.groups = sorted(groups, key=lambda g: places[g.sources[0][0]])
@@ -110,9 +110,9 @@ def open_gguf(source: Source, *, dtype: Any, kind: Any, device: torch.device) ->
     assert source.gguf is not None
     gguf = open_file(source.gguf)
     config = read_config(source)
-    settled = settle_dtype(config, gguf.dtype if dtype == "auto" else dtype, ())
-    model = build(config, model_class(config, kind), settled, source)
-    groups, unexpected = gguf.plan(model, settled)
+    chosen = choose_dtype(config, gguf.dtype if dtype == "auto" else dtype, ())
+    model = build(config, find_class(config, kind), chosen, source)
+    groups, unexpected = gguf.plan(model, chosen)
     model._weight_conversions = None  # what is saved has the model's own names, not the file's
     if unexpected:  # llama.cpp writes tensors that transformers computes (rope_freqs)
         warnings.warn(
@@ -186,7 +186,7 @@ def misfit(
     )
 
 
-def drop_equal_twins(
+def drop_equal_duplicates(
     checkpoint: Checkpoint, groups: list[Group], produced: dict[str, Group]
 ) -> None:
     """Where the config ties two weights and the files hold both: tie them if they are equal, else do not.

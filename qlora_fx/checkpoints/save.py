@@ -23,8 +23,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,16 +33,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..runtime.checkpoint_writer import FolderWriter, Spec
-from ..runtime.parameter_store import PARTS, QuantizedNode
+from ..runtime.parameter_store import PARTS
 from ..runtime.schemes.four_bit import quant_state
-from ..weights.move import quantized_sites
+from ..weights.base import Base
 from .conversion import plan_back
 from .four_bit import bitsandbytes_layout
 from .locate import BESIDE, OWN_METHOD, OWN_SINGLE, SINGLE
-
-if TYPE_CHECKING:
-    from ..model import QLoRAModel
-
 
 Replace = Callable[[str], dict[str, torch.Tensor] | None]
 """New storage of the weight of a parameter name, or None where it stays as it is."""
@@ -54,14 +49,14 @@ def unchanged(name: str) -> None:
 
 
 def write_quantized(
-    qmodel: QLoRAModel,
+    base: Base,
     folder: str | os.PathLike[str],
     limit: int,
     replace: Replace | None = None,
 ) -> None:
     """Write the base in 4 bits in the format that can say it; what ``replace`` makes is held one at a time."""
-    names = saved_names(qmodel)
-    settings, obstacles = bitsandbytes_config(qmodel, names)
+    names = saved_names(base)
+    settings, obstacles = bitsandbytes_config(base, names)
     write = as_ours if settings is None else as_bitsandbytes
     if settings is None:
         warnings.warn(
@@ -71,21 +66,21 @@ def write_quantized(
             stacklevel=4,
         )
     with FolderWriter(folder) as writer:
-        write_config(qmodel, writer, settings or own_config(qmodel, names))
+        write_config(base, writer, settings or own_config(base, names))
         specs = [
             Spec(name, tensor.dtype, tuple(tensor.shape))
-            for name, tensor in write(qmodel, names, replace and unchanged)
+            for name, tensor in write(base, names, replace and unchanged)
         ]
         single = SINGLE if settings is not None else OWN_SINGLE
         writer.tensors(specs, single=single, max_shard_size=limit)
-        for name, tensor in write(qmodel, names, replace):
+        for name, tensor in write(base, names, replace):
             writer.put(name, tensor)
-        write_beside(qmodel, writer)
+        write_beside(base, writer)
 
 
-def saved_names(qmodel: QLoRAModel) -> dict[str, str]:
+def saved_names(base: Base) -> dict[str, str]:
     """Names of the model's saved parameters and buffers, with their store keys; a tied weight has one."""
-    model, keys = qmodel._blueprint.model, qmodel._blueprint.keys
+    model, keys = base.skeleton.model, base.skeleton.keys
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
     chosen: dict[str, str] = {}
@@ -98,11 +93,11 @@ def saved_names(qmodel: QLoRAModel) -> dict[str, str]:
 
 
 def bitsandbytes_config(
-    qmodel: QLoRAModel, names: dict[str, str]
+    base: Base, names: dict[str, str]
 ) -> tuple[BitsAndBytesConfig | None, list[str]]:
     """The config with which transformers would hold exactly this model in 4 bits, or why there is none."""
-    model, q = qmodel._blueprint.model, qmodel._config.quantization
-    sites = quantized_sites(qmodel)
+    model, q = base.skeleton.model, base.config.quantization
+    sites = base.quantized_sites()
     by_key = {key: name for name, key in names.items()}
     linears = {
         path: module
@@ -144,7 +139,7 @@ def bitsandbytes_config(
         BitsAndBytesConfig(
             load_in_4bit=True,
             llm_int8_skip_modules=skip,
-            bnb_4bit_compute_dtype=qmodel.compute_dtype,
+            bnb_4bit_compute_dtype=base.config.compute_dtype,
             bnb_4bit_quant_type=q.quant_type,
             bnb_4bit_use_double_quant=q.double_quant,
             bnb_4bit_quant_storage=q.storage_dtype,
@@ -153,9 +148,9 @@ def bitsandbytes_config(
     )
 
 
-def own_config(qmodel: QLoRAModel, names: dict[str, str]) -> dict[str, Any]:
-    q = qmodel._config.quantization
-    sites = quantized_sites(qmodel)
+def own_config(base: Base, names: dict[str, str]) -> dict[str, Any]:
+    q = base.config.quantization
+    sites = base.quantized_sites()
     return {
         "quant_method": OWN_METHOD,
         "version": 1,
@@ -163,10 +158,13 @@ def own_config(qmodel: QLoRAModel, names: dict[str, str]) -> dict[str, Any]:
         "blocksize": q.blocksize,
         "double_quant": q.double_quant,
         "quant_storage": plain(q.storage_dtype),
-        "compute_dtype": plain(qmodel.compute_dtype),
-        "also_quantize": sorted(qmodel._config.also_quantize),
+        "compute_dtype": plain(base.config.compute_dtype),
+        "also_quantize": sorted(base.config.also_quantize),
         "weights": {
-            name: {"shape": list(sites[key].shape), "dtype": plain(described(qmodel, key).dtype)}
+            name: {
+                "shape": list(sites[key].shape),
+                "dtype": plain(base.quantized_weight(key)[1].dtype),
+            }
             for name, key in names.items()
             if key in sites
         },
@@ -177,33 +175,23 @@ def plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def described(qmodel: QLoRAModel, key: str) -> Any:
-    path, _, leaf = key.rpartition(".")
-    node = qmodel._store.node(path)
-    assert isinstance(node, QuantizedNode)
-    return node.descriptions[leaf]
-
-
 DESCRIPTION = 512
 """Bytes of a weight's description in JSON, filled up with spaces: its length is known before its values are."""
 
 
 def as_bitsandbytes(
-    qmodel: QLoRAModel, names: dict[str, str], replace: Replace | None
+    base: Base, names: dict[str, str], replace: Replace | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors under the names of a checkpoint; those of weights in 4 bits with their companions."""
-    model, store, sites = qmodel._blueprint.model, qmodel._store, quantized_sites(qmodel)
+    model, store, sites = base.skeleton.model, base.store, base.quantized_sites()
     for group in plan_back(model, names):
         name = group.sources[0][0]
         key = names[name]
         if key not in sites:
             yield from group.convert(lambda n: store[names[n]].detach(), model).items()
             continue
-        path, _, leaf = key.rpartition(".")
-        node = store.node(path)
-        assert isinstance(node, QuantizedNode)
-        parts = (replace(name) if replace is not None else None) or node.parts(leaf)
-        d = node.descriptions[leaf]
+        held, d = base.quantized_weight(key)
+        parts = (replace(name) if replace is not None else None) or held
         yield group.first, parts["packed"]
         state = quant_state(parts, d.shape, d.dtype, d.quantization)
         for part, tensor in state.as_dict(packed=True).items():
@@ -214,29 +202,27 @@ def as_bitsandbytes(
 
 
 def as_ours(
-    qmodel: QLoRAModel, names: dict[str, str], replace: Replace | None
+    base: Base, names: dict[str, str], replace: Replace | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors under the model's names, with the parts of weights in 4 bits."""
-    store, sites = qmodel._store, quantized_sites(qmodel)
+    store, sites = base.store, base.quantized_sites()
     for name, key in names.items():
         if key not in sites:
             yield name, store[key]
             continue
-        path, _, leaf = key.rpartition(".")
-        node = store.node(path)
-        assert isinstance(node, QuantizedNode)
-        parts = (replace(name) if replace is not None else None) or node.parts(leaf)
+        held, _ = base.quantized_weight(key)
+        parts = (replace(name) if replace is not None else None) or held
         yield name, parts["packed"]
         for part in PARTS:
             if part in parts:
                 yield f"{name}.{part}", parts[part]
 
 
-def write_config(qmodel: QLoRAModel, writer: FolderWriter, quantization: Any) -> None:
+def write_config(base: Base, writer: FolderWriter, quantization: Any) -> None:
     """``config.json`` as ``save_pretrained`` would write it, with or without a ``quantization_config``."""
-    model = qmodel._blueprint.model
+    model = base.skeleton.model
     config = copy.deepcopy(model.config)
-    config.dtype = plain(qmodel._blueprint.dtype)
+    config.dtype = plain(base.skeleton.dtype)
     config.architectures = [type(model).__name__]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -250,19 +236,11 @@ def write_config(qmodel: QLoRAModel, writer: FolderWriter, quantization: Any) ->
         writer.text("generation_config.json", model.generation_config.to_json_string())
 
 
-def write_beside(qmodel: QLoRAModel, writer: FolderWriter) -> None:
+def write_beside(base: Base, writer: FolderWriter) -> None:
     """The tokenizer and what else lies beside the weights, where the model came from a folder."""
-    folder = source_folder(qmodel)
+    folder = base.folder
     if folder is None:
         return
     for name in BESIDE:
         if (folder / name).is_file() and not (writer.scratch / name).exists():
             writer.copy(folder / name)
-
-
-def source_folder(qmodel: QLoRAModel) -> Path | None:
-    """The folder the model was loaded from, if it is known and here."""
-    if qmodel._source is not None:
-        return qmodel._source.folder
-    named = getattr(qmodel.config, "_name_or_path", None) or ""
-    return Path(named) if named and Path(named).is_dir() else None

@@ -6,20 +6,20 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import LoraConfig
 
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    from .plan import Draft
-    from .report import Plan
+from .estimate import Draft
+from .report import Plan
 
 SHORTEST, LOWEST = 128, 8
 """Tokens and rank below which nobody would call it the same training."""
 
 
 def search(
-    draft: Draft, asked: dict[str, Any], limit: int, redraft: Callable[[Any], Draft]
+    draft: Draft, asked: dict[str, Any], limit: int, redraft: Callable[[LoraConfig], Draft]
 ) -> Plan:
     """The first of these that fits: as asked; less kept for backward; 8-bit optimizer state; a smaller batch; a lower
     rank; shorter rows. Each includes those before it; less is kept only as far as it has to be.
@@ -53,7 +53,7 @@ def search(
 
 
 def candidates(
-    draft: Draft, asked: dict[str, Any], redraft: Callable[[Any], Draft]
+    draft: Draft, asked: dict[str, Any], redraft: Callable[[LoraConfig], Draft]
 ) -> Iterator[tuple[Draft, dict[str, Any], list[str]]]:
     settings = dict(asked)
     changed: list[str] = []
@@ -69,7 +69,7 @@ def candidates(
             f"batch_size={settings['batch_size']}",
         ]
         yield draft, settings, changed
-    lora = draft.prepared.config.lora
+    lora = draft.prepared.base.config.lora
     while lora.r > LOWEST:
         lora = lower_rank(lora)
         draft = redraft(lora)
@@ -83,7 +83,7 @@ def candidates(
         yield draft, settings, changed
 
 
-def lower_rank(lora: Any) -> Any:
+def lower_rank(lora: LoraConfig) -> LoraConfig:
     """The config with about half of every rank, none below ``LOWEST``, and the scaling that it had."""
     lower = copy.deepcopy(lora)
     lower.r = max(LOWEST, lora.r // 2)

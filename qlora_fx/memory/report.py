@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from .recompute import Split, memory_of
+from ..compiler.recompute import Split
+from ..units import parse_size
 from .resident import Footprint
 
 GB = 10**9
@@ -103,7 +104,7 @@ class Plan:
 
     def fits(self, memory: int | str) -> bool:
         """Whether the peak is at most ``memory``: bytes, or ``"24GB"``."""
-        return self.peak <= memory_of(memory)
+        return self.peak <= parse_size(memory, "memory")
 
     def methods(self) -> dict[str, int]:
         """Peaks of other ways to train the same model on the same batch, in bytes.

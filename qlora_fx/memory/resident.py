@@ -47,8 +47,9 @@ class Footprint:
 
 def footprint(prepared: Prepared, optimizer: str) -> Footprint:
     """Count what ``prepared`` will hold with ``optimizer`` over one flat buffer of adapters."""
-    blueprint, q = prepared.blueprint, prepared.config.quantization
-    quantized = {s.weight: s for s in prepared.sites.values() if s.quantize}
+    base = prepared.base
+    skeleton, q = base.skeleton, base.config.quantization
+    quantized = base.quantized_sites()
     storage = weights = shared = 0
     for site in quantized.values():
         for part, (shape, dtype) in layout(site.shape, q, name=site.name).items():
@@ -58,15 +59,13 @@ def footprint(prepared: Prepared, optimizer: str) -> Footprint:
             else:
                 storage += size
         weights += math.prod(site.shape)
-    distinct = {blueprint.keys[name]: tensor for name, tensor in named_tensors(blueprint.model)}
+    distinct = {skeleton.keys[name]: tensor for name, tensor in named_tensors(skeleton.model)}
     constants = shared + sum(t.nbytes for key, t in distinct.items() if key not in quantized)
     constants += sum(t.nbytes for t in prepared.capture.constants.values())
-    sizes = [
-        math.prod(shape) for s in prepared.sites.values() if s.adapt for shape in s.lora_shapes()
-    ]
+    sizes = [math.prod(shape) for s in base.sites.values() if s.adapt for shape in s.lora_shapes()]
     flat = sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)
     held = flat * ADAPTER_DTYPE.itemsize
-    parameters = {blueprint.keys[name] for name, _ in blueprint.model.named_parameters()}
+    parameters = {skeleton.keys[name] for name, _ in skeleton.model.named_parameters()}
     return Footprint(
         storage=storage,
         constants=constants,

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import sympy
 
+from ..compiler.programs import Programs
+from ..compiler.recompute import Calls, Split, flows, free_sizes
 from ..errors import ModelError
 from ..passes.lowering.compiled_body import Key
 from ..passes.lowering.live_bytes import value
 from ..passes.lowering.partition import activations
-from .recompute import Calls, Split, flows, free_sizes
-
-if TYPE_CHECKING:
-    from ..model import QLoRAModel
 
 
 @dataclass(frozen=True)
@@ -77,27 +74,26 @@ class Activations(list[Held]):
         return "\n".join(lines)
 
 
-def saved_activations(qmodel: QLoRAModel, *, batch_size: int, sequence_length: int) -> Activations:
+def saved_activations(programs: Programs, *, batch_size: int, sequence_length: int) -> Activations:
     """The tensors held from forward to backward, from the partitioned joint graph of each body.
 
     Args:
-        qmodel: with backend "inductor" or "aot_eager". The memory budget it has is honoured.
+        programs: of a model with backend "inductor" or "aot_eager". The memory budget they have is honoured.
         batch_size, sequence_length: sizes to evaluate for; any, not only those that ran. A decoder's rows have the
             encoder's length.
 
     Raises:
         ModelError: with backend "eager", whose program is not partitioned.
     """
-    for key, programs in qmodel._programs.items():
-        for program in programs:
-            budget = qmodel._budgets.get(program)
-            if not key.training or budget is None or not budget.bodies:
+    for signature, several in programs.captured.items():
+        for one in several:
+            if not signature.training or not one.budget.bodies:
                 continue
-            vals = [val for _, val in program.inputs]
-            sizes = free_sizes(vals, batch_size, sequence_length)
+            inputs = [fake for _, fake in one.program.inputs]
+            sizes = free_sizes(inputs, batch_size, sequence_length)
             letters = sympy.symbols("B S T U V W")
             names = dict(zip(sizes, letters, strict=False))
-            rows = Activations(budget.split(sizes))
+            rows = Activations(one.budget.split(sizes))
             for calls in rows.split.bodies:
                 rows += rows_of(calls, sizes, names)
             return rows

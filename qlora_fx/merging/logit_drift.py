@@ -7,7 +7,7 @@ are made when its forward begins and let go when it ends.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture.arguments import bind, without_cache
+from ..capture.skeleton import Skeleton
 from ..errors import InputError
-from ..model import QLoRAModel
 from .values import Merged
 
 SAMPLE = (
@@ -56,7 +55,7 @@ class Drift:
 
 
 def sample_inputs(
-    qmodel: QLoRAModel, sample: Any, folder: Path | None
+    skeleton: Skeleton, sample: Any, folder: Path | None
 ) -> tuple[dict[str, Any], str]:
     """The model's arguments for a sample, and what it is in words.
 
@@ -64,10 +63,10 @@ def sample_inputs(
         InputError: there is none, and none can be made.
     """
     if isinstance(sample, Mapping):
-        given = {k: v for k, v in sample.items() if k != "labels"}
-        return given, "the given inputs"
-    main = getattr(qmodel._blueprint.model, "main_input_name", "input_ids")
-    if main != "input_ids" or qmodel._vocabulary is None:
+        inputs = {k: v for k, v in sample.items() if k != "labels"}
+        return inputs, "the given inputs"
+    main = getattr(skeleton.model, "main_input_name", "input_ids")
+    if main != "input_ids" or skeleton.vocabulary is None:
         raise InputError(
             f"sample={sample!r}; accepted for a model that takes {main}: a dict of its arguments"
         )
@@ -78,12 +77,12 @@ def sample_inputs(
                 "sample text needs a tokenizer beside the checkpoint; accepted: a dict with input_ids"
             )
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(qmodel._vocabulary, (1, 64), generator=generator)
+        ids = torch.randint(skeleton.vocabulary, (1, 64), generator=generator)
         words = "64 random tokens (no tokenizer beside the checkpoint)"
     else:
         ids = tokenizer(sample or SAMPLE, return_tensors="pt")["input_ids"][:, :LONGEST]
         words = f"{ids.shape[1]} tokens of sample text"
-    ids = ids.to(qmodel.device)
+    ids = ids.to(skeleton.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, words
 
 
@@ -99,21 +98,19 @@ def read_tokenizer(folder: Path | None) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def measure(merged: Merged, inputs: dict[str, Any], words: str) -> Drift:
+def measure(run: Callable[..., Any], merged: Merged, inputs: dict[str, Any], words: str) -> Drift:
     """Run both models in eval mode on ``inputs``.
+
+    Args:
+        run: the model with its adapter, in eval mode.
+        words: what the inputs are.
 
     Raises:
         InputError: the model has no logits.
     """
-    qmodel = merged.qmodel
-    was = qmodel.training
-    qmodel.eval()
-    try:
-        with torch.no_grad():
-            before = logits_of(qmodel(**inputs))
-            after = logits_of(run(merged, inputs))
-    finally:
-        qmodel.train(was)
+    with torch.no_grad():
+        before = logits_of(run(**inputs))
+        after = logits_of(run_merged(merged, inputs))
     mask = inputs.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.shape == before.shape[:2]:
         before, after = before[mask.bool()], after[mask.bool()]
@@ -138,23 +135,21 @@ def logits_of(output: Any) -> torch.Tensor:
     return logits.detach().float()
 
 
-def run(merged: Merged, inputs: Mapping[str, Any]) -> Any:
+def run_merged(merged: Merged, inputs: Mapping[str, Any]) -> Any:
     """The merged model's own output, in eager PyTorch, one module's parameters at a time."""
-    qmodel = merged.qmodel
-    blueprint = qmodel._blueprint
-    model = copy.deepcopy(blueprint.model)
+    skeleton, store = merged.base.skeleton, merged.base.store
+    model = copy.deepcopy(skeleton.model)
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         path, _, leaf = name.rpartition(".")
         if buffer.device.type == "meta":
-            model.get_submodule(path)._buffers[leaf] = qmodel._store[blueprint.keys[name]]
+            model.get_submodule(path)._buffers[leaf] = store[skeleton.keys[name]]
     for path, module in model.named_modules(remove_duplicate=False):
         units = [path] if module._parameters else []
         if isinstance(module, nn.MultiheadAttention):  # reads its child's weight
             units = [path, *(f"{path}.{p}" for p, _ in module.named_children())]
         if units:
             attach(model, module, units, merged)
-    values = without_cache(blueprint.signature, bind(blueprint.signature, (), dict(inputs)))
-    return model.eval()(**values)
+    return model.eval()(**skeleton.bind((), inputs).values)
 
 
 def attach(model: nn.Module, module: nn.Module, units: list[str], merged: Merged) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,15 @@ import torch
 from ..checkpoints.conversion import Group, plan_back, results
 from ..checkpoints.locate import find
 from ..checkpoints.open import open_checkpoint
-from ..checkpoints.save import (
-    saved_names,
-    source_folder,
-    write_beside,
-    write_config,
-    write_quantized,
-)
+from ..checkpoints.save import saved_names, write_beside, write_config, write_quantized
 from ..errors import CheckpointError, ConfigError
 from ..explain import numbers
-from ..model import QLoRAModel
-from ..runtime.checkpoint_writer import FolderWriter, Spec, parse_size
+from ..runtime.checkpoint_writer import FolderWriter, Spec
 from ..runtime.schemes.four_bit import dequantize_rows, quantize_weight
-from ..weights.move import quantized_sites
+from ..units import parse_size
+from ..weights.base import Base
 from .logit_drift import Drift, measure, sample_inputs
-from .values import MODES, BaseWeights, Merged
+from .values import MODES, Merged, OriginalWeights
 
 log = logging.getLogger("qlora_fx")
 
@@ -72,25 +66,32 @@ class MergeReport:
 
 
 def merge(
-    qmodel: QLoRAModel,
+    base: Base,
+    run: Callable[..., Any],
     folder: str | os.PathLike[str] | None,
     *,
     mode: str,
-    base: str | os.PathLike[str] | None,
+    original: str | os.PathLike[str] | None,
     sample: Any,
     max_shard_size: int | str,
 ) -> MergeReport:
-    """See ``QLoRAModel.merge``."""
+    """See ``QLoRAModel.merge``.
+
+    Args:
+        run: the model with its adapter, in eval mode.
+        original: ``base`` there.
+    """
     if mode not in MODES:
         raise ConfigError(f"mode={mode!r}; accepted: {', '.join(map(repr, MODES))}")
-    limit = parse_size(max_shard_size)
-    with original(qmodel, base) if mode == "base16" else contextlib.nullcontext() as weights:
-        merged = Merged(qmodel, mode, weights)
+    limit = parse_size(max_shard_size, "max_shard_size")
+    opened = open_original(base, original) if mode == "base16" else contextlib.nullcontext()
+    with opened as weights:
+        merged = Merged(base, mode, weights)
         drift = None
         if sample is not False:
-            inputs, words = sample_inputs(qmodel, sample, source_folder(qmodel))
-            drift = measure(merged, inputs, words)
-        names = saved_names(qmodel)
+            inputs, words = sample_inputs(base.skeleton, sample, base.folder)
+            drift = measure(run, merged, inputs, words)
+        names = saved_names(base)
         by_key = {key: name for name, key in names.items()}
         touched = [k for k in by_key if k in merged.sites or k in merged.adapted]
         for key in touched:
@@ -101,26 +102,26 @@ def merge(
         if folder is None:
             return report
         if mode == "requantized":
-            write_quantized(qmodel, folder, limit, merged.requantized)
+            write_quantized(base, folder, limit, merged.requantized)
         else:
-            write_dense(qmodel, folder, limit, merged, names)
+            write_dense(base, folder, limit, merged, names)
     return MergeReport(mode, report.errors, drift, Path(folder))
 
 
 def write_dense(
-    qmodel: QLoRAModel,
+    base: Base,
     folder: str | os.PathLike[str],
     limit: int,
     merged: Merged,
     names: dict[str, str],
 ) -> None:
     """An ordinary checkpoint in the model's dtype; one conversion's tensors are held at a time."""
-    model = qmodel._blueprint.model
+    model = base.skeleton.model
     shapes = {n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items()}
     groups = plan_back(model, names)
     made = [results(group, model, shapes) for group in groups]
     with FolderWriter(folder) as writer:
-        write_config(qmodel, writer, None)
+        write_config(base, writer, None)
         writer.tensors(
             [Spec(n, t.dtype, tuple(t.shape)) for tensors in made for n, t in tensors.items()],
             max_shard_size=limit,
@@ -128,7 +129,7 @@ def write_dense(
         for group, tensors in zip(groups, made, strict=True):
             for name, tensor in pieces(group, list(tensors), merged):
                 writer.put(name, tensor)
-        write_beside(qmodel, writer)
+        write_beside(base, writer)
 
 
 def pieces(group: Group, targets: list[str], merged: Merged) -> Iterator[tuple[str, torch.Tensor]]:
@@ -149,34 +150,30 @@ def pieces(group: Group, targets: list[str], merged: Merged) -> Iterator[tuple[s
 
 
 @contextlib.contextmanager
-def original(qmodel: QLoRAModel, base: str | os.PathLike[str] | None) -> Iterator[BaseWeights]:
+def open_original(base: Base, source: str | os.PathLike[str] | None) -> Iterator[OriginalWeights]:
     """The original 16-bit checkpoint, opened and compared with the model.
 
     Raises:
         ConfigError: it is not known.
         CheckpointError: it is in 4 bits, or of another model.
     """
-    if base is None:
-        base = (
-            qmodel._source.gguf or qmodel._source.folder
-            if qmodel._source is not None
-            else source_folder(qmodel)
-        )
-    if base is None:
+    if source is None:
+        source = base.folder if base.origin is None else base.origin.gguf or base.origin.folder
+    if source is None:
         raise ConfigError(
             "mode='base16' needs the original checkpoint; pass base=, a folder or a hub id"
         )
-    model = qmodel._blueprint.model
+    model = base.skeleton.model
     with open_checkpoint(
-        find(base), dtype=qmodel._blueprint.dtype, kind=type(model), device=qmodel.device
+        find(source), dtype=base.skeleton.dtype, kind=type(model), device=base.device
     ) as checkpoint:
         if checkpoint.stored:
             raise CheckpointError(
-                f"{os.fspath(base)!r} is in 4 bits; mode='base16' needs the original checkpoint: pass base=, or use "
+                f"{os.fspath(source)!r} is in 4 bits; mode='base16' needs the original checkpoint: pass base=, or use "
                 "mode='dequantized'"
             )
-        weights = BaseWeights(checkpoint)
-        compare(qmodel, weights, os.fspath(base))
+        weights = OriginalWeights(checkpoint)
+        compare(base, weights, os.fspath(source))
         yield weights
 
 
@@ -185,22 +182,21 @@ TOLERANCE = 0.02
 thousand differently. Quantizing itself costs 0.09."""
 
 
-def compare(qmodel: QLoRAModel, weights: BaseWeights, base: str) -> None:
+def compare(base: Base, weights: OriginalWeights, source: str) -> None:
     """Quantize the first and the last weight again and compare with what is held.
 
     Raises:
         CheckpointError: they are of another model.
     """
-    names = {key: name for name, key in saved_names(qmodel).items()}
-    sites = list(quantized_sites(qmodel).values())
+    names = {key: name for name, key in saved_names(base).items()}
+    sites = list(base.quantized_sites().values())
     for site in {s.weight: s for s in (sites[:1] + sites[-1:])}.values():
         assert site.layout is not None
         name = names[site.weight]
-        dtype = qmodel._blueprint.dtypes[name]
-        dense = site.layout.of(weights.read(name).to(qmodel.device, dtype))
-        path, _, leaf = site.weight.rpartition(".")
-        node: Any = qmodel._store.node(path)
-        new, held = quantize_weight(dense, qmodel._config.quantization), node.parts(leaf)
+        dtype = base.skeleton.dtypes[name]
+        dense = site.layout.of(weights.read(name).to(base.device, dtype))
+        new = quantize_weight(dense, base.config.quantization)
+        held, _ = base.quantized_weight(site.weight)
         if site.experts:  # the first tells
             new, held = (
                 {k: v if k == "nested_quant_map" else v[0] for k, v in p.items()}
@@ -208,15 +204,13 @@ def compare(qmodel: QLoRAModel, weights: BaseWeights, base: str) -> None:
             )
         del dense
         distance = norm = 0.0
-        both = (
-            dequantize_rows(p, site.shape[-2:], qmodel._config.quantization) for p in (new, held)
-        )
+        both = (dequantize_rows(p, site.shape[-2:], base.config.quantization) for p in (new, held))
         for one, other in zip(*both, strict=True):
             distance += float((one - other).double().square().sum())
             norm += float(other.double().square().sum())
         error = (distance / norm) ** 0.5 if norm else 0.0
         if error > TOLERANCE:
             raise CheckpointError(
-                f"{name} of {base!r} is not what this model was quantized from: their 4-bit values differ by "
+                f"{name} of {source!r} is not what this model was quantized from: their 4-bit values differ by "
                 f"{100 * error:.0f} %. Pass base= with the original checkpoint"
             )

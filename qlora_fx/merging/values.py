@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
 from ..checkpoints.conversion import Group
-from ..checkpoints.load import of_one
+from ..checkpoints.load import matrix_layout
 from ..checkpoints.open import Checkpoint
 from ..errors import CheckpointError, ConfigError
-from ..model import QLoRAModel
 from ..passes.adapt import lora_keys
 from ..passes.graph.site import Layout, Site
 from ..runtime.allocator import WORTH_IT, trim
-from ..runtime.parameter_store import QuantizedNode
+from ..runtime.parameter_store import Store
 from ..runtime.schemes.four_bit import StorageBuilder, dequantize_rows, row_ranges
-from ..weights.move import quantized_sites
+from ..weights.base import Base
 
 MODES = ("dequantized", "base16", "requantized")
 
 
-class BaseWeights:
+class OriginalWeights:
     """The original dense parameters of an opened checkpoint, by name; the last conversion is kept."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -52,12 +50,12 @@ class BaseWeights:
 
 
 class Merged:
-    """The parameters of ``qmodel`` with its adapter in them.
+    """The parameters of a base with its adapter in them.
 
     Args:
         mode: "dequantized" (the values that 4 bits stand for, plus the adapter: what was trained), "base16" (the
             original weights plus the adapter), or "requantized" (the first, quantized again).
-        base: the original weights, for "base16".
+        original: the original weights, for "base16".
 
     Attributes:
         errors: relative error (Frobenius) of each weight that was made so far, beside what was trained, by key.
@@ -66,13 +64,13 @@ class Merged:
         ConfigError: an adapted weight has other readers, for whom it would change too.
     """
 
-    def __init__(self, qmodel: QLoRAModel, mode: str, base: BaseWeights | None = None) -> None:
-        self.qmodel, self.mode, self.base = qmodel, mode, base
-        self.model = qmodel._blueprint.model
-        self.quantization = qmodel._config.quantization
-        self.sites = quantized_sites(qmodel)
+    def __init__(self, base: Base, mode: str, original: OriginalWeights | None = None) -> None:
+        self.base, self.mode, self.original_weights = base, mode, original
+        self.model = base.skeleton.model
+        self.quantization = base.config.quantization
+        self.sites = base.quantized_sites()
         self.adapted: dict[str, list[Site]] = {}
-        for site in qmodel._sites.values():
+        for site in base.sites.values():
             if site.adapt:
                 self.adapted.setdefault(site.weight, []).append(site)
         self.errors: dict[str, float] = {}
@@ -80,12 +78,10 @@ class Merged:
 
     def check_readers(self) -> None:
         names: dict[str, list[str]] = {}
-        for name, key in self.qmodel._blueprint.keys.items():
+        for name, key in self.base.skeleton.keys.items():
             names.setdefault(key, []).append(name)
         others = {
-            s.weight: s.name
-            for s in self.qmodel._sites.values()
-            if s.kind in ("reader", "embedding")
+            s.weight: s.name for s in self.base.sites.values() if s.kind in ("reader", "embedding")
         }
         for key, sites in self.adapted.items():
             shared = names[key] if len(names[key]) > 1 else [others[key]] if key in others else []
@@ -102,7 +98,7 @@ class Merged:
 
         In mode "requantized" the values that the new 4 bits stand for.
         """
-        key = self.qmodel._blueprint.keys[name]
+        key = self.base.skeleton.keys[name]
         old = self.model.get_parameter_or_buffer(name)
         shape = tuple(old.shape) if expert is None else tuple(old.shape[1:])
         site = self.sites.get(key) or next(iter(self.adapted.get(key, ())), None)
@@ -111,9 +107,9 @@ class Merged:
         assert site.layout is not None
         layout: Layout | None = site.layout
         if site.experts:
-            one = of_one(site.layout, site.experts)
+            one = matrix_layout(site.layout, site.experts)
             if expert is None and one is not None:
-                out = torch.empty(shape, dtype=old.dtype, device=self.qmodel.device)
+                out = torch.empty(shape, dtype=old.dtype, device=self.base.device)
                 for i in range(site.experts):
                     out[i] = self.parameter(name, i)
                 return out
@@ -130,13 +126,13 @@ class Merged:
         return layout.inverse(value).reshape(shape).contiguous()
 
     def untouched(self, name: str, key: str, expert: int | None) -> torch.Tensor:
-        stored = self.qmodel._store[key].detach()
+        stored = self.base.store[key].detach()
         return stored if expert is None else stored[expert]
 
     def matrix(self, name: str, site: Site, expert: int | None, dtype: torch.dtype) -> torch.Tensor:
         """``[out, in]`` as it multiplies, in ``dtype``; made by rows, so that only the result is whole."""
         key, shape = site.weight, site.shape[-2:]
-        out = torch.empty(shape, dtype=dtype, device=self.qmodel.device)
+        out = torch.empty(shape, dtype=dtype, device=self.base.device)
         others: Iterator[torch.Tensor] = self.trained(site, expert)
         if key in self.sites and self.mode == "base16":
             others = self.with_adapter(self.original(name, site, expert), site, expert)
@@ -161,20 +157,22 @@ class Merged:
             rows = dequantize_rows(parts, site.shape[-2:], self.quantization)
         else:
             assert site.layout is not None
-            held = site.layout.of(self.qmodel._store[site.weight].detach())
+            held = site.layout.of(self.base.store[site.weight].detach())
             rows = self.rows_of(held if expert is None else held[expert])
         return self.with_adapter(rows, site, expert)
 
     def original(self, name: str, site: Site, expert: int | None) -> Iterator[torch.Tensor]:
         """The original weight, float32, by rows."""
-        assert self.base is not None
+        assert self.original_weights is not None
         assert site.layout is not None
-        layout = of_one(site.layout, site.experts) if expert is not None else site.layout
+        layout = matrix_layout(site.layout, site.experts) if expert is not None else site.layout
         if layout is None:
             assert expert is not None
-            stack = site.layout.of(self.base.read(name).to(self.qmodel.device))
+            stack = site.layout.of(self.original_weights.read(name).to(self.base.device))
             return self.rows_of(stack[expert])
-        return self.rows_of(layout.of(self.base.read(name, expert).to(self.qmodel.device)))
+        return self.rows_of(
+            layout.of(self.original_weights.read(name, expert).to(self.base.device))
+        )
 
     def rows_of(self, matrix: torch.Tensor) -> Iterator[torch.Tensor]:
         for start, stop in row_ranges(tuple(matrix.shape), self.quantization.blocksize):
@@ -186,7 +184,7 @@ class Merged:
         """Add the adapters of the site's weight to float32 rows, in place."""
         pairs = []
         for adapted in self.adapted.get(site.weight, ()):
-            a, b = factors(adapted, self.qmodel._store)
+            a, b = factors(adapted, self.base.store)
             if site.experts:
                 a, b = a[expert], b[expert]
             pairs.append((a, b, adapted.scaling))
@@ -199,22 +197,19 @@ class Merged:
 
     def quantize(self, site: Site, expert: int | None) -> dict[str, torch.Tensor]:
         """New storage of one matrix."""
-        builder = StorageBuilder(site.shape[-2:], self.quantization, self.qmodel.device)
+        builder = StorageBuilder(site.shape[-2:], self.quantization, self.base.device)
         builder.add(0, (part.reshape(-1) for part in self.trained(site, expert)))
         return builder.parts
 
     def parts(self, key: str, expert: int | None) -> dict[str, torch.Tensor]:
-        path, _, leaf = key.rpartition(".")
-        node = self.qmodel._store.node(path)
-        assert isinstance(node, QuantizedNode)
-        parts = node.parts(leaf)
+        parts, _ = self.base.quantized_weight(key)
         if expert is None:
             return parts
         return {k: v if k == "nested_quant_map" else v[expert] for k, v in parts.items()}
 
     def requantized(self, name: str) -> dict[str, torch.Tensor] | None:
         """New storage of an adapted weight in 4 bits; None where it stays as it is."""
-        key = self.qmodel._blueprint.keys[name]
+        key = self.base.skeleton.keys[name]
         if key not in self.adapted or key not in self.sites:
             return None
         site = self.sites[key]
@@ -227,7 +222,7 @@ class Merged:
         }
 
 
-def factors(site: Site, store: Mapping[str, Any] | Any) -> tuple[torch.Tensor, torch.Tensor]:
+def factors(site: Site, store: Store) -> tuple[torch.Tensor, torch.Tensor]:
     """``[(experts,) r, in]`` and ``[(experts,) out, r]`` of an adapter: as ``passes.adapt.factors``, on tensors."""
     a, b = (store[key].detach().float() for key in lora_keys(site))
     a, b = a.reshape(a.shape[0], a.shape[1]), b.reshape(b.shape[0], b.shape[1])

@@ -1,6 +1,6 @@
 """Is the compiled model right? ``check(model, batch)`` compares it with float64 and names what went wrong.
 
-The truth is ``oracle.Oracle``'s; the same in float32 shows how much error the precision alone explains.
+The truth is ``reference.Oracle``'s; the same in float32 shows how much error the precision alone explains.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from transformers import BitsAndBytesConfig
 
-from ..capture.arguments import bind, without_cache
-from ..capture.signature import skips_logits
-from ..capture.skeleton import named_tensors
-from ..compiler import pipeline
+from ..capture.skeleton import Capture, named_tensors
+from ..compiler.compile import compile_call
 from ..model import QLoRAModel
 from ..passes.adapt import lora_keys
 from ..transform import transform
@@ -190,24 +188,27 @@ def compare(
         all_outputs: compare also the outputs that a training step leaves out (logits), which takes another
             capture.
     """
-    true_out, true_grads = step(Oracle(model, qmodel), batch)
-    eager_out, eager_grads = step(Oracle(model, qmodel, dtype=torch.float32), batch)
+    base, training = qmodel.base, qmodel.training
+    true_out, true_grads = step(Oracle(model, base, training=training), batch)
+    eager = Oracle(model, base, training=training, dtype=torch.float32)
+    eager_out, eager_grads = step(eager, batch)
     out, grads = step(qmodel, batch)
     if all_outputs and not true_out.keys() <= out.keys():
-        out = uncompiled_outputs(qmodel, batch) | out
+        with torch.no_grad():
+            out = leaves(qmodel.run_uncompiled(**{**batch, "return_logits": True})) | out
     true_out = {k: v for k, v in true_out.items() if k in out}
     outputs = {k: relative_error(out[k], v) for k, v in true_out.items()}
     eager_outputs = {k: relative_error(eager_out[k], v) for k, v in true_out.items()}
     errors = gradient_errors(grads, true_grads)
     eager_errors = gradient_errors(eager_grads, true_grads)
     lines = []
-    for site in qmodel._sites.values():
+    for site in base.sites.values():
         if not site.adapt:
             continue
         a, b = lora_keys(site)
         norm = float(torch.stack([true_grads[a].norm(), true_grads[b].norm()]).norm())
-        eager = max(eager_errors[a], eager_errors[b])
-        lines.append(Line(site.name, errors[a], errors[b], eager, norm))
+        eager_error = max(eager_errors[a], eager_errors[b])
+        lines.append(Line(site.name, errors[a], errors[b], eager_error, norm))
     lines.sort(key=lambda line: -line.worst)
     if tolerance is None:
         own = max([*eager_outputs.values(), *(line.eager for line in lines)], default=0.0)
@@ -227,16 +228,6 @@ def step(
         adapters = dict(run.adapter_parameters())
     found = leaves(output)
     return found, gradients(scalar(output, found), adapters)
-
-
-def uncompiled_outputs(qmodel: QLoRAModel, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """All outputs, also those that a training step leaves out because nobody asked for them."""
-    backend, qmodel._backend = qmodel._backend, "eager"
-    try:
-        with torch.no_grad():
-            return leaves(qmodel(**batch, return_logits=True))
-    finally:
-        qmodel._backend = backend
 
 
 def gradients(loss: torch.Tensor, adapters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -284,32 +275,29 @@ def bisect(model: nn.Module, qmodel: QLoRAModel, batch: Mapping[str, Any]) -> di
     Before ``quantize`` the graph reads the dequantized weights, before ``adapt`` it has no adapter; each
     stage is compared with an oracle of the same.
     """
-    values = without_cache(
-        qmodel._blueprint.signature, bind(qmodel._blueprint.signature, (), dict(batch))
-    )
-    capture = qmodel._blueprint.capture(
-        values, training=qmodel.training, dtype=qmodel._activation_dtype
-    )
-    dense = dense_weights(model, qmodel)
+    base, training = qmodel.base, qmodel.training
+    call = base.skeleton.bind((), batch)
+    dense = dense_weights(model, base)
     originals = dict(named_tensors(model))
     with torch.no_grad():
-        plain = leaves(Oracle(model, qmodel, adapter=False)(batch))
-    full, true_grads = step(Oracle(model, qmodel), batch)
+        plain = leaves(Oracle(model, base, training=training, adapter=False)(batch))
+    full, true_grads = step(Oracle(model, base, training=training), batch)
     errors: dict[str, float] = {}
 
-    def stored(node: fx.Node) -> torch.Tensor:
+    def stored(node: fx.Node, capture: Capture) -> torch.Tensor:
         key = node.meta["stored"]
         if key in capture.constants:
             return capture.constants[key]
         four_bit = node.meta.get("format") == "4bit" or key not in originals
-        value = qmodel._store[key] if four_bit else dense.get(key, originals[key])
+        value = base.store[key] if four_bit else dense.get(key, originals[key])
         wanted = node.meta["val"].dtype
         return value if value.dtype == wanted else value.detach().to(wanted)
 
-    def observe(stage: str, gm: fx.GraphModule) -> None:
+    def observe(capture: Capture, stage: str, gm: fx.GraphModule) -> None:
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
         arguments = [
-            stored(n) if "stored" in n.meta else values[n.meta["input"]] for n in placeholders
+            stored(n, capture) if "stored" in n.meta else call.values[n.meta["input"]]
+            for n in placeholders
         ]
         output = pytree.tree_unflatten(list(gm(*arguments)), capture.out_spec)
         found = leaves(output)
@@ -323,10 +311,6 @@ def bisect(model: nn.Module, qmodel: QLoRAModel, batch: Mapping[str, Any]) -> di
             worst = max([worst, *gradient_errors(grads, true_grads).values()])
         errors[stage] = worst
 
-    config = qmodel._config.with_(
-        training=qmodel.training,
-        decided=qmodel._sites,
-        return_logits=not skips_logits(qmodel.training, values),
-    )
-    pipeline.run(capture.gm, config, title="check", observe=observe)
+    signature = call.signature(training=training)
+    compile_call(base.skeleton, base.decided_config, call, signature, observe)
     return errors

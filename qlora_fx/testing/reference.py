@@ -19,10 +19,10 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from ..capture.skeleton import holders, named_tensors, transposed_stacks
-from ..model import QLoRAModel
 from ..passes.adapt import lora_keys
 from ..passes.graph.site import Site
 from ..runtime.schemes.four_bit import dequantize_weight
+from ..weights.base import Base
 
 
 class Float64(TorchFunctionMode):
@@ -47,23 +47,25 @@ def relative_error(value: torch.Tensor, true: torch.Tensor) -> float:
 
 
 class Oracle:
-    """An eager copy of ``model`` that computes what ``qmodel`` stands for.
+    """An eager copy of ``model`` that computes what a transformed model stands for.
 
     Args:
         model: the model as it was before ``transform``.
-        qmodel: the transformed model; its storage and adapter values are read.
+        base: of the transformed model (``qmodel.base``); its storage and adapter values are read.
+        training: the mode.
         dtype: ``torch.float64`` for the truth.
         adapter: False leaves the adapter out.
 
     Attributes:
-        adapters: the adapter's parameters in ``dtype``, by their names in ``qmodel``.
+        adapters: the adapter's parameters in ``dtype``, by their names in the store.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        qmodel: QLoRAModel,
+        base: Base,
         *,
+        training: bool = True,
         dtype: torch.dtype = torch.float64,
         adapter: bool = True,
     ) -> None:
@@ -73,17 +75,17 @@ class Oracle:
             config: Any = getattr(module, "config", None)
             if getattr(config, "_experts_implementation", None) is not None:
                 config._experts_implementation = "eager"
-        self.model.train(qmodel.training)
+        self.model.train(training)
         self.weights = {
-            name: tensor.to(dtype) for name, tensor in dense_weights(model, qmodel).items()
+            name: tensor.to(dtype) for name, tensor in dense_weights(model, base).items()
         }
         self.adapters: dict[str, nn.Parameter] = {}
-        self.sites = [s for s in qmodel._sites.values() if s.adapt and adapter]
+        self.sites = [s for s in base.sites.values() if s.adapt and adapter]
         for site in self.sites:
             for key in lora_keys(site):
-                self.adapters[key] = nn.Parameter(qmodel._store[key].detach().to(dtype))
+                self.adapters[key] = nn.Parameter(base.store[key].detach().to(dtype))
         # Merged, an adapter would act on everybody who reads the weight; it belongs to the module.
-        borrowed = {s.weight for s in qmodel._sites.values() if s.kind == "reader"}
+        borrowed = {s.weight for s in base.sites.values() if s.kind == "reader"}
         for site in self.sites:
             if site.kind == "linear" and site.weight in borrowed:
                 self.add_beside(site)
@@ -154,22 +156,22 @@ class Oracle:
             torch.set_default_dtype(before)
 
 
-def dense_weights(model: nn.Module, qmodel: QLoRAModel) -> dict[str, torch.Tensor]:
+def dense_weights(model: nn.Module, base: Base) -> dict[str, torch.Tensor]:
     """What the 4-bit storage stands for, float32, in each parameter's own shape and under all its names."""
     dense: dict[str, torch.Tensor] = {}
-    q = qmodel._config.quantization
+    q = base.config.quantization
     tensors = dict(named_tensors(model))
-    for site in qmodel._sites.values():
+    for site in base.sites.values():
         if not site.quantize or site.weight in dense:
             continue
         assert site.layout is not None
         names = {"packed": site.weight, "nested_quant_map": "nested_quant_map"}
         parts = {
-            part: qmodel._store[names.get(part, f"{site.weight}.{part}")]
+            part: base.store[names.get(part, f"{site.weight}.{part}")]
             for part in ("packed", "absmax", "nested_absmax", "offset", "nested_quant_map")
-            if names.get(part, f"{site.weight}.{part}") in qmodel._store
+            if names.get(part, f"{site.weight}.{part}") in base.store
         }
         weight = dequantize_weight(parts, site.shape, torch.float32, q)
         dense[site.weight] = site.layout.inverse(weight).reshape(tensors[site.weight].shape)
-    keys = qmodel._blueprint.keys
+    keys = base.skeleton.keys
     return {name: dense[key] for name, key in keys.items() if key in dense}

@@ -85,4 +85,4 @@ def test_gradients_are_right_and_every_length_is_one_compilation(name: str) -> N
 
 
 def all_modules(qmodel: Any) -> list[nn.Module]:
-    return [m for programs in qmodel._programs.values() for p in programs for m in p.run.modules()]
+    return [m for program in qmodel.programs for m in program.run.modules()]

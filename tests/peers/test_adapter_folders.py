@@ -100,7 +100,7 @@ def test_rank_patterns_and_partial_targets_survive_the_journey(tmp_path: Path) -
     peft = PeftModel.from_pretrained(peer_llama(), tmp_path)
     for name, module in peft.base_model.model.named_modules():
         if isinstance(getattr(module, "scaling", None), dict):
-            site = qmodel._sites[name]
+            site = qmodel.base.sites[name]
             assert (module.r["default"], module.scaling["default"]) == (
                 site.r,
                 pytest.approx(site.scaling),

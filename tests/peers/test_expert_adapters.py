@@ -38,7 +38,7 @@ def pair(model_type: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:
         backend="eager",
     )
     randomize_adapter(qmodel)
-    dense = dense_weights(model, qmodel)
+    dense = dense_weights(model, qmodel.base)
     with torch.no_grad():
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in dense:
@@ -65,7 +65,7 @@ def test_saved_here_loaded_by_peft_with_the_same_gradients(model_type: str, tmp_
     assert relative_error(out.logits, their_out.logits) < 1e-6
     out.loss.backward()
     their_out.loss.backward()
-    mine = qmodel._adapter_by_peft_name()
+    mine = qmodel.adapter_by_peft_name()
     largest = max(float(p.grad.norm()) for p in params.values())
     for name, p in params.items():
         distance = float((mine[name].grad - p.grad).norm())

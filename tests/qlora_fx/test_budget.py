@@ -12,9 +12,9 @@ import torch
 from conftest import batch, tiny_llama
 from oracle import Float64, random_adapter, step, truth
 from peft import LoraConfig
+from qlora_fx.compiler import recompute as module
+from qlora_fx.compiler.request import check_memory_budget
 from qlora_fx.errors import ConfigError, ModelError
-from qlora_fx.memory import recompute as module
-from qlora_fx.memory.recompute import check_budget
 from qlora_fx.passes.lowering.compiled_body import CompiledBody
 from qlora_fx.runtime import free_memory as memory
 from qlora_fx.testing.check import randomize_adapter, relative_error
@@ -32,8 +32,7 @@ def transformed(layers: int = 4, backend: str = "aot_eager", **options: Any) -> 
 
 
 def block(qmodel: Any) -> CompiledBody:
-    programs = [p for found in qmodel._programs.values() for p in found]
-    return dict(programs[0].run.named_children())["LlamaDecoderLayer"]  # type: ignore[no-any-return]
+    return dict(next(iter(qmodel.programs)).run.named_children())["LlamaDecoderLayer"]  # type: ignore[no-any-return]
 
 
 def gradients(qmodel: Any, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -45,7 +44,7 @@ def gradients(qmodel: Any, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def really_held(qmodel: Any) -> int:
     """Bytes that autograd holds between forward and backward, without parameters and storage."""
-    own = {t.untyped_storage().data_ptr() for _, t in qmodel._store.items()}
+    own = {t.untyped_storage().data_ptr() for _, t in qmodel.base.store.items()}
     seen: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -152,15 +151,15 @@ def test_a_budget_that_cannot_be_met_is_said_once() -> None:
 
 
 def test_what_a_budget_may_be() -> None:
-    assert check_budget(None) is None
-    assert check_budget("6GB") == 6 * 10**9
-    assert check_budget("1.5 GiB") == 3 * 2**29
-    assert check_budget("500mb") == 5 * 10**8
-    assert check_budget(123) == 123
-    assert check_budget(0.25) == 0.25
+    assert check_memory_budget(None) is None
+    assert check_memory_budget("6GB") == 6 * 10**9
+    assert check_memory_budget("1.5 GiB") == 3 * 2**29
+    assert check_memory_budget("500mb") == 5 * 10**8
+    assert check_memory_budget(123) == 123
+    assert check_memory_budget(0.25) == 0.25
     for wrong in (True, 0, -5, 1.5, -0.1, "6", "much", [1], float("nan")):
         with pytest.raises(ConfigError, match=r"memory_budget=.*accepted: bytes as an int"):
-            check_budget(wrong)
+            check_memory_budget(wrong)
     qmodel = transformed(2)
     with pytest.raises(ConfigError, match="accepted"):
         qmodel.memory_budget = "lots"

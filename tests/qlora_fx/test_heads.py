@@ -69,13 +69,13 @@ def test_looked_up_rows_are_bitwise_those_of_the_whole_table(
         bnb_4bit_compute_dtype=torch.float32,
     )
     qmodel = transformed(copy.deepcopy(model), also_quantize=BOTH, quantization=quantization)
-    table = dense_weights(model, qmodel)[EMBEDDING]
+    table = dense_weights(model, qmodel.base)[EMBEDDING]
     prologue = qmodel.graph_module.get_submodule("prologue")
     assert isinstance(prologue, fx.GraphModule)
     (lookup,) = (n for n in prologue.graph.nodes if "site" in n.meta)
     values = [getattr(n.meta.get("val"), "shape", ()) for n in prologue.graph.nodes]
     assert str(list(table.shape)) not in {str(list(v)) for v in values}, "the table is dense"
-    rows = Lookup(prologue, lookup, qmodel._store.tensors).run(torch.arange(vocabulary))
+    rows = Lookup(prologue, lookup, qmodel.base.store.tensors).run(torch.arange(vocabulary))
     assert torch.equal(rows, table)
 
 
@@ -142,5 +142,5 @@ def test_an_unknown_role_is_quoted() -> None:
 def test_bytes_add_up_to_what_is_held() -> None:
     for options in ({}, {"also_quantize": BOTH}):
         qmodel = transformed(tiny_llama(tie_word_embeddings=True), **options)
-        held = {t.data_ptr(): t.nbytes for t in qmodel._store.tensors.values()}
+        held = {t.data_ptr(): t.nbytes for t in qmodel.base.store.tensors.values()}
         assert qmodel.explain().totals["held_bytes"] == sum(held.values())

@@ -30,8 +30,7 @@ def partitions(qmodel: Any) -> list[partition.Partition]:
     """What each compiled body's forward hands to its backward, from the partitioner itself."""
     return [
         body.partitioned(key)
-        for programs in qmodel._programs.values()
-        for program in programs
+        for program in qmodel.programs
         for body in program.run.children()
         for key in list(body.partitions)
     ]
@@ -71,7 +70,7 @@ def bytes_saved(backend: str) -> int:
     """Bytes that autograd really holds between forward and backward, without parameters and storage."""
     # Without the passes that save activations of their own: what remains is the weights.
     qmodel = qlora_fx.transform(tiny_llama(4), LORA, backend=backend, disable=OPTIONAL)
-    held = {t.data_ptr() for _, t in qmodel._store.items()}
+    held = {t.data_ptr() for _, t in qmodel.base.store.items()}
     seen: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:

@@ -90,8 +90,8 @@ def test_transformers_loads_what_is_merged_and_agrees_within_the_reported_drift(
         assert worst < 1e-6
         assert report.drift.relative < 1e-5
         assert report.drift.agreement == 1.0
-    adapted = {s.weight for s in qmodel._sites.values() if s.adapt}
-    assert adapted <= {qmodel._blueprint.keys[n] for n in report.errors}
+    adapted = {s.weight for s in qmodel.base.sites.values() if s.adapt}
+    assert adapted <= {qmodel.base.skeleton.keys[n] for n in report.errors}
 
 
 def test_base16_is_the_original_weight_plus_the_adapter(tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_base16_is_the_original_weight_plus_the_adapter(tmp_path: Path) -> None:
     for name, p in model.named_parameters():
         path = name.removesuffix(".weight")
         true = p.detach()
-        if f"{path}.lora_A.weight" in qmodel._store:
-            a, b = (qmodel._store[f"{path}.lora_{x}.weight"].detach() for x in "AB")
+        if f"{path}.lora_A.weight" in qmodel.base.store:
+            a, b = (qmodel.base.store[f"{path}.lora_{x}.weight"].detach() for x in "AB")
             true = true + 2.0 * b @ a
         torch.testing.assert_close(merged[name], true, rtol=1e-6, atol=1e-7)
 

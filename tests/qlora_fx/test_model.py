@@ -66,8 +66,7 @@ def test_only_adapters_train_and_all_of_them_get_gradients(adapted: Any) -> None
 
 def compilations(qmodel: qlora_fx.QLoRAModel) -> int:
     """How many times a body was compiled so far, over all captures."""
-    programs = [p for programs in qmodel._programs.values() for p in programs]
-    bodies = [m for p in programs for m in p.run.modules() if isinstance(m, CompiledBody)]  # type: ignore[attr-defined]
+    bodies = [m for p in qmodel.programs for m in p.run.modules() if isinstance(m, CompiledBody)]  # type: ignore[attr-defined]
     return sum(body.compilations for body in bodies)
 
 
@@ -96,7 +95,7 @@ def test_any_batch_and_sequence_is_right_without_capturing_or_compiling_again(
 def test_other_arguments_are_captured_lazily_over_the_same_weights(adapted: Any) -> None:
     model, qmodel, adapter = adapted
     ids = batch()["input_ids"]
-    held = sum(t.nbytes for _, t in qmodel._store.items())
+    held = sum(t.nbytes for _, t in qmodel.base.store.items())
     position = torch.arange(ids.shape[1])[None]
     for inputs in (
         {"input_ids": ids},
@@ -107,7 +106,7 @@ def test_other_arguments_are_captured_lazily_over_the_same_weights(adapted: Any)
         out = qmodel(**inputs, return_logits=True)
         assert ("loss" in out) == ("labels" in inputs)
         assert relative_error(out.logits, true_logits(model, adapter, inputs)) < 2e-6, list(inputs)
-    assert sum(t.nbytes for _, t in qmodel._store.items()) == held
+    assert sum(t.nbytes for _, t in qmodel.base.store.items()) == held
     # Positional arguments and the default flags share captures with the keywords above.
     graphs = len(qmodel.graph_modules)
     qmodel(ids)
@@ -241,18 +240,18 @@ def test_quantization_settings_reach_the_numbers(quantization: BitsAndBytesConfi
 
 
 def test_dense_weights_are_released_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    import qlora_fx.weights.move as fill
+    import qlora_fx.weights.move as move
 
     model = tiny_llama()
     watched = {n: weakref.ref(p) for n, p in model.named_parameters() if n.endswith("proj.weight")}
     alive: list[int] = []
-    quantize = fill.quantize_weight
+    quantize = move.quantize_weight
 
     def counting(weight: torch.Tensor, settings: Any) -> Any:
         alive.append(sum(ref() is not None for ref in watched.values()))
         return quantize(weight, settings)
 
-    monkeypatch.setattr(fill, "quantize_weight", counting)
+    monkeypatch.setattr(move, "quantize_weight", counting)
     gc.disable()  # only reference counts may free them
     try:
         qmodel = qlora_fx.transform(model, LoraConfig(**LORA), backend="eager")
@@ -279,7 +278,7 @@ def test_explain_accounts_for_every_linear_and_every_byte(adapted: Any) -> None:
         "",
     )
     totals = table.totals
-    held = sum(t.nbytes for _, t in qmodel._store.items())
+    held = sum(t.nbytes for _, t in qmodel.base.store.items())
     assert totals["bytes_after"] + totals["adapter_bytes"] + totals["other_bytes"] == held
     text = str(table)
     assert text.isascii()
@@ -296,7 +295,7 @@ def test_a_tied_head_is_named_as_a_head_and_its_bytes_count_once() -> None:
     assert head.weight == "model.embed_tokens.weight"
     assert not head.quantized
     totals = table.totals
-    held = sum(t.nbytes for _, t in qmodel._store.items())
+    held = sum(t.nbytes for _, t in qmodel.base.store.items())
     assert totals["bytes_after"] + totals["adapter_bytes"] + totals["other_bytes"] == held
     with torch.no_grad():
         logits = qmodel(**batch(), return_logits=True).logits
@@ -521,7 +520,7 @@ def test_example_inputs_of_text_images_and_sound_are_what_the_model_takes(model_
     import inspect
 
     from families import FAMILIES, build
-    from qlora_fx.capture.arguments import example_inputs
+    from qlora_fx.capture.example_inputs import example_inputs
 
     model = build(next(f for f in FAMILIES if f.model_type == model_type)).train()
     made = example_inputs(model, inspect.signature(model.forward))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Toy, batch, captured, tiny_llama
 from expecttest import assert_expected_inline
-from qlora_fx.capture.skeleton import Blueprint
+from qlora_fx.capture.skeleton import Skeleton
 from qlora_fx.compiler import invariants, pipeline, printer
 from qlora_fx.config import Config, Quantization, default_lora
 from qlora_fx.errors import GraphError
@@ -23,7 +23,7 @@ def test_whole_pipeline_on_a_one_layer_llama() -> None:
     lora.r, lora.lora_alpha = 4, 8
     model = tiny_llama(1, attention_bias=False, mlp_bias=False)
     inputs = batch() | {"use_cache": False}
-    capture = Blueprint(model).capture(inputs, training=True, dtype=torch.float32)
+    capture = Skeleton(model).capture(inputs, training=True, dtype=torch.float32)
     result = pipeline.run(
         capture.gm, Config(lora, Quantization(), output_heads=frozenset({"lm_head.weight"}))
     )
@@ -82,7 +82,7 @@ def test_whole_pipeline_on_a_one_layer_llama() -> None:
 
 def test_every_value_is_what_its_kernel_computes() -> None:
     for compute in (torch.float32, torch.bfloat16):
-        capture = Blueprint(tiny_llama(2)).capture(
+        capture = Skeleton(tiny_llama(2)).capture(
             batch() | {"use_cache": False}, training=True, dtype=torch.float32
         )
         lora = default_lora()

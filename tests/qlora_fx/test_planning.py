@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import batch, tiny_llama
 from peft import LoraConfig
-from qlora_fx.compiler.compile import check_settings
+from qlora_fx.compiler.request import Request
 from qlora_fx.errors import CheckpointError, ConfigError
 from qlora_fx.memory import plan as planning
+from qlora_fx.memory.estimate import Draft, draft
 from qlora_fx.memory.fit import lower_rank, search
 from qlora_fx.memory.resident import state_bytes
 from torch.profiler import ProfilerActivity, profile
@@ -34,8 +35,7 @@ def trained(cfg: LlamaConfig, plan: Any, backend: str = "inductor") -> Any:
     model = AutoModelForCausalLM.from_config(cfg, dtype=torch.bfloat16)
     s = plan.settings
     lora = LoraConfig(r=s["r"], lora_alpha=8, target_modules="all-linear")
-    budget = 1.0 if s["memory_budget"] is None else s["memory_budget"]
-    options = {"compute_dtype": "bfloat16", "memory_budget": budget, "backend": backend}
+    options = {"compute_dtype": "bfloat16", "memory_budget": s["memory_budget"], "backend": backend}
     qmodel = qlora_fx.transform(model, lora, **options)
     optimizer = qmodel.paged_optimizer(lr=1e-4, optimizer=s["optimizer"])
     ids = torch.randint(0, cfg.vocab_size, (s["batch_size"], s["sequence_length"]))
@@ -68,15 +68,15 @@ def most_allocated(step: Any) -> int:
     return most
 
 
-@pytest.mark.parametrize("budget", [None, 0.0])
-def test_the_plan_is_what_a_step_allocates(budget: float | None) -> None:
+@pytest.mark.parametrize("budget", [1.0, 0.0])
+def test_the_plan_is_what_a_step_allocates(budget: float) -> None:
     """Everything held exactly, kind by kind; the peak within 5 %."""
     cfg = config(12, hidden_size=256, intermediate_size=704, vocab_size=4000)
     plan = qlora_fx.plan(
         cfg, LoraConfig(**LORA), batch_size=2, sequence_length=64, memory_budget=budget
     )
     qmodel, optimizer, step = trained(cfg, plan)
-    store = dict(qmodel._store.items())
+    store = dict(qmodel.base.store.items())
     lora = dict(qmodel.adapter_parameters())
     states = [
         t for s in optimizer.state.values() for k, t in s.items() if k in ("state1", "state2")
@@ -134,44 +134,34 @@ def test_the_plan_draws_itself(tmp_path: Path) -> None:
 
 def test_fit_gives_up_what_costs_least_first() -> None:
     lora = LoraConfig(**(LORA | {"r": 16}))
-    asked: dict[str, Any] = {"batch_size": 8, "sequence_length": 256, "memory_budget": None}
+    asked: dict[str, Any] = {"batch_size": 8, "sequence_length": 256, "memory_budget": 1.0}
     asked["optimizer"] = "PagedAdamW32bit"
     whole = qlora_fx.plan(config(), lora, **asked)
     same = qlora_fx.plan(config(), lora, fit=whole.peak, **asked)
     assert (same.peak, same.changed) == (whole.peak, [])
-    draft = drafted(lora)  # traced once
-    least = draft.plan(**(asked | {"memory_budget": 0.0}))
+    traced = drafted(lora)  # once
+    least = traced.plan(**(asked | {"memory_budget": 0.0}))
     assert least.peak < whole.peak
-    some = search(draft, asked, (whole.peak + least.peak) // 2, drafted)
+    some = search(traced, asked, (whole.peak + least.peak) // 2, drafted)
     assert 0 < some.settings["memory_budget"] < 1
     assert some.settings["batch_size"] == 8, "the batch is not touched while less kept is enough"
     assert some.peak <= some.limit
-    small = search(draft, asked, least.peak // 2, drafted)
+    small = search(traced, asked, least.peak // 2, drafted)
     assert small.settings["batch_size"] < 8
     assert small.settings["optimizer"] == "PagedAdamW8bit", "which costs less speed"
     assert small.peak <= small.limit
     assert "batch_size=" in str(small)
     tiny = asked | {"batch_size": 1, "sequence_length": 128}
-    bare = draft.plan(**(tiny | {"memory_budget": 0.0, "optimizer": "PagedAdamW8bit"}))
-    low = search(draft, tiny, bare.peak - 1, drafted)
+    bare = traced.plan(**(tiny | {"memory_budget": 0.0, "optimizer": "PagedAdamW8bit"}))
+    low = search(traced, tiny, bare.peak - 1, drafted)
     assert low.settings["r"] < 16
     with pytest.raises(ConfigError, match=r"does not fit 0\.0001 GB: with .* it takes"):
-        search(draft, tiny, 100_000, drafted)
+        search(traced, tiny, 100_000, drafted)
 
 
-def drafted(lora: LoraConfig) -> planning.Draft:
-    options: dict[str, Any] = {"blocksize": 64, "also_quantize": (), "example_inputs": None}
-    settings = check_settings(
-        lora,
-        None,
-        compute_dtype="bfloat16",
-        memory_budget=None,
-        disable=(),
-        backend="aot_eager",
-        **options,
-    )
-    model = planning.model_of(config(), torch.bfloat16, None, None, None)
-    return planning.draft(model, settings)
+def drafted(lora: LoraConfig) -> Draft:
+    request = Request.check(lora, compute_dtype="bfloat16", backend="aot_eager")
+    return draft(planning.model_of(config(), torch.bfloat16, None, None, None), request)
 
 
 def test_a_folder_with_a_config_alone_is_enough(tmp_path: Path) -> None:
@@ -246,6 +236,7 @@ def test_optimizer_state_by_its_rules() -> None:
         ({"fit": "big"}, r"fit='big'; accepted: bytes"),
         ({"fit": 0.5}, r"fit=0.5; accepted: bytes"),
         ({"memory_budget": 2.0}, r"memory_budget=2.0; accepted"),
+        ({"memory_budget": None}, r"memory_budget=None is what is free.*accepted: bytes"),
     ],
 )
 def test_what_is_wrong_is_quoted(wrong: dict[str, Any], message: str) -> None:

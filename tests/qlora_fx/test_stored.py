@@ -63,9 +63,9 @@ def test_a_4bit_conv1d_keeps_its_bytes(tmp_path: Path) -> None:
     qmodel = qlora_fx.from_pretrained(folder, **EAGER)
     file = load_file(folder / "model.safetensors")
     key = "transformer.h.0.mlp.c_fc.weight"
-    assert torch.equal(qmodel._store[key], file[key])
-    assert torch.equal(qmodel._store[f"{key}.absmax"], file[f"{key}.absmax"])
-    for n, site in qmodel._sites.items():
+    assert torch.equal(qmodel.base.store[key], file[key])
+    assert torch.equal(qmodel.base.store[f"{key}.absmax"], file[f"{key}.absmax"])
+    for n, site in qmodel.base.sites.items():
         assert site.quantize == (n != "lm_head"), n
 
 

@@ -7,7 +7,6 @@ that computing them anew adds nothing to the peak.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ import sympy
 import torch
 from torch import fx
 
-from ..errors import ConfigError
 from ..passes.lowering.compiled_body import CompiledBody, Key
 from ..passes.lowering.live_bytes import elements, value
 from ..passes.lowering.partition import Partition, activations
@@ -25,45 +23,6 @@ from ..runtime.free_memory import free_bytes
 
 SHARE_OF_FREE = 0.8
 """Of free memory, where no budget is given: the rest is for what a step holds only for a moment."""
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-
-
-def check_budget(value: Any) -> int | float | None:
-    """The budget as bytes (int), as a fraction of what keeping everything takes (float), or None: from free memory.
-
-    Raises:
-        ConfigError: for anything else.
-    """
-    if value is None:
-        return None
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b?\s*", value.lower())
-        if match and match[2]:
-            return int(float(match[1]) * UNITS[match[2]])
-    elif (isinstance(value, int) and not isinstance(value, bool) and value > 0) or (
-        isinstance(value, float) and 0 <= value <= 1
-    ):
-        return value
-    raise ConfigError(
-        f"memory_budget={value!r}; accepted: bytes as an int or as '6GB' or '500 MiB', a fraction from 0.0 to 1.0 of "
-        "what keeping everything takes, or None (as much as is free)"
-    )
-
-
-def memory_of(memory: int | str) -> int:
-    """Bytes of ``"24GB"`` or a number.
-
-    Raises:
-        ConfigError: for anything else.
-    """
-    if isinstance(memory, (int, str)):
-        try:
-            found = check_budget(memory)
-        except ConfigError:
-            found = None
-        if isinstance(found, int):
-            return found
-    raise ConfigError(f"fit={memory!r}; accepted: bytes as an int, or as '24GB' or '22 GiB'")
 
 
 @dataclass(frozen=True)
@@ -121,7 +80,7 @@ class Budget:
 
     Args:
         run: the lowered graph.
-        asked: what ``check_budget`` returned.
+        asked: as ``request.check_memory_budget`` returns it.
         device: where activations live.
     """
 
@@ -130,7 +89,7 @@ class Budget:
         self.bodies = [(n, b) for n, b in children if isinstance(b, CompiledBody)]
         self.asked, self.device = asked, device
         self.chosen: dict[tuple[Any, ...], dict[CompiledBody, int]] = {}
-        self.told = False
+        self.warned = False
 
     def ask(self, asked: int | float | None) -> None:
         """Decide anew, from another budget."""
@@ -156,12 +115,12 @@ class Budget:
             if sum(body.calls * everything(body, sizes) for _, body in self.bodies) < limit:
                 return {body: 0 for _, body in self.bodies}
         split = self.split(sizes)
-        if split.budget is not None and split.bytes > split.budget and not self.told:
-            self.told = True
+        if split.budget is not None and split.bytes > split.budget and not self.warned:
+            self.warned = True
             warnings.warn(
                 f"memory_budget: {split.budget / 1e6:.0f} MB are not enough for this batch; {split.bytes / 1e6:.0f} MB "
                 "are held with every block recomputed. Accepted: a smaller batch or shorter rows",
-                stacklevel=6,
+                stacklevel=8,  # the user's call, through Program, Programs, forward and nn.Module
             )
         return {calls.body: calls.recomputed for calls in split.bodies}
 

@@ -1,0 +1,135 @@
+"""The captured signatures over one base: found by the call's arguments, captured when there is none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from ..capture.arguments import Call, Signature
+from ..capture.skeleton import Capture
+from ..errors import CaptureError, InputError
+from ..passes.lower import lower
+from ..runtime.program import DoesNotFit, Program
+from ..weights.base import Base
+from .compile import compile_call
+from .pipeline import Result
+from .recompute import Budget
+
+
+@dataclass
+class CapturedGraph:
+    """One captured graph and the programs that run it.
+
+    Attributes:
+        graph: the pipeline's result.
+        program: the graph as the backend runs it; its bodies are compiled when they are first called.
+        budget: what the program holds for backward.
+        uncompiled: the graph run operator by operator.
+    """
+
+    graph: fx.GraphModule
+    program: Program
+    budget: Budget
+    uncompiled: Program
+
+
+class Programs:
+    """Runs calls of one base; all captured graphs read the same store.
+
+    Args:
+        base: its store has all weights and adapters.
+        backend: one of ``passes.lower.BACKENDS``.
+        memory_budget: as ``request.check_memory_budget`` returns it.
+
+    Attributes:
+        captured: graphs by signature, in the order in which they were captured.
+    """
+
+    def __init__(self, base: Base, backend: str, memory_budget: int | float | None) -> None:
+        self.base = base
+        self.backend = backend
+        self.captured: dict[Signature, list[CapturedGraph]] = {}
+        self._memory_budget = memory_budget
+
+    def __iter__(self) -> Iterator[Program]:
+        return (one.program for several in self.captured.values() for one in several)
+
+    @property
+    def graphs(self) -> dict[Signature, fx.GraphModule]:
+        """The first graph of each signature."""
+        return {signature: several[0].graph for signature, several in self.captured.items()}
+
+    @property
+    def memory_budget(self) -> int | float | None:
+        return self._memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, value: int | float | None) -> None:
+        self._memory_budget = value
+        for several in self.captured.values():
+            for one in several:
+                one.budget.ask(value)
+
+    def run(self, call: Call, signature: Signature, *, compiled: bool = True) -> Any:
+        """The model's output for a call.
+
+        Args:
+            compiled: False runs the graph operator by operator. Later calls are compiled as ever.
+
+        Raises:
+            InputError: tensors that do not fit each other.
+            CaptureError: a new signature that cannot be captured.
+        """
+        misfits = []
+        for one in self.captured.get(signature, ()):
+            try:
+                return (one.program if compiled else one.uncompiled)(call.values)
+            except DoesNotFit as error:
+                misfits.append(error)
+        if misfits:
+            warnings.warn(
+                f"capturing {self.base.skeleton.name} again, its code depends on the shape: {misfits[0]}",
+                stacklevel=5,  # the user's call, through forward and nn.Module
+            )
+        new = self.capture(call, signature)
+        try:
+            return (new.program if compiled else new.uncompiled)(call.values)
+        except DoesNotFit as error:
+            raise InputError(
+                f"the tensors of this call do not fit each other: {misfits[0] if misfits else error}"
+            ) from None
+
+    def capture(self, call: Call, signature: Signature) -> CapturedGraph:
+        """Capture a further signature over the same store."""
+        base = self.base
+        try:
+            capture, result = compile_call(base.skeleton, base.decided_config, call, signature)
+        except CaptureError as error:
+            if signature in self.captured:
+                raise InputError(
+                    f"the tensors of this call do not fit each other: {error}"
+                ) from error
+            raise
+        return self.add(signature, capture, result)
+
+    def add(self, signature: Signature, capture: Capture, result: Result) -> CapturedGraph:
+        """Take in a captured graph, whose constants go to the store."""
+        store = self.base.store
+        for name, tensor in capture.constants.items():
+            store.tensors[name] = tensor.to(self.base.device)
+        gm = result.gm
+        stored = [store[n.meta["stored"]] for n in gm.graph.nodes if "stored" in n.meta]
+        inputs = [(n.meta["input"], n.meta["val"]) for n in gm.graph.nodes if "input" in n.meta]
+        program, uncompiled = (
+            Program(run, stored, inputs, capture.guards, capture.out_spec)
+            for run in (lower(gm, backend=self.backend), lower(gm, backend="eager"))
+        )
+        budget = Budget(program.run, self._memory_budget, self.base.device)
+        program.prepare = budget.prepare
+        new = CapturedGraph(gm, program, budget, uncompiled)
+        self.captured.setdefault(signature, []).append(new)
+        return new

@@ -1,0 +1,85 @@
+"""A base: the model's Python, its verdicts and its weights, which loading, saving, merging and running share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..capture.skeleton import Skeleton
+from ..config import Config
+from ..passes.graph.site import Site
+from ..runtime.parameter_store import QuantizedNode, QuantizedShape, Store
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights came from.
+
+    Attributes:
+        folder: with the files that lie beside the weights.
+        gguf: the file, where they came from one.
+    """
+
+    folder: Path
+    gguf: Path | None = None
+
+
+@dataclass
+class Base:
+    """A model in 4 bits as data; ``QLoRAModel`` is what runs it.
+
+    Attributes:
+        skeleton: its Python, keys and signature.
+        config: what was asked of the passes.
+        sites: the verdict on each linear, by site name.
+        store: its weights and, once there are any, its adapters.
+        origin: where the weights were loaded from; None for a model that was transformed in memory.
+    """
+
+    skeleton: Skeleton
+    config: Config
+    sites: Mapping[str, Site]
+    store: Store = field(default_factory=lambda: Store(nn.Module()))
+    origin: Origin | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.skeleton.device
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """Dtype of activations and logits."""
+        return activation_dtype(self.skeleton, self.config)
+
+    @property
+    def decided_config(self) -> Config:
+        """For captures after the first: the verdicts of the first hold."""
+        return self.config.with_(decided=self.sites)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder the model came from, if it is known and here."""
+        if self.origin is not None:
+            return self.origin.folder
+        named = getattr(self.skeleton.model.config, "_name_or_path", None) or ""
+        return Path(named) if named and Path(named).is_dir() else None
+
+    def quantized_sites(self) -> dict[str, Site]:
+        """One site per weight that is stored in 4 bits, by store key."""
+        return {site.weight: site for site in self.sites.values() if site.quantize}
+
+    def quantized_weight(self, key: str) -> tuple[dict[str, torch.Tensor], QuantizedShape]:
+        """The storage of a weight in 4 bits by part, and its description."""
+        path, _, leaf = key.rpartition(".")
+        node = self.store.node(path)
+        assert isinstance(node, QuantizedNode)
+        return node.parts(leaf), node.descriptions[leaf]
+
+
+def activation_dtype(skeleton: Skeleton, config: Config) -> torch.dtype:
+    """The wider of the model's dtype and the compute dtype."""
+    return torch.promote_types(skeleton.dtype, config.compute_dtype)
