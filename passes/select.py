@@ -195,6 +195,8 @@ class Judge:
         """Why this weight is not quantized; empty if it is."""
         config = self.config
         key = view.key
+        if config.quantization.is_dense:
+            return "quantization=False"
         if key in config.stored:
             return self.other_readers(self.stored[key], view)
         if key in config.kept:

@@ -35,6 +35,8 @@ def thaw(gm: fx.GraphModule, *, config: Any) -> PassResult:
         ConfigError: an entry of ``modules_to_save`` that names no parameter.
     """
     chosen = trained_keys(gm.graph, config.lora)
+    if config.decided is not None:
+        chosen = {key for key in chosen if copy_key(key) in config.trained}
     inputs = StoredInputs(gm.graph)
     trained: dict[str, str] = dict(gm.meta.get("trained", {}))
     for node in list(placeholders(gm.graph)):

@@ -17,12 +17,16 @@ DEFAULT_RANK = 16
 """Rank used when no ``LoraConfig`` is given; ``lora_alpha`` is then the same, a scaling of 1."""
 
 
+DENSE = "dense"
+"""The ``quant_type`` of ``quantization=False``: plain LoRA."""
+
+
 @dataclass(frozen=True)
 class Quantization:
     """How base weights are stored.
 
     Attributes:
-        quant_type: ``nf4`` or ``fp4``.
+        quant_type: ``nf4``, ``fp4``, or ``DENSE``.
         blocksize: weights per absmax, 32, 64, 128, ... 4096.
         double_quant: whether the absmax are themselves quantized to 8 bits, in blocks of 256.
         storage_dtype: dtype in which the packed bytes are held (``bnb_4bit_quant_storage``).
@@ -34,6 +38,11 @@ class Quantization:
     double_quant: bool = True
     storage_dtype: torch.dtype = torch.uint8
     skip: tuple[str, ...] = ()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all weights stay as they are."""
+        return self.quant_type == DENSE
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class Config:
         disabled: names of stages that are left out.
         decided: for captures after the first, the verdicts of the first, by site name: storage and adapters
             exist and are not decided again.
+        trained: for captures after the first, store keys of the copies that train beside the adapters.
         stored: store keys of weights that a checkpoint has in 4 bits: they stay so wherever the graph allows.
         kept: store keys of weights that stay dense because a 4-bit checkpoint has them dense.
     """
@@ -68,6 +78,7 @@ class Config:
     return_logits: bool = True
     disabled: frozenset[str] = frozenset()
     decided: Mapping[str, Any] | None = None
+    trained: frozenset[str] = frozenset()
     stored: frozenset[str] = frozenset()
     kept: frozenset[str] = frozenset()
 

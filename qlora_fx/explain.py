@@ -181,13 +181,22 @@ def explain(base: Base, compute: ComputeDtype) -> Explanation:
         t.nbytes for k, t in base.store.items() if k not in counted and not is_adapter_key(k)
     )
     q, lora = base.config.quantization, base.config.lora
+    storage = (
+        f"{q.quant_type}, blocksize {q.blocksize}, {'double' if q.double_quant else 'single'} quantization, held as "
+        f"{str(q.storage_dtype).removeprefix('torch.')}"
+    )
     notes = [
-        f"storage: {q.quant_type}, blocksize {q.blocksize}, "
-        f"{'double' if q.double_quant else 'single'} quantization, held as {str(q.storage_dtype).removeprefix('torch.')}",
+        f"storage: {'dense, as loaded' if q.is_dense else storage}",
         f"compute: {str(compute.dtype).removeprefix('torch.')} ({compute.reason}); "
         f"activations {str(base.activation_dtype).removeprefix('torch.')}",
         f"adapters: float32, r={lora.r}, lora_alpha={lora.lora_alpha}, dropout {lora.lora_dropout}",
     ]
+    if base.trained:
+        held = sum(base.store[copy].nbytes for copy in base.trained)
+        notes.append(
+            f"trained as a whole: {len(base.trained)} tensors, {size(held)} more (bias={lora.bias!r}, "
+            f"modules_to_save={lora.modules_to_save!r})"
+        )
     return Explanation(f"{base.skeleton.name} as qlora_fx runs it", rows, other, notes)
 
 

@@ -19,6 +19,7 @@ from .checkpoints.locate import find
 from .checkpoints.open import Checkpoint, open_checkpoint
 from .compiler.compile import Prepared, prepare
 from .compiler.request import Request
+from .errors import ConfigError
 from .model import QLoRAModel
 from .runtime.allocator import give_back, keep_freed_memory
 from .weights.base import Origin
@@ -27,7 +28,7 @@ from .weights.base import Origin
 def from_pretrained(
     source: str | os.PathLike[str],
     lora: LoraConfig | None = None,
-    quantization: BitsAndBytesConfig | None = None,
+    quantization: BitsAndBytesConfig | bool | None = None,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
@@ -101,7 +102,7 @@ def from_pretrained(
 def prepare_checkpoint(
     checkpoint: Checkpoint,
     request: Request,
-    quantization: BitsAndBytesConfig | None,
+    quantization: BitsAndBytesConfig | bool | None,
     device: torch.device,
 ) -> Prepared:
     """Compile the checkpoint's model. What arrives in 4 bits keeps its settings; what arrives dense beside it stays so.
@@ -112,6 +113,10 @@ def prepare_checkpoint(
     stored = checkpoint.settings
     if stored.quantization is None:
         return prepare(checkpoint.model, request, device)
+    if request.quantization.is_dense:
+        raise ConfigError(
+            f"quantization=False, and {checkpoint.source.given!r} is in 4 bits; accepted: quantization=None"
+        )
     request = replace(
         request,
         quantization=merge_settings(

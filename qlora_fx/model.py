@@ -153,7 +153,8 @@ class QLoRAModel(nn.Module):
     # -- training ---------------------------------------------------------------------------------
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """``(name, parameter)`` of every ``lora_A`` and ``lora_B``: all that trains."""
+        """``(name, parameter)`` of all that trains: every ``lora_A`` and ``lora_B``, and what ``bias`` and
+        ``modules_to_save`` of the ``LoraConfig`` add."""
         return ((n, p) for n, p in self.named_parameters() if is_adapter_key(n))
 
     def paged_optimizer(
@@ -229,7 +230,7 @@ class QLoRAModel(nn.Module):
         return {k: p.detach() for k, p in self.adapter_by_peft_name().items()}
 
     def adapter_by_peft_name(self) -> dict[str, nn.Parameter]:
-        names = peft_names(self.base.sites, self.base.skeleton.keys)
+        names = peft_names(self.base.sites, self.base.skeleton.keys, self.base.trained)
         return {adapter_files.PREFIX + names[n]: p for n, p in self.adapter_parameters()}
 
     def load_adapter_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:

@@ -23,7 +23,7 @@ from .weights.move import move_weights
 def transform(
     model: nn.Module,
     lora: LoraConfig | None = None,
-    quantization: BitsAndBytesConfig | None = None,
+    quantization: BitsAndBytesConfig | bool | None = None,
     *,
     compute_dtype: torch.dtype | str | None = None,
     blocksize: int = 64,
@@ -45,7 +45,7 @@ def transform(
         lora: a ``peft.LoraConfig``. Default: r=16, lora_alpha=16, all linears but the output head. Adapters
             are float32. ``target_modules=None`` means "all-linear".
         quantization: a ``transformers.BitsAndBytesConfig(load_in_4bit=True, ...)``. Default: NF4 with double
-            quantization.
+            quantization. False quantizes nothing: plain LoRA through the same compiler.
         compute_dtype: dtype in which linears multiply; "auto" measures which of bfloat16 and float32 is
             faster here. Default: ``quantization.bnb_4bit_compute_dtype``, or "auto" where no
             ``quantization`` is given. Activations have the wider of it and the model's dtype.

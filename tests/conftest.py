@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: before PyTorch is imported
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sharing
 import torch
 from qlora_fx.capture.skeleton import Capture, Skeleton
 from qlora_fx.compiler import request
@@ -140,4 +147,10 @@ def auto_is_float32() -> Iterator[None]:
     fixed = ComputeDtype(torch.float32, "fixed for the tests")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(request, "fastest", lambda device: fixed)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_capture_and_one_compilation_of_each() -> Iterator[None]:
+    with sharing.shared():
         yield

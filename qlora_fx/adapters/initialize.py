@@ -9,10 +9,11 @@ from torch import nn
 
 from ..passes.adapt import lora_keys
 from ..weights.base import Base
+from .trained import add_trained
 
 
 def add_adapters(base: Base) -> None:
-    """Make ``lora_A`` and ``lora_B`` of each adapted site that has none yet.
+    """Make ``lora_A`` and ``lora_B`` of each adapted site that has none yet, and the copies that train as they are.
 
     ``init_lora_weights=True``: A Kaiming-uniform with a = sqrt(5), B zero. ``"gaussian"``: A normal with
     standard deviation 1/r, B zero. ``False``: both Kaiming-uniform, so that the adapter is not a no-op.
@@ -33,3 +34,4 @@ def add_adapters(base: Base) -> None:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
         base.store.add(key_a, nn.Parameter(a))
         base.store.add(key_b, nn.Parameter(b))
+    add_trained(base)

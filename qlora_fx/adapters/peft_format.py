@@ -17,6 +17,7 @@ from ..config import Config
 from ..errors import AdapterError, ConfigError
 from ..passes.adapt import lora_keys
 from ..passes.graph.site import Site
+from .trained import trained_names
 
 
 def apply_adapter(current: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
@@ -50,8 +51,10 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def peft_names(sites: Mapping[str, Site], parameters: Iterable[str]) -> dict[str, str]:
-    """PEFT's path of each adapter tensor, by store key.
+def peft_names(
+    sites: Mapping[str, Site], parameters: Iterable[str], trained: Mapping[str, str]
+) -> dict[str, str]:
+    """PEFT's path of each adapter tensor and of each tensor that trains beside them, by store key.
 
     A module's adapter lies at the module's path. A parameter's adapter (``target_parameters``) wraps the
     module that holds the parameter; of several on one module the first wraps it and the next wraps that, so
@@ -61,6 +64,7 @@ def peft_names(sites: Mapping[str, Site], parameters: Iterable[str]) -> dict[str
     Args:
         sites: the model's sites.
         parameters: parameter names in the order in which the model holds them.
+        trained: as ``weights.Base`` has it.
     """
     place = {name: i for i, name in enumerate(parameters)}
     wrapped: dict[str, list[str]] = {}
@@ -89,7 +93,7 @@ def peft_names(sites: Mapping[str, Site], parameters: Iterable[str]) -> dict[str
                 names[key] = ".".join([path(owner), *["base_layer"] * inner, which, "weight"])
             else:
                 names[key] = path(key)
-    return names
+    return names | trained_names(trained, sites, path)
 
 
 def saved_config(lora: LoraConfig, sites: Mapping[str, Site], config: Any) -> dict[str, Any]:
@@ -157,7 +161,10 @@ def target_names(sites: Mapping[str, Site], by_parameter: Collection[str] = ()) 
     adapted = {s.name for s in modules if s.adapt and s.weight not in by_parameter}
     others = {s.name for s in modules} - adapted
     leaves = {name.rsplit(".", 1)[-1] for name in adapted}
-    if any(o.rsplit(".", 1)[-1] in leaves for o in others):
+    # A number would name the layers of that number too.
+    if any(leaf.isdigit() for leaf in leaves) or any(
+        o.rsplit(".", 1)[-1] in leaves for o in others
+    ):
         return sorted(adapted)
     return sorted(leaves)
 

@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from ..errors import ConfigError
 from ..runtime.checkpoint_writer import FolderWriter, Spec
 from ..runtime.parameter_store import PARTS
 from ..runtime.schemes.four_bit import quant_state
@@ -54,7 +55,16 @@ def write_quantized(
     limit: int,
     replace: Replace | None = None,
 ) -> None:
-    """Write the base in 4 bits in the format that can say it; what ``replace`` makes is held one at a time."""
+    """Write the base in 4 bits in the format that can say it; what ``replace`` makes is held one at a time.
+
+    Raises:
+        ConfigError: nothing of it is in 4 bits.
+    """
+    if base.config.quantization.is_dense:
+        raise ConfigError(
+            "nothing is in 4 bits (quantization=False): the original checkpoint is the base; "
+            "accepted: save_pretrained for the adapter, merge for both"
+        )
     names = saved_names(base)
     settings, obstacles = bitsandbytes_config(base, names)
     write = as_ours if settings is None else as_bitsandbytes

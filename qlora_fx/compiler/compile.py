@@ -74,7 +74,7 @@ def prepare(
     skeleton = Skeleton(model, device)
     if skeleton.device.type == "cpu" and request.backend == "inductor":
         warm_up.start()
-    compute = request.compute(skeleton.device)
+    compute = request.compute(skeleton.device, skeleton.dtype)
     heads = embedding_keys(model, "get_output_embeddings", skeleton)
     embeddings = embedding_keys(model, "get_input_embeddings", skeleton)
     config = Config(
@@ -91,7 +91,7 @@ def prepare(
     call = example_call(model, skeleton, request.example_inputs)
     signature = call.signature(training=True)
     capture, result = compile_call(skeleton, config, call, signature)
-    base = Base(skeleton, config, decide(result.flat))
+    base = Base(skeleton, config, decide(result.flat), result.flat.meta["trained"])
     return Prepared(base, compute, request, call, capture, result)
 
 

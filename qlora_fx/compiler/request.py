@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-from ..config import DEFAULT_RANK, ROLES, Quantization, default_lora
+from ..config import DEFAULT_RANK, DENSE, ROLES, Quantization, default_lora
 from ..errors import ConfigError
 from ..passes.lower import BACKENDS
 from ..runtime.fastest_dtype import ComputeDtype, fastest
@@ -23,6 +23,7 @@ from .pipeline import OPTIONAL
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BIASES = ("none", "lora_only", "all")
 STORAGE_DTYPES = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32)
 HONOURED = frozenset(
     [
@@ -38,6 +39,8 @@ HONOURED = frozenset(
         "layers_to_transform",
         "layers_pattern",
         "init_lora_weights",
+        "bias",
+        "modules_to_save",
     ]
 )
 # Bookkeeping of PEFT's that changes nothing in the adapter; kept when the adapter is saved.
@@ -87,7 +90,7 @@ class Request:
     def check(
         cls,
         lora: LoraConfig | None = None,
-        quantization: BitsAndBytesConfig | None = None,
+        quantization: BitsAndBytesConfig | bool | None = None,
         *,
         compute_dtype: torch.dtype | str | None = None,
         blocksize: int = 64,
@@ -111,15 +114,20 @@ class Request:
             quantization=storage,
             compute_dtype=None if compute_dtype is None else check_compute_dtype(compute_dtype),
             quantization_dtype=dtype,
-            also_quantize=check_roles(also_quantize),
+            also_quantize=check_roles(also_quantize, storage),
             example_inputs=example_inputs,
             memory_budget=check_memory_budget(memory_budget, backend),
             disabled=check_disabled(disable, OPTIONAL),
             backend=backend,
         )
 
-    def compute(self, device: torch.device) -> ComputeDtype:
-        """The dtype in which linears multiply: the argument's, the quantization's, or the fastest on ``device``."""
+    def compute(self, device: torch.device, model_dtype: torch.dtype) -> ComputeDtype:
+        """The dtype in which linears multiply: the argument's, the quantization's, or the fastest on ``device``.
+
+        Without quantization the model's own, where none was asked for.
+        """
+        if self.quantization.is_dense and self.compute_dtype is None:
+            return ComputeDtype(model_dtype, "the model's own: nothing is quantized")
         if isinstance(self.compute_dtype, torch.dtype):
             return ComputeDtype(self.compute_dtype, "as asked for by compute_dtype")
         if self.compute_dtype is None and self.quantization_dtype is not None:
@@ -196,6 +204,10 @@ def check_lora(lora: LoraConfig | None) -> LoraConfig:
             f"LoraConfig.init_lora_weights={lora.init_lora_weights!r} is not supported; "
             "accepted: True, False, 'gaussian'"
         )
+    if lora.bias not in BIASES:
+        raise ConfigError(
+            f"LoraConfig.bias={lora.bias!r}; accepted: {', '.join(map(repr, BIASES))}"
+        )
     for name, rank in {"r": lora.r, **(lora.rank_pattern or {})}.items():
         if not isinstance(rank, int) or rank < 1:
             where = "LoraConfig.r" if name == "r" else f"LoraConfig.rank_pattern[{name!r}]"
@@ -206,7 +218,7 @@ def check_lora(lora: LoraConfig | None) -> LoraConfig:
 
 
 def check_quantization(
-    quantization: BitsAndBytesConfig | None, blocksize: int
+    quantization: BitsAndBytesConfig | bool | None, blocksize: int
 ) -> tuple[Quantization, torch.dtype | None]:
     """Storage settings, and the compute dtype the config asks for (None where there is no config).
 
@@ -217,10 +229,13 @@ def check_quantization(
         raise ConfigError(f"blocksize={blocksize!r}; accepted: {', '.join(map(str, BLOCKSIZES))}")
     if quantization is None:
         return Quantization(blocksize=blocksize), None
+    if quantization is False:
+        return Quantization(DENSE), None
     if not isinstance(quantization, BitsAndBytesConfig):
         raise ConfigError(
             f"quantization={quantization!r} is a {type(quantization).__name__}; accepted: a "
-            "transformers.BitsAndBytesConfig(load_in_4bit=True, ...), or None for NF4 with double quantization"
+            "transformers.BitsAndBytesConfig(load_in_4bit=True, ...), None for NF4 with double quantization, or False for "
+            "none"
         )
     q = quantization
     if q.load_in_8bit or not q.load_in_4bit:
@@ -258,7 +273,7 @@ def check_quantization(
     return checked, q.bnb_4bit_compute_dtype
 
 
-def check_roles(roles: Iterable[str]) -> frozenset[str]:
+def check_roles(roles: Iterable[str], quantization: Quantization) -> frozenset[str]:
     """``also_quantize`` as a set.
 
     Raises:
@@ -270,6 +285,8 @@ def check_roles(roles: Iterable[str]) -> frozenset[str]:
             raise ConfigError(
                 f"also_quantize has {role!r}; accepted: {', '.join(map(repr, ROLES))}"
             )
+    if listed and quantization.is_dense:
+        raise ConfigError(f"also_quantize={listed!r} with quantization=False; accepted: ()")
     return frozenset(listed)
 
 

@@ -26,7 +26,7 @@ from .resident import state_bytes
 def plan(
     source: Any,
     lora: LoraConfig | None = None,
-    quantization: BitsAndBytesConfig | None = None,
+    quantization: BitsAndBytesConfig | bool | None = None,
     *,
     batch_size: int = 1,
     sequence_length: int = 512,

@@ -25,7 +25,7 @@ class Footprint:
     Attributes:
         storage: weights in 4 bits, with their absmax.
         constants: everything else of the model: embeddings, head, norms, biases, buffers.
-        adapters, gradients, optimizer: of ``lora_A`` and ``lora_B``.
+        adapters, gradients, optimizer: of ``lora_A`` and ``lora_B``, and of copies that train beside them.
         weights: how many weights are in ``storage``.
         parameters: of the whole model, without adapters.
         trained: adapter parameters.
@@ -63,6 +63,9 @@ def footprint(prepared: Prepared, optimizer: str) -> Footprint:
     constants = shared + sum(t.nbytes for key, t in distinct.items() if key not in quantized)
     constants += sum(t.nbytes for t in prepared.capture.constants.values())
     sizes = [math.prod(shape) for s in base.sites.values() if s.adapt for shape in s.lora_shapes()]
+    places = {key: name for name, key in skeleton.keys.items()}
+    tensors = dict(named_tensors(skeleton.model))
+    sizes += [tensors[places[key]].numel() for key in base.trained.values()]
     flat = sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)
     held = flat * ADAPTER_DTYPE.itemsize
     parameters = {skeleton.keys[name] for name, _ in skeleton.model.named_parameters()}

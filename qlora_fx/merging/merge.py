@@ -83,6 +83,11 @@ def merge(
     """
     if mode not in MODES:
         raise ConfigError(f"mode={mode!r}; accepted: {', '.join(map(repr, MODES))}")
+    if mode == "requantized" and base.trained:
+        raise ConfigError(
+            f"mode='requantized' keeps the base's dense tensors, and {next(iter(base.trained.values()))} and "
+            "others were trained (bias, modules_to_save); accepted: 'dequantized', 'base16'"
+        )
     limit = parse_size(max_shard_size, "max_shard_size")
     opened = open_original(base, original) if mode == "base16" else contextlib.nullcontext()
     with opened as weights:

@@ -69,6 +69,7 @@ class Merged:
         self.model = base.skeleton.model
         self.quantization = base.config.quantization
         self.sites = base.quantized_sites()
+        self.copies = {key: copy for copy, key in base.trained.items()}
         self.adapted: dict[str, list[Site]] = {}
         for site in base.sites.values():
             if site.adapt:
@@ -126,7 +127,8 @@ class Merged:
         return layout.inverse(value).reshape(shape).contiguous()
 
     def untouched(self, name: str, key: str, expert: int | None) -> torch.Tensor:
-        stored = self.base.store[key].detach()
+        stored = self.base.store[self.copies.get(key, key)].detach()
+        stored = stored.to(self.model.get_parameter_or_buffer(name).dtype)
         return stored if expert is None else stored[expert]
 
     def matrix(self, name: str, site: Site, expert: int | None, dtype: torch.dtype) -> torch.Tensor:

@@ -117,7 +117,7 @@ def check(
     model: nn.Module,
     batch: Mapping[str, Any],
     lora: LoraConfig | None = None,
-    quantization: BitsAndBytesConfig | None = None,
+    quantization: BitsAndBytesConfig | bool | None = None,
     *,
     compute_dtype: torch.dtype | str = torch.float32,
     also_quantize: Iterable[str] = (),
@@ -167,11 +167,12 @@ def check(
 
 
 def randomize_adapter(qmodel: QLoRAModel, *, scale: float = 0.05, seed: int = 1) -> None:
-    """Give every ``lora_A`` and ``lora_B`` normal random values."""
+    """Give every ``lora_A`` and ``lora_B`` normal random values, and add some to what trains beside them."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, p in qmodel.adapter_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * scale)
+        for name, p in qmodel.adapter_parameters():
+            values = torch.randn(p.shape, generator=generator) * scale
+            p.copy_(p + values if name in qmodel.base.trained else values)
 
 
 def compare(
@@ -209,6 +210,9 @@ def compare(
         norm = float(torch.stack([true_grads[a].norm(), true_grads[b].norm()]).norm())
         eager_error = max(eager_errors[a], eager_errors[b])
         lines.append(Line(site.name, errors[a], errors[b], eager_error, norm))
+    for trained, key in base.trained.items():
+        norm = float(true_grads[trained].norm())
+        lines.append(Line(key, errors[trained], 0.0, eager_errors[trained], norm))
     lines.sort(key=lambda line: -line.worst)
     if tolerance is None:
         own = max([*eager_outputs.values(), *(line.eager for line in lines)], default=0.0)

@@ -84,6 +84,10 @@ class Oracle:
         for site in self.sites:
             for key in lora_keys(site):
                 self.adapters[key] = nn.Parameter(base.store[key].detach().to(dtype))
+        self.trained = dict(base.trained) if adapter else {}
+        for key in self.trained:
+            self.adapters[key] = nn.Parameter(base.store[key].detach().to(dtype))
+        self.keys = base.skeleton.keys
         # Merged, an adapter would act on everybody who reads the weight; it belongs to the module.
         borrowed = {s.weight for s in base.sites.values() if s.kind == "reader"}
         for site in self.sites:
@@ -113,6 +117,8 @@ class Oracle:
                 base = self.model.get_parameter(name)
             a, b = (self.adapters[k] for k in lora_keys(site))
             values[name] = base + site.scaling * self.delta(site, a, b, tuple(base.shape))
+        for trained, key in self.trained.items():
+            values |= {n: self.adapters[trained] for n, k in self.keys.items() if k == key}
         return values
 
     def delta(

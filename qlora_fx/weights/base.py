@@ -37,12 +37,14 @@ class Base:
         config: what was asked of the passes.
         sites: the verdict on each linear, by site name.
         store: its weights and, once there are any, its adapters.
+        trained: the tensor that each copy that trains beside the adapters is of, by store key of the copy.
         origin: where the weights were loaded from; None for a model that was transformed in memory.
     """
 
     skeleton: Skeleton
     config: Config
     sites: Mapping[str, Site]
+    trained: Mapping[str, str] = field(default_factory=dict)
     store: Store = field(default_factory=lambda: Store(nn.Module()))
     origin: Origin | None = None
 
@@ -58,7 +60,7 @@ class Base:
     @property
     def decided_config(self) -> Config:
         """For captures after the first: the verdicts of the first hold."""
-        return self.config.with_(decided=self.sites)
+        return self.config.with_(decided=self.sites, trained=frozenset(self.trained))
 
     @property
     def folder(self) -> Path | None:

@@ -1,0 +1,95 @@
+"""One capture per (model, request), and one compilation per body, for all tests of a process.
+
+Tests build the same few tiny models over and over. What the compiler makes of one depends on its Python, its config,
+the request and the call, not on its weights, so it is kept and handed out again; each test fills a store of its own.
+Nothing is kept of a capture that warned, is observed, logged or dumped.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from qlora_fx.compiler import compile as compiler
+from qlora_fx.compiler import pipeline, programs
+from qlora_fx.passes.lowering import compiled_body
+from qlora_fx.passes.lowering.compiled_body import CompiledBody, Variant
+
+
+def described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {value.device}"
+    return repr(value)
+
+
+def identity(skeleton: Any, config: Any, call: Any, signature: Any) -> tuple[str, ...] | None:
+    """What a capture depends on; None for models that say less about themselves than transformers'."""
+    model = skeleton.model
+    own_class = type(model).__module__.startswith("transformers.models.")
+    if not own_class or "forward" in vars(model):
+        return None
+    configs = [
+        f"{path} {sorted(vars(module.config).items(), key=str)}"
+        for path, module in model.named_modules()
+        if hasattr(module, "config") and hasattr(module.config, "to_dict")
+    ]
+    own = [f"{p} {type(m).__qualname__} {m.extra_repr()}" for p, m in model.named_modules()]
+    tensors = [f"{n} {k} {skeleton.dtypes[n]}" for n, k in skeleton.keys.items()]
+    values = [f"{n} {described(v)}" for n, v in call.values.items()]
+    settings = [f"{k}={v!r}" for k, v in vars(config).items() if k != "lora"]
+    lora = sorted(config.lora.to_dict().items(), key=str)
+    return tuple(
+        str(part)
+        for part in (
+            *(configs, own, tensors, values, settings, lora),
+            *(signature, skeleton.device, skeleton.dtype, type(model).forward),
+        )
+    )
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """Share captures and compilations while this holds."""
+    captures: dict[Any, Any] = {}
+    builds: dict[Any, list[tuple[Variant, Any]]] = {}
+    bodies: list[Any] = []  # kept, so that an id stays its own
+    original, build = compiler.compile_call, CompiledBody.build
+
+    def compile_call(
+        skeleton: Any, config: Any, call: Any, signature: Any, observe: Any = None
+    ) -> Any:
+        key = identity(skeleton, config, call, signature)
+        logged = pipeline.dump_folder() is not None or pipeline.log.isEnabledFor(10)
+        if key is None or observe is not None or logged:
+            return original(skeleton, config, call, signature, observe)
+        if key not in captures:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                result = original(skeleton, config, call, signature, observe)
+            for w in caught:
+                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+            if caught:
+                return result
+            captures[key] = result
+        return captures[key]
+
+    def build_once(self: CompiledBody, key: Any, sizes: tuple[int, ...]) -> Variant:
+        place = (id(self.body), self.backend, key, compiled_body.compile_fx)
+        for variant, partition in builds.get(place, ()):
+            if variant.holds is None or variant.holds(sizes):
+                self.partitions[key] = partition
+                return variant
+        variant = build(self, key, sizes)
+        bodies.append(self.body)
+        builds.setdefault(place, []).append((variant, self.partitions[key]))
+        return variant
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "compile_call", compile_call)
+        patch.setattr(programs, "compile_call", compile_call)
+        patch.setattr(CompiledBody, "build", build_once)
+        yield
