@@ -12,7 +12,7 @@ class ConfigError(QLoRAError, ValueError):
 
 
 class ModelError(QLoRAError, ValueError):
-    """The model cannot be transformed as it is (already quantized, on meta, NaN in a weight)."""
+    """The model cannot be used so: transformed as it is (already quantized, on meta, NaN in a weight), or copied."""
 
 
 class CaptureError(QLoRAError, ValueError):

@@ -120,7 +120,7 @@ def prepare_checkpoint(
     request = replace(
         request,
         quantization=merge_settings(
-            stored, quantization, request.quantization, checkpoint.source.given
+            stored, quantization, request.quantization, checkpoint.source.name
         ),
         quantization_dtype=(
             request.quantization_dtype if quantization is not None else stored.compute_dtype

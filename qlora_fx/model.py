@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from peft import LoraConfig
@@ -18,7 +18,7 @@ from .checkpoints.save import write_quantized
 from .compiler.compile import Prepared
 from .compiler.programs import Programs
 from .compiler.request import check_memory_budget
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 from .explain import Explanation, explain
 from .generate import with_forward
 from .memory.saved_activations import Activations, saved_activations
@@ -219,6 +219,15 @@ class QLoRAModel(nn.Module):
                 f"cannot cast from {self.dtype} to {dtype}: pass compute_dtype= to transform"
             )
         return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """``copy.deepcopy``, ``pickle`` and ``torch.save`` of the model: its compiled graphs cannot be copied."""
+        raise ModelError(
+            "a QLoRAModel cannot be copied or pickled: its compiled graphs read one set of tensors. To keep it, "
+            "save_pretrained(folder) writes the adapter and save_quantized(folder) the base, which "
+            "qlora_fx.from_pretrained loads; for a second model, transform a copy of the dense one. As a reference "
+            "without its adapter, the same model serves: with qmodel.disable_adapter()"
+        )
 
     # -- adapters ---------------------------------------------------------------------------------
 

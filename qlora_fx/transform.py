@@ -58,6 +58,7 @@ def transform(
         memory_budget: what a training step may hold from forward to backward: bytes (also as "6GB"), or a fraction
             of what keeping everything takes (0.0 keeps only the blocks' inputs, as gradient checkpointing does).
             What does not fit is computed again. Default: as much as is free. ``qmodel.memory_budget`` changes it.
+            Only None with backend "eager", which computes nothing again.
         disable: names of optimizations to leave out, to find out what one of them does: members of
             ``qlora_fx.compiler.pipeline.OPTIONAL``. The numbers stay the same but for rounding.
         backend: "inductor", "aot_eager" (same graphs, PyTorch's kernels), or "eager" (plain autograd for

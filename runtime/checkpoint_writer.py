@@ -24,14 +24,13 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from .safetensors_reader import CODES
 
 EXCHANGE, HERE = 2, -100
 """``RENAME_EXCHANGE`` and ``AT_FDCWD`` of linux/fs.h and fcntl.h."""
 WRITE = 16 << 20
 """Bytes that are copied from a device at a time."""
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 STALE = re.compile(
     r"(model|quantized|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 )
@@ -49,26 +48,6 @@ class Spec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes of ``"5GB"`` (decimal units, as transformers has them).
-
-    Raises:
-        ConfigError: it is no size.
-    """
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    match = (
-        re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", size.upper())
-        if isinstance(size, str)
-        else None
-    )
-    if match is None or not float(match[1]):
-        raise ConfigError(
-            f"max_shard_size={size!r}; accepted: bytes, or a number with KB, MB, GB or TB"
-        )
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 class FolderWriter:

@@ -1,1 +1,13 @@
-""""""
+"""From a Hugging Face model and one call to one flat graph on fake weights.
+
+skeleton         the model's Python without weights, and its capture
+arguments        a call's arguments by name, and which calls share a graph
+known_arguments  which names a model takes
+check_call       whether tensors fit
+check_outputs    whether what is asked for is returned
+check_model      which models are accepted
+example_inputs   a call where the user gives none
+dynamic_shapes   which sizes are free
+export_patches   ways past what torch.export cannot follow
+flat_graph       from the exported program to our graph
+"""

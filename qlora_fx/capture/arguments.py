@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import InputError
+from .known_arguments import KnownArguments
 
 
 class Signature(NamedTuple):
@@ -58,6 +59,8 @@ def bind_call(
     signature: inspect.Signature,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    *,
+    known: KnownArguments,
     device: torch.device,
 ) -> Call:
     """The call that ``forward(*args, **kwargs)`` stands for.
@@ -66,8 +69,11 @@ def bind_call(
     default and left out; ``num_items_in_batch`` is a tensor, since it differs from step to step.
 
     Raises:
-        InputError: an argument the model does not take, or ``use_cache=True``.
+        InputError: an argument that the model does not take, one too many or too few, or ``use_cache=True``.
     """
+    for name, value in kwargs.items():
+        if value is not None or not known.has_kwargs:
+            known.check(name)
     keywords = dict(kwargs)
     logits = keywords.pop("return_logits", None)
     values = bind(signature, args, keywords)

@@ -9,6 +9,9 @@ import torch
 
 from ..errors import InputError
 
+TOKENS = ("input_ids", "decoder_input_ids")
+"""Arguments that are token ids."""
+
 
 def check_call(
     values: Mapping[str, Any],
@@ -22,15 +25,23 @@ def check_call(
     the look would wait for the device; the kernel's own assertion reports it there.
 
     Raises:
-        InputError: naming both shapes, both devices, or the ids.
+        InputError: naming the shape, dtype, device or ids, and what is accepted.
     """
     for name, value in values.items():
-        if isinstance(value, torch.Tensor) and value.device != device:
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.device != device:
             raise InputError(
                 f"{name} is on {value.device}, the model on {device}; move it with .to({str(device)!r})"
             )
+        if 0 in value.shape:
+            raise InputError(
+                f"{name} is empty, with shape {list(value.shape)}; accepted: at least 1 in every dimension"
+            )
+    for name in TOKENS:
+        check_tokens(name, values.get(name))
     if device.type == "cpu" and vocabulary is not None:
-        for name in ("input_ids", "decoder_input_ids", "labels"):
+        for name in (*TOKENS, "labels"):
             check_ids(name, values.get(name), vocabulary)
     labels, ids = values.get("labels"), values.get("input_ids")
     if (
@@ -54,6 +65,19 @@ def check_call(
             raise InputError(
                 f"{name} has shape {list(other.shape)}, input_ids {list(ids.shape)}; accepted: the same shape"
             )
+
+
+def check_tokens(name: str, ids: Any) -> None:
+    if not isinstance(ids, torch.Tensor):
+        return
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(
+            f"{name} is {ids.dtype} of shape {list(ids.shape)}; accepted: token ids, int64 [batch, sequence]"
+        )
+    if ids.dim() < 2:
+        raise InputError(
+            f"{name} has shape {list(ids.shape)}; accepted: [batch, sequence], for a single row {name}[None]"
+        )
 
 
 def check_ids(name: str, ids: Any, vocabulary: int) -> None:

@@ -13,13 +13,13 @@ DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask
 """Arguments of an encoder-decoder that have the target's length."""
 
 
-def resized(inputs: Mapping[str, Any], paired: bool = False) -> dict[str, Any]:
+def resized(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dict[str, Any]:
     """Shapes to trace with: sizes 0 and 1 of free dimensions become 2, which export can keep dynamic.
 
     Args:
-        paired: the model is an encoder-decoder, whose target has a length of its own.
+        encoder_decoder: the model is an encoder-decoder, whose target has a length of its own.
     """
-    free = free_dims(inputs, paired)
+    free = free_dims(inputs, encoder_decoder)
 
     def shape_of(name: str, t: torch.Tensor) -> list[int]:
         return [max(size, 2) if i in free.get(name, {}) else size for i, size in enumerate(t.shape)]
@@ -30,7 +30,7 @@ def resized(inputs: Mapping[str, Any], paired: bool = False) -> dict[str, Any]:
     }
 
 
-def free_dims(inputs: Mapping[str, Any], paired: bool) -> dict[str, dict[int, str]]:
+def free_dims(inputs: Mapping[str, Any], encoder_decoder: bool) -> dict[str, dict[int, str]]:
     """``batch``, ``sequence`` and ``target`` dimensions of each input that has them.
 
     The first dimension of the main input is the batch. Text inputs, and what has their length, share one
@@ -38,7 +38,7 @@ def free_dims(inputs: Mapping[str, Any], paired: bool) -> dict[str, dict[int, st
     """
     tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.dim()}
     main = next((tensors[n] for n in TEXT if n in tensors), None)
-    target = next((tensors[n] for n in DECODER if n in tensors), None) if paired else None
+    target = next((tensors[n] for n in DECODER if n in tensors), None) if encoder_decoder else None
     first = main if main is not None else next(iter(tensors.values()), None)
     if first is None:
         return {}
@@ -70,9 +70,9 @@ def example(value: Any) -> Any:
     return torch.ones(value.shape, dtype=value.dtype, device=value.device)
 
 
-def shared_dims(inputs: Mapping[str, Any], paired: bool = False) -> dict[str, Any]:
+def shared_dims(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dict[str, Any]:
     """One named ``Dim`` for batch, one for sequence, one for the target; other sizes as export finds them."""
-    free = free_dims(inputs, paired)
+    free = free_dims(inputs, encoder_decoder)
     if not any(name in inputs for name in TEXT):
         return automatic_dims(inputs)
     named = {name: Dim(name) for name in ("batch", "sequence", "target")}
@@ -90,7 +90,7 @@ def shared_dims(inputs: Mapping[str, Any], paired: bool = False) -> dict[str, An
     return spec
 
 
-def automatic_dims(inputs: Mapping[str, Any], paired: bool = False) -> dict[str, Any]:
+def automatic_dims(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dict[str, Any]:
     """Let export decide: sizes the model depends on become static."""
     return {
         name: {i: Dim.AUTO for i, size in enumerate(value.shape) if size > 1}

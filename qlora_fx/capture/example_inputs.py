@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from ..errors import InputError
 from .arguments import is_encoder_decoder
@@ -60,7 +61,7 @@ def example_inputs(
     return {k: v for k, v in inputs.items() if k in names}
 
 
-def main_shape(name: str, config: Any) -> tuple[int, ...] | None:
+def main_shape(name: str, config: PretrainedConfig) -> tuple[int, ...] | None:
     """The shape of an example of the main input; None where the config does not tell."""
     if name == "input_ids":
         return (EXAMPLE_BATCH, EXAMPLE_SEQUENCE)

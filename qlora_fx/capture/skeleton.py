@@ -33,6 +33,7 @@ from .check_call import check_call
 from .dynamic_shapes import automatic_dims, example, is_about_dims, resized, shared_dims
 from .export_patches import always, hard_models, nothing
 from .flat_graph import Flattener
+from .known_arguments import KnownArguments
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Skeleton:
 
     Attributes:
         model: a copy of the model whose tensors are on the meta device.
-        signature: of its forward.
+        signature, known_arguments: of its forward.
         keys: canonical store key of every parameter and buffer name (tied names share one).
         dtype: dtype of the model's first floating-point parameter.
         dtypes: of every tensor, by name.
@@ -96,6 +97,7 @@ class Skeleton:
         self.signature = inspect.signature(model.forward)
         self.dtypes = {name: t.dtype for name, t in tensors.items()}
         self.parameters = {self.keys[name] for name, _ in model.named_parameters()}
+        self.known_arguments = KnownArguments(self.model, self.signature)
         self.vocabulary = vocabulary_size(self.model)
         self.encoder_decoder = is_encoder_decoder(self.model)
         self.captures = 0
@@ -111,7 +113,9 @@ class Skeleton:
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """The call ``forward(*args, **kwargs)``, its arguments by name. See ``bind_call``."""
-        return bind_call(self.signature, args, kwargs, self.device)
+        return bind_call(
+            self.signature, args, kwargs, known=self.known_arguments, device=self.device
+        )
 
     def check(self, call: Call) -> None:
         """Raise ``InputError`` if the call's tensors do not fit the model. See ``check_call``."""

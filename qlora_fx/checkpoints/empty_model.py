@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.core_model_loading import build_glob_alternation
 from transformers.utils.generic import ContextManagers
 from transformers.utils.loading_report import LoadStateDictInfo
@@ -20,38 +20,40 @@ from .locate import Source
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def read_config(source: Source) -> Any:
+def read_config(source: Source) -> PretrainedConfig:
     """The transformers config of a source, without its quantization_config."""
     options = {"gguf_file": source.gguf.name} if source.gguf is not None else {}
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, **options)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(
-            f"{source.given!r} has no config that transformers reads: {error}"
+            f"{source.name!r} has no config that transformers reads: {error}"
         ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.name_or_path = source.given
+    config.name_or_path = source.name
     return config
 
 
-def find_class(config: Any, asked: Any) -> Any:
+def find_class(config: PretrainedConfig, model_class: Any) -> Any:
     """The class to build: the one asked for, or the one that the config names.
 
     Raises:
         ConfigError: it is no class of transformers'.
     """
-    if asked is not None:
-        mapping = getattr(asked, "_model_mapping", None)
+    if model_class is not None:
+        mapping = getattr(model_class, "_model_mapping", None)
         if mapping is not None:
             if type(config) not in mapping:
-                raise ConfigError(f"{asked.__name__} has no model for a {type(config).__name__}")
+                raise ConfigError(
+                    f"{model_class.__name__} has no model for a {type(config).__name__}"
+                )
             return mapping[type(config)]
-        if not hasattr(asked, "_from_config"):
+        if not hasattr(model_class, "_from_config"):
             raise ConfigError(
-                f"model_class={asked!r}; accepted: a model class of transformers, or an Auto class"
+                f"model_class={model_class!r}; accepted: a model class of transformers, or an Auto class"
             )
-        return asked
+        return model_class
     names = list(getattr(config, "architectures", None) or [])
     if not names:
         mapping = transformers.AutoModelForCausalLM._model_mapping
@@ -66,7 +68,7 @@ def find_class(config: Any, asked: Any) -> Any:
     return found
 
 
-def choose_dtype(config: Any, dtype: Any, found: Iterable[torch.dtype]) -> torch.dtype:
+def choose_dtype(config: PretrainedConfig, dtype: Any, found: Iterable[torch.dtype]) -> torch.dtype:
     """The dtype of the model: the one asked for; "auto" is the config's, or else the checkpoint's first float.
 
     Raises:
@@ -88,7 +90,9 @@ def choose_dtype(config: Any, dtype: Any, found: Iterable[torch.dtype]) -> torch
     return chosen
 
 
-def build(config: Any, kind: Any, dtype: torch.dtype, source: Source | None = None) -> Any:
+def build(
+    config: PretrainedConfig, kind: Any, dtype: torch.dtype, source: Source | None = None
+) -> Any:
     """The model on the meta device, not tied, each parameter in the dtype it will have."""
     with ContextManagers(kind.get_init_context(dtype, False, False, None)):
         model = kind(config)

@@ -124,24 +124,24 @@ def find_stored(source: Source, shards: Shards) -> StoredWeights:
         ConfigError: it is quantized in a way that is neither bitsandbytes' 4-bit nor ours.
         CheckpointError: a part is missing, misshapen, or weights disagree about their settings.
     """
-    given = source.quantization
+    found = source.quantization
     described = [name for name in source.entries if STATE in name]
-    if given is None:
+    if found is None:
         if described:
             raise CheckpointError(
                 f"{described[0]} in {source.entries[described[0]].file} is bitsandbytes' description of a 4-bit "
                 f"weight, and {source.folder / 'config.json'} has no quantization_config"
             )
         return StoredWeights({})
-    if given.get("quant_method") == OWN_METHOD:
-        return find_own(source, given)
-    if not (given.get("load_in_4bit") or given.get("_load_in_4bit")):
+    if found.get("quant_method") == OWN_METHOD:
+        return find_own(source, found)
+    if not (found.get("load_in_4bit") or found.get("_load_in_4bit")):
         raise ConfigError(
-            f"{source.given!r} has quantization_config with quant_method={given.get('quant_method')!r}, "
-            f"load_in_4bit={given.get('load_in_4bit')!r}; accepted: bitsandbytes with load_in_4bit=True, "
+            f"{source.name!r} has quantization_config with quant_method={found.get('quant_method')!r}, "
+            f"load_in_4bit={found.get('load_in_4bit')!r}; accepted: bitsandbytes with load_in_4bit=True, "
             f"{OWN_METHOD!r}, or an unquantized checkpoint"
         )
-    checked, compute = check_quantization(BitsAndBytesConfig.from_dict(given), 64)
+    checked, compute = check_quantization(BitsAndBytesConfig.from_dict(found), 64)
     weights: dict[str, StoredWeight] = {}
     blocksizes: dict[int, str] = {}
     for name in described:
@@ -203,30 +203,30 @@ def read_state(name: str, shards: Shards, quantization: Quantization) -> tuple[S
     return StoredWeight(key, shape, dtype, offset), size
 
 
-def find_own(source: Source, given: Mapping[str, Any]) -> StoredWeights:
+def find_own(source: Source, found: Mapping[str, Any]) -> StoredWeights:
     """The same of our own format."""
     try:
         settings = Quantization(
-            given["quant_type"],
-            int(given["blocksize"]),
-            bool(given["double_quant"]),
-            getattr(torch, given["quant_storage"]),
+            found["quant_type"],
+            int(found["blocksize"]),
+            bool(found["double_quant"]),
+            getattr(torch, found["quant_storage"]),
         )
         weights = {
             key: StoredWeight(
                 key, tuple(fields["shape"]), getattr(torch, fields["dtype"]), own=True
             )
-            for key, fields in given["weights"].items()
+            for key, fields in found["weights"].items()
         }
-        roles = tuple(given["also_quantize"])
-        compute = getattr(torch, given["compute_dtype"])
+        roles = tuple(found["also_quantize"])
+        compute = getattr(torch, found["compute_dtype"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"quantization_config in {source.folder / 'config.json'} is not what save_quantized writes: {error!r}"
         ) from error
-    if given.get("version") != 1:
+    if found.get("version") != 1:
         raise CheckpointError(
-            f"{source.given!r} has version {given.get('version')!r} of the format; accepted: 1"
+            f"{source.name!r} has version {found.get('version')!r} of the format; accepted: 1"
         )
     for key, weight in weights.items():
         if key not in source.entries:
@@ -236,27 +236,35 @@ def find_own(source: Source, given: Mapping[str, Any]) -> StoredWeights:
 
 
 def merge_settings(
-    stored: StoredWeights, given: BitsAndBytesConfig | None, asked: Quantization, source: str
+    stored: StoredWeights,
+    bnb_config: BitsAndBytesConfig | None,
+    requested: Quantization,
+    source: str,
 ) -> Quantization:
     """Settings for a model whose weights arrive in 4 bits: the checkpoint's, which the user's must equal.
+
+    Args:
+        bnb_config: the user's; None where there is none.
+        requested: the same with its defaults, and the blocksize.
+        source: the checkpoint, for messages.
 
     Raises:
         ConfigError: naming the field that differs.
     """
     assert stored.quantization is not None
-    if given is not None:
+    if bnb_config is not None:
         for name in ("quant_type", "double_quant", "storage_dtype"):
-            mine, theirs = getattr(asked, name), getattr(stored.quantization, name)
+            mine, theirs = getattr(requested, name), getattr(stored.quantization, name)
             if mine != theirs:
                 raise ConfigError(
                     f"quantization has {name}={mine}, and {source!r} is stored with {theirs}; accepted: "
                     "quantization=None, or the same"
                 )
-    if asked.blocksize not in (64, stored.quantization.blocksize):
+    if requested.blocksize not in (64, stored.quantization.blocksize):
         raise ConfigError(
-            f"blocksize={asked.blocksize}, and {source!r} is stored with {stored.quantization.blocksize}"
+            f"blocksize={requested.blocksize}, and {source!r} is stored with {stored.quantization.blocksize}"
         )
-    return replace(stored.quantization, skip=asked.skip)
+    return replace(stored.quantization, skip=requested.skip)
 
 
 def bitsandbytes_layout(shape: tuple[int, ...], transposed: bool) -> Layout:

@@ -43,14 +43,14 @@ class Source:
     """A checkpoint whose files were found and whose headers are whole.
 
     Attributes:
-        given: what the user passed.
+        name: what the user passed.
         folder: where its files are.
         config: ``config.json`` as it is; empty for a GGUF file.
         entries: every tensor of its files, by name; empty for a GGUF file.
         gguf: the GGUF file, where it is one.
     """
 
-    given: str
+    name: str
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -79,29 +79,29 @@ def find(
         CheckpointError: nothing is there, it is in a format that is not read, or its files are damaged or
             contradict each other. The message names the file, and the tensor where there is one.
     """
-    given = os.fspath(source)
-    path = Path(given).expanduser()
+    name = os.fspath(source)
+    path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf" and gguf_file is None:
         path, gguf_file = path.parent, path.name
     if not path.is_dir():
-        if path.exists() or given.count("/") > 1 or given.startswith((".", "/", "~")):
+        if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
             kind = "no folder" if path.exists() else "not there"
             raise CheckpointError(
-                f"{given!r} is {kind}; accepted: a folder with {CONFIG} and safetensors files, a .gguf "
+                f"{name!r} is {kind}; accepted: a folder with {CONFIG} and safetensors files, a .gguf "
                 "file, or a hub id like 'org/name'"
             )
-        path = from_hub(given, revision, token, gguf_file, weights)
+        path = from_hub(name, revision, token, gguf_file, weights)
     if gguf_file is not None:
         file = path / gguf_file
         if not file.is_file():
-            raise CheckpointError(f"{given!r} has no {gguf_file} ({listing(path)})")
-        return Source(given, path, gguf=file)
+            raise CheckpointError(f"{name!r} has no {gguf_file} ({listing(path)})")
+        return Source(name, path, gguf=file)
     if not (path / CONFIG).is_file():
-        raise CheckpointError(f"{given!r} has no {CONFIG} ({listing(path)})")
+        raise CheckpointError(f"{name!r} has no {CONFIG} ({listing(path)})")
     config = read_json(path / CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / CONFIG} is a {type(config).__name__}, not an object")
-    return Source(given, path, config, read_entries(path, config) if weights else {})
+    return Source(name, path, config, read_entries(path, config) if weights else {})
 
 
 def listing(folder: Path) -> str:

@@ -203,7 +203,7 @@ def drop_equal_duplicates(
             del produced[target]
             continue
         warnings.warn(
-            f"config.json ties {target} to {source}, and {checkpoint.source.given!r} holds both with different "
+            f"config.json ties {target} to {source}, and {checkpoint.source.name!r} holds both with different "
             "values; they are not tied. Say so with tie_word_embeddings=false in config.json",
             stacklevel=4,
         )
@@ -237,7 +237,7 @@ def finish(
     if missing:
         names = sorted(missing)
         raise CheckpointError(
-            f"{source.given!r} lacks {len(names)} tensors of {type(model).__name__}, the first {names[0]}. The "
+            f"{source.name!r} lacks {len(names)} tensors of {type(model).__name__}, the first {names[0]}. The "
             "checkpoint is incomplete, or of another model class (model_class=)"
         )
     if unexpected:

@@ -228,7 +228,9 @@ def as_ours(
                 yield f"{name}.{part}", parts[part]
 
 
-def write_config(base: Base, writer: FolderWriter, quantization: Any) -> None:
+def write_config(
+    base: Base, writer: FolderWriter, quantization: BitsAndBytesConfig | dict[str, Any] | None
+) -> None:
     """``config.json`` as ``save_pretrained`` would write it, with or without a ``quantization_config``."""
     model = base.skeleton.model
     config = copy.deepcopy(model.config)

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from ..capture.arguments import Call, Signature
+from ..capture.check_outputs import check_outputs
 from ..capture.example_inputs import example_inputs
 from ..capture.skeleton import Capture, Skeleton, named_tensors
 from ..config import Config
@@ -109,10 +110,12 @@ def compile_call(
 
     Raises:
         CaptureError: the model's Python cannot be captured.
+        InputError: the call asks for outputs that the model does not return.
     """
     capture = skeleton.capture(
         call.values, training=signature.training, dtype=activation_dtype(skeleton, config)
     )
+    check_outputs(capture, call.values, skeleton.model)
     config = config.with_(
         training=signature.training, adapter=signature.adapter, return_logits=signature.logits
     )

@@ -13,23 +13,24 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..config import Config
 from ..passes.adapt import has_branch, is_adapter_key
 from ..passes.graph.nodes import CANONICAL, parameter_behind, sites
 from ..passes.linears.spellings import recognise
 from ..passes.quantize import reads_storage
 
 Violation = tuple[fx.Node | None, str, str]
-Invariant = Callable[[fx.GraphModule, Any], Iterator[Violation]]
+Invariant = Callable[[fx.GraphModule, Config], Iterator[Violation]]
 
 
-def every_node_has_a_value(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:
+def every_node_has_a_value(gm: fx.GraphModule, config: Config) -> Iterator[Violation]:
     """Every node that computes or feeds something has ``meta["val"]``."""
     for node in gm.graph.nodes:
         if node.op != "output" and "val" not in node.meta:
             yield node, "has no meta['val']", "create nodes with passes.nodes.call"
 
 
-def graph_holds_no_tensor(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:
+def graph_holds_no_tensor(gm: fx.GraphModule, config: Config) -> Iterator[Violation]:
     """Weights come in through placeholders; the graph module itself owns none."""
     for node in gm.graph.find_nodes(op="get_attr"):
         yield node, "reads a tensor held by the graph", "use passes.nodes.StoredInputs"
@@ -42,7 +43,7 @@ def graph_holds_no_tensor(gm: fx.GraphModule, config: Any) -> Iterator[Violation
 
 
 def only_canonical_linears_multiply_by_weights(
-    gm: fx.GraphModule, config: Any
+    gm: fx.GraphModule, config: Config
 ) -> Iterator[Violation]:
     """No other spelling that normalize knows reads a weight; what it does not know is select's to report."""
     for node in gm.graph.nodes:
@@ -57,7 +58,7 @@ def only_canonical_linears_multiply_by_weights(
             )
 
 
-def every_linear_has_a_verdict(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:
+def every_linear_has_a_verdict(gm: fx.GraphModule, config: Config) -> Iterator[Violation]:
     """Each linear of the model carries a site mark; a negative verdict has a reason."""
     for node in gm.graph.nodes:
         if node.target not in CANONICAL or is_lora_product(node):
@@ -78,7 +79,7 @@ def is_adapter(placeholder: fx.Node) -> bool:
     return is_adapter_key(placeholder.meta.get("stored", ""))
 
 
-def no_dense_copy_of_a_selected_weight(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:
+def no_dense_copy_of_a_selected_weight(gm: fx.GraphModule, config: Config) -> Iterator[Violation]:
     """A selected weight is readable from 4-bit storage only."""
     for node in sites(gm.graph):
         if node.meta["site"].quantize and not reads_storage(node):
@@ -93,14 +94,14 @@ def no_dense_copy_of_a_selected_weight(gm: fx.GraphModule, config: Any) -> Itera
             )
 
 
-def only_adapters_are_trainable(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:
+def only_adapters_are_trainable(gm: fx.GraphModule, config: Config) -> Iterator[Violation]:
     """Only ``lora_A`` and ``lora_B`` are trainable."""
     for node in gm.graph.find_nodes(op="placeholder"):
         if node.meta.get("trainable", False) != is_adapter(node):
             yield node, "is trainable but no adapter, or an adapter and frozen", "mark it in adapt"
 
 
-def every_adapted_site_has_a_live_branch(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:
+def every_adapted_site_has_a_live_branch(gm: fx.GraphModule, config: Config) -> Iterator[Violation]:
     """The branch's sum is what the rest of the graph reads."""
     for node in sites(gm.graph):
         if not node.meta["site"].adapt or not config.adapter:
@@ -116,7 +117,7 @@ def every_adapted_site_has_a_live_branch(gm: fx.GraphModule, config: Any) -> Ite
             )
 
 
-def each_distinct_body_occurs_once(gm: fx.GraphModule, config: Any) -> Iterator[Violation]:
+def each_distinct_body_occurs_once(gm: fx.GraphModule, config: Config) -> Iterator[Violation]:
     """No two called bodies have the same printed code and types."""
     seen: dict[Any, str] = {}
     for name, body in gm.named_children():

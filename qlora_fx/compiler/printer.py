@@ -10,6 +10,8 @@ import sympy
 import torch
 from torch import fx
 
+from ..passes.graph.site import Site
+
 DTYPES = {
     torch.float64: "f64",
     torch.float32: "f32",
@@ -81,7 +83,7 @@ def is_stored(arg: Any) -> bool:
     return isinstance(arg, fx.Node) and "stored" in arg.meta
 
 
-def verdict(site: Any) -> str:
+def verdict(site: Site) -> str:
     words = ["quantize"] if site.quantize else []
     words += [f"adapt r={site.r}"] if site.adapt else []
     words += [site.reason] if site.reason else []

@@ -72,7 +72,7 @@ class Programs:
         self._memory_budget = value
         for several in self.captured.values():
             for one in several:
-                one.budget.ask(value)
+                one.budget.change(value)
 
     def run(self, call: Call, signature: Signature, *, compiled: bool = True) -> Any:
         """The model's output for a call.
@@ -124,11 +124,12 @@ class Programs:
         gm = result.gm
         stored = [store[n.meta["stored"]] for n in gm.graph.nodes if "stored" in n.meta]
         inputs = [(n.meta["input"], n.meta["val"]) for n in gm.graph.nodes if "input" in n.meta]
+        lowered = lower(gm, backend=self.backend)
         program, uncompiled = (
             Program(run, stored, inputs, capture.guards, capture.out_spec)
-            for run in (lower(gm, backend=self.backend), lower(gm, backend="eager"))
+            for run in (lowered, lower(gm, backend="eager"))
         )
-        budget = Budget(program.run, self._memory_budget, self.base.device)
+        budget = Budget(lowered, self._memory_budget, self.base.device)
         program.prepare = budget.prepare
         new = CapturedGraph(gm, program, budget, uncompiled)
         self.captured.setdefault(signature, []).append(new)

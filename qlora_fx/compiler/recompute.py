@@ -80,20 +80,21 @@ class Budget:
 
     Args:
         run: the lowered graph.
-        asked: as ``request.check_memory_budget`` returns it.
+        memory_budget: as ``request.check_memory_budget`` returns it.
         device: where activations live.
     """
 
-    def __init__(self, run: Any, asked: int | float | None, device: torch.device) -> None:
-        children = run.named_children() if isinstance(run, fx.GraphModule) else ()
-        self.bodies = [(n, b) for n, b in children if isinstance(b, CompiledBody)]
-        self.asked, self.device = asked, device
+    def __init__(
+        self, run: fx.GraphModule, memory_budget: int | float | None, device: torch.device
+    ) -> None:
+        self.bodies = [(n, b) for n, b in run.named_children() if isinstance(b, CompiledBody)]
+        self.memory_budget, self.device = memory_budget, device
         self.chosen: dict[tuple[Any, ...], dict[CompiledBody, int]] = {}
         self.warned = False
 
-    def ask(self, asked: int | float | None) -> None:
+    def change(self, memory_budget: int | float | None) -> None:
         """Decide anew, from another budget."""
-        self.asked = asked
+        self.memory_budget = memory_budget
         self.chosen.clear()
         for _, body in self.bodies:
             body.recomputed = 0
@@ -110,8 +111,8 @@ class Budget:
             body.recomputed = count
 
     def choose(self, sizes: Mapping[sympy.Expr, int]) -> dict[CompiledBody, int]:
-        if not isinstance(self.asked, float):
-            limit = self.asked or SHARE_OF_FREE * free_bytes(self.device)
+        if not isinstance(self.memory_budget, float):
+            limit = self.memory_budget or SHARE_OF_FREE * free_bytes(self.device)
             if sum(body.calls * everything(body, sizes) for _, body in self.bodies) < limit:
                 return {body: 0 for _, body in self.bodies}
         split = self.split(sizes)
@@ -128,14 +129,14 @@ class Budget:
         """The calls to recompute, those with the fewest operations per byte first, until the rest fits."""
         known = [measured(name, body, sizes) for name, body in self.bodies]
         whole = sum(c.bytes for c in known)
-        if self.asked is None:
+        if self.memory_budget is None:
             limit = int(SHARE_OF_FREE * free_bytes(self.device))
-        elif isinstance(self.asked, float):
+        elif isinstance(self.memory_budget, float):
             least = sum(min(c.held, c.inputs) * c.calls for c in known if c.calls > 1)
             fixed = sum(c.bytes for c in known if c.calls == 1)
-            limit = max(int(self.asked * whole), least + fixed)
+            limit = max(int(self.memory_budget * whole), least + fixed)
         else:
-            limit = self.asked
+            limit = self.memory_budget
         excess = whole - limit
         counts: dict[str, int] = {}
         worth = [c for c in known if c.calls > 1 and c.held > c.inputs]

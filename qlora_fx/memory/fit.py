@@ -38,13 +38,13 @@ def search(
         whole = candidate.plan(**settings)
         if whole.peak <= limit:
             return replace(whole, limit=limit, changed=changed)
-        bare = candidate.plan(**{**settings, "memory_budget": 0.0})
-        if bare.peak <= limit:
-            found = keep_most(candidate, settings, limit, bare)
+        smallest = candidate.plan(**{**settings, "memory_budget": 0.0})
+        if smallest.peak <= limit:
+            found = keep_most(candidate, settings, limit, smallest)
             budget = found.settings["memory_budget"]
             note = f"memory_budget={budget}: {found.recomputation:.0%} of products computed again"
             return replace(found, limit=limit, changed=[*changed, note])
-        least = bare
+        least = smallest
     assert least is not None
     raise ConfigError(
         f"{least.model} does not fit {limit / 1e9:g} GB: with {least.settings} it takes {least.peak / 1e9:.2f} GB, of which "
@@ -98,9 +98,9 @@ def smaller_state(optimizer: str) -> str:
     return optimizer.removesuffix("32bit") + "8bit"
 
 
-def keep_most(draft: Draft, settings: dict[str, Any], limit: int, bare: Plan) -> Plan:
+def keep_most(draft: Draft, settings: dict[str, Any], limit: int, smallest: Plan) -> Plan:
     """The largest memory budget whose peak fits, to 1 % of what keeping everything takes."""
-    low, found = 0, bare
+    low, found = 0, smallest
     high = (
         100
         if not isinstance(settings["memory_budget"], float)

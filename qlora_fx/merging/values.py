@@ -36,7 +36,7 @@ class OriginalWeights:
         """
         group = self.groups.get(name)
         if group is None:
-            raise CheckpointError(f"{self.checkpoint.source.given!r} has no {name}")
+            raise CheckpointError(f"{self.checkpoint.source.name!r} has no {name}")
         read, model = self.checkpoint.read, self.checkpoint.model
         if expert is not None and group.experts:
             return group.convert(read, model, expert)[name][0]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import io
+import pickle
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import qlora_fx
@@ -15,10 +20,12 @@ from peft import LoraConfig, get_peft_model
 from qlora_fx.compiler.request import (
     CARRIED,
     HONOURED,
+    Request,
     check_compute_dtype,
     check_lora,
     check_quantization,
 )
+from qlora_fx.units import parse_size
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -279,3 +286,168 @@ def test_gaussian_and_random_initialization() -> None:
             assert (
                 float(a.detach().abs().max()) <= (1 / 48) ** 0.5
             )  # Kaiming-uniform with a = sqrt(5)
+
+
+# -- the doors ----------------------------------------------------------------------------------------
+
+
+def test_all_doors_take_the_same_arguments_with_the_same_defaults() -> None:
+    """What differs on purpose: a plan is for bfloat16 and keeps everything, a check computes in float32."""
+    asked = inspect.signature(Request.check).parameters
+    others: dict[Any, dict[str, Any]] = {
+        qlora_fx.transform: {},
+        qlora_fx.from_pretrained: {},
+        qlora_fx.plan: {"compute_dtype": torch.bfloat16, "memory_budget": 1.0},
+        qlora_fx.testing.check: {"compute_dtype": torch.float32},
+    }
+    for door, different in others.items():
+        parameters = inspect.signature(door).parameters
+        shared = asked.keys() & parameters.keys()
+        assert {"lora", "quantization", "compute_dtype", "blocksize", "also_quantize"} <= shared
+        for name in shared:
+            default = different.get(name, asked[name].default)
+            assert parameters[name].default == default, (door, name)
+    for door in (qlora_fx.transform, qlora_fx.from_pretrained):
+        assert asked.keys() <= inspect.signature(door).parameters.keys()
+
+
+def test_a_budget_that_plain_autograd_cannot_keep_is_refused() -> None:
+    model = tiny_llama(1)
+    with pytest.raises(ConfigError, match=r"memory_budget=0.5 with backend='eager'.*aot_eager"):
+        qlora_fx.transform(model, backend="eager", memory_budget=0.5)
+    qmodel = qlora_fx.transform(model, backend="eager")
+    with pytest.raises(ConfigError, match=r"memory_budget='1GB' with backend='eager'"):
+        qmodel.memory_budget = "1GB"
+    qmodel.memory_budget = None
+    assert qmodel.memory_budget is None
+
+
+def test_sizes_are_read_alike_everywhere(tmp_path: Path) -> None:
+    for text, size in (
+        ("500 MiB", 500 << 20),
+        ("6GB", 6 * 10**9),
+        ("1TB", 10**12),
+        ("2tib", 2 << 40),
+        ("1.5 kb", 1500),
+        (123, 123),
+    ):
+        assert parse_size(text, "fit") == size
+    for wrong in ("6", "much", "-1GB", "0GB", "", 0, -5, True, 1.5, None, [1]):
+        with pytest.raises(ConfigError, match=r"fit=.*; accepted: bytes as an int or as '6GB'"):
+            parse_size(wrong, "fit")
+    qmodel = qlora_fx.transform(tiny_llama(1), backend="eager")
+    qmodel.save_quantized(tmp_path / "4bit", max_shard_size="500 MiB")
+    with pytest.raises(ConfigError, match=r"max_shard_size='big'; accepted: bytes as an int"):
+        qmodel.save_quantized(tmp_path / "other", max_shard_size="big")
+    with pytest.raises(ConfigError, match=r"max_shard_size='big'; accepted: bytes as an int"):
+        qmodel.merge(tmp_path / "other", max_shard_size="big")
+    with pytest.raises(ConfigError, match=r"memory_budget='big'; accepted: bytes as an int"):
+        qlora_fx.transform(tiny_llama(1), memory_budget="big")
+
+
+# -- calls --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def eager() -> qlora_fx.QLoRAModel:
+    return qlora_fx.transform(tiny_llama(2), backend="eager", compute_dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputids": 3}, r"unknown argument 'inputids' \(did you mean 'input_ids'\?\); .*labels"),
+        ({"label": torch.ones(3, 21)}, r"unknown argument 'label' \(did you mean 'labels'\?\)"),
+        ({"nonsense": 1}, r"unknown argument 'nonsense'; the model takes: input_ids, .*\*\*kwargs"),
+        (
+            {"input_ids": torch.zeros(0, 21, dtype=torch.int64)},
+            r"input_ids is empty, with shape \[0, 21\]; accepted: at least 1",
+        ),
+        (
+            {"input_ids": torch.zeros(3, 0, dtype=torch.int64)},
+            r"input_ids is empty, with shape \[3, 0\]",
+        ),
+        (
+            {"input_ids": torch.zeros(3, 21)},
+            r"input_ids is torch.float32 of shape \[3, 21\]; accepted: token ids, int64",
+        ),
+        (
+            {"input_ids": torch.zeros(21, dtype=torch.int64)},
+            r"input_ids has shape \[21\]; accepted: \[batch, sequence\].*input_ids\[None\]",
+        ),
+        (
+            {"output_attentions": True},
+            r"output_attentions=True: LlamaForCausalLM with attn_implementation='sdpa' returns no attentions",
+        ),
+        ({"output_router_logits": True}, r"output_router_logits=True: .* returns no router_logits"),
+    ],
+)
+def test_calls_that_mean_something_else_are_refused_by_name(
+    eager: qlora_fx.QLoRAModel, change: dict[str, Any], message: str
+) -> None:
+    inputs = {"input_ids": batch()["input_ids"]}
+    graphs = len(eager.graph_modules)
+    with pytest.raises(InputError, match=message):
+        eager(**(inputs | change))
+    assert len(eager.graph_modules) == graphs
+
+
+def test_what_trainers_pass_is_accepted(eager: qlora_fx.QLoRAModel) -> None:
+    inputs = batch()
+    loss = float(eager(**inputs).loss.detach())
+    for more in (
+        {"return_logits": True},
+        {"use_cache": False, "return_dict": True},
+        {"output_attentions": False, "output_hidden_states": False},
+        {"past_key_values": None, "unknown": None},
+        {"num_items_in_batch": None},
+    ):
+        assert float(eager(**inputs, **more).loss.detach()) == pytest.approx(loss, rel=1e-5)
+    count = int((inputs["labels"][:, 1:] != -100).sum())
+    counted = eager(**inputs, num_items_in_batch=count).loss
+    assert float(counted.detach()) == pytest.approx(loss, rel=1e-5)
+
+
+def test_hidden_states_are_returned_where_they_are_asked_for() -> None:
+    model = tiny_llama(2)
+    inputs = {"input_ids": batch()["input_ids"], "output_hidden_states": True}
+    qmodel = qlora_fx.transform(copy.deepcopy(model), backend="eager", compute_dtype="float32")
+    with torch.no_grad():
+        ours, theirs = qmodel(**inputs).hidden_states, model(**inputs).hidden_states
+    assert [t.shape for t in ours] == [t.shape for t in theirs]
+
+
+def test_attentions_are_returned_by_a_model_that_computes_them() -> None:
+    model = tiny_llama(1, attn_implementation="eager")
+    inputs = {"input_ids": batch()["input_ids"], "output_attentions": True}
+    qmodel = qlora_fx.transform(copy.deepcopy(model), backend="eager", compute_dtype="float32")
+    with torch.no_grad():
+        ours, theirs = qmodel(**inputs).attentions, model(**inputs).attentions
+    assert [t.shape for t in ours] == [t.shape for t in theirs]
+
+
+def test_an_example_call_is_bound_as_any_other_call() -> None:
+    """A count of items and the default ``return_dict`` in the example: the first call finds that capture."""
+    example = batch() | {"num_items_in_batch": 40, "return_dict": True}
+    qmodel = qlora_fx.transform(tiny_llama(1), example_inputs=example, backend="eager")
+    qmodel(**batch(2, 9), num_items_in_batch=12)
+    assert len(qmodel.graph_modules) == 1
+
+
+def test_a_model_that_takes_no_kwargs_names_the_nearest_argument() -> None:
+    with pytest.raises(
+        InputError,
+        match=r"unknown argument 'inputs_ids' \(did you mean 'input_ids'\?\); the model takes: input_ids$",
+    ):
+        qlora_fx.transform(Toy2(), example_inputs={"inputs_ids": torch.ones(2, 2)})
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, copy.copy, pickle.dumps, lambda model: torch.save(model, io.BytesIO())],
+)
+def test_a_copy_of_a_compiled_model_is_refused_with_what_to_do_instead(
+    eager: qlora_fx.QLoRAModel, duplicate: Callable[[Any], Any]
+) -> None:
+    with pytest.raises(ModelError, match=r"cannot be copied or pickled.*save_quantized\(folder\)"):
+        duplicate(eager)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,8 @@ from conftest import batch, tiny_gpt2, tiny_llama
 from peft import LoraConfig
 from qlora_fx.compiler import pipeline
 from qlora_fx.passes.graph.nodes import aten
-from qlora_fx.testing.check import Float64, Oracle, check
+from qlora_fx.passes.lowering.compiled_body import CompiledBody
+from qlora_fx.testing.check import Float64, Oracle, check, compare
 from torch import fx
 
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
@@ -133,3 +135,24 @@ def test_every_site_is_compared() -> None:
     report = check(model, batch(), LoraConfig(**LORA), backend="eager", quiet=True)
     assert len(report.sites) == 7
     assert all(line.norm > 0 for line in report.sites)
+
+
+def test_calls_after_a_comparison_are_compiled() -> None:
+    """``compare`` looks at logits that training leaves out, without compiling a graph for them."""
+    import qlora_fx
+
+    model = tiny_llama(1)
+    qmodel = qlora_fx.transform(
+        copy.deepcopy(model), LoraConfig(**LORA), backend="aot_eager", compute_dtype="float32"
+    )
+    assert compare(model, qmodel, batch()).passed
+
+    def compiled() -> list[int]:
+        bodies = [m for p in qmodel.programs for m in p.run.children()]  # type: ignore[attr-defined]
+        assert all(isinstance(body, CompiledBody) for body in bodies)
+        return [len(body.compiled) for body in bodies]
+
+    before, graphs = compiled(), len(qmodel.graph_modules)
+    qmodel(**batch(), return_logits=True)
+    assert sum(compiled()) > sum(before)
+    assert len(qmodel.graph_modules) == graphs == 2
