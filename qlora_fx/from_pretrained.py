@@ -115,7 +115,7 @@ def prepare_checkpoint(
         return prepare(checkpoint.model, request, device)
     if request.quantization.is_dense:
         raise ConfigError(
-            f"quantization=False, and {checkpoint.source.given!r} is in 4 bits; accepted: quantization=None"
+            f"quantization=False, and {checkpoint.source.name!r} is in 4 bits; accepted: quantization=None"
         )
     request = replace(
         request,
