@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 
+from ..errors import CaptureError
 from ..runtime.recurrence import LIKE, as_operator
 
 
@@ -42,8 +43,46 @@ def hard_models(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def always(model: nn.Module) -> Iterator[None]:
     """What helps every model: recurrences as operators, numbers as nodes, indexing inside masks as an operation."""
-    with recurrences(model), numbers_as_nodes(), masks_by_broadcasting():
+    with (
+        recurrences(model),
+        numbers_as_nodes(),
+        masks_by_broadcasting(),
+        no_gradients_of_their_own(),
+    ):
         yield
+
+
+DERIVATIVES = frozenset({"GeLUFunction", "PhimoeMultiplier", "SqrtBoundDerivative"})
+"""Autograd functions of transformers' models whose backward is the derivative of their forward (but where a square root's
+is infinite)."""
+
+
+@contextlib.contextmanager
+def no_gradients_of_their_own() -> Iterator[None]:
+    """Refuse models with autograd functions whose backward is another than their forward's derivative.
+
+    export records what the forward does and drops the backward: YOSO's, an expectation, would be lost without a word.
+
+    Raises:
+        CaptureError: naming the function.
+    """
+    found: set[str] = set()
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__.startswith("transformers.models.") and cls.__name__ not in DERIVATIVES:
+            found.add(cls.__name__)
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+    if found:
+        raise CaptureError(
+            f"{', '.join(sorted(found))} has a backward of its own, which a captured graph would not have"
+        )
 
 
 def nothing(model: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -1,0 +1,59 @@
+"""Where a family deviates from the default path, and why."""
+
+from __future__ import annotations
+
+LENGTH = "a loop over time in Python"
+IMAGES = "the number of images, or of their patches, is written into the graph"
+WINDOWS = "windows or blocks of the sequence are counted in Python"
+
+CAPTURED_AGAIN: dict[str, str] = {
+    "recurrent_gemma": LENGTH,
+    "minimax": LENGTH,
+    "xlstm": LENGTH,
+    "cpmant": WINDOWS,
+    "canine": WINDOWS,
+    "llava": IMAGES,
+    "idefics2": IMAGES,
+    "idefics3": IMAGES,
+    "smolvlm": IMAGES,
+    "siglip2": IMAGES,
+    "siglip2_vision_model": IMAGES,
+    "qwen3_vl": IMAGES,
+    "qwen3_vl_moe": IMAGES,
+}
+"""Another shape is another capture, said in a warning."""
+
+REFUSED: dict[str, str] = {
+    "fsmt": "if not padding_mask.any()",
+    "ibert": "assert x_max.isnan()",
+    "internvl": "could not be captured",
+    "lasr_ctc": "_ctc_loss",
+    "longcat_flash": "for expert_idx_tensor in expert_hit",
+    "minimax_m3_vl_text": "Cannot create Dim",
+    "mistral3": "is_causal = q_length > 1",
+    "parakeet_ctc": "_ctc_loss",
+    "prophetnet": "assert torch.all(shifted_input_ids >= 0)",
+    "qwen2_5_vl": "get_vision_window_index",
+    "qwen4_exp_text": "if num_complete_blocks > 0",
+    "yoso": "has a backward of its own",
+}
+"""``transform`` raises a CaptureError; a part of its text."""
+
+MAMBA = "PEFT 0.21 refuses out_proj of Mamba models as a target"
+NO_PEFT: dict[str, str] = {
+    "mamba": MAMBA,
+    "mamba2": MAMBA,
+    "falcon_mamba": MAMBA,
+    "falcon_h1": MAMBA,
+    "nemotron_h": MAMBA,
+    "deepseek_v4": "PEFT has no adapter for a linear in groups (o_a_proj)",
+}
+"""The saved adapter is not compared in PEFT."""
+
+NO_CHECKPOINT: dict[str, str] = {}
+"""The dense checkpoint is not loaded with ``from_pretrained``."""
+
+SAID: dict[str, tuple[str, ...]] = {
+    "gemma3n_text": ("changes a weight of its own", "the weight is computed"),
+}
+"""Parts of warnings that belong to a family."""
