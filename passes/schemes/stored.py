@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...runtime.schemes.four_bit import NESTED_QUANT_MAP, layout
+from ...runtime.schemes import PACKED, part_key, scheme_of
 from ..graph.nodes import StoredInputs, aten, call, fake_mode, identifier
 from ..graph.site import Site
 
@@ -16,26 +16,19 @@ def stored_parts(
     graph: fx.Graph, node: fx.Node, site: Site, inputs: StoredInputs, config: Any
 ) -> dict[str, fx.Node]:
     """Placeholders of a weight's storage, by part."""
-    with fake_mode(graph):
-        device = node.meta["val"].device
-        vals = {
-            key: torch.empty(size, dtype=dtype, device=device)
-            for key, (size, dtype) in layout(
-                site.shape, config.quantization, name=site.name
-            ).items()
-        }
-    # The dense placeholder of the same key stays until all its readers are rewritten.
-    packed = vals.pop("packed")
-    name = f"{identifier(site.weight)}_packed"
-    parts = {"packed": inputs.add(site.weight, packed, name=name, format="4bit")}
-    for key, val in vals.items():
-        parts[key] = inputs.add(stored_key(site.weight, key), val)
+    device = node.meta["val"].device
+    parts: dict[str, fx.Node] = {}
+    for name, part in scheme_of(config.quantization).parts(site.shape, name=site.name).items():
+        with fake_mode(graph):
+            val = torch.empty(part.shape, dtype=part.dtype, device=device)
+        key = part_key(site.weight, name, part)
+        if name == PACKED:
+            # The dense placeholder of the same key stays until all its readers are rewritten.
+            packed = f"{identifier(site.weight)}_packed"
+            parts[name] = inputs.add(key, val, name=packed, format="4bit")
+        else:
+            parts[name] = inputs.add(key, val)
     return parts
-
-
-def stored_key(weight: str, part: str) -> str:
-    """Store key of one part of a quantized weight; the map of the nested absmax is shared by all."""
-    return NESTED_QUANT_MAP if part == "nested_quant_map" else f"{weight}.{part}"
 
 
 def replace_other_uses(node: fx.Node, new: fx.Node) -> None:

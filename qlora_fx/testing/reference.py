@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from ..capture.skeleton import holders, named_tensors, transposed_stacks
 from ..passes.adapt import lora_keys
 from ..passes.graph.site import Site
-from ..runtime.schemes.four_bit import dequantize_weight
 from ..weights.base import Base
 
 
@@ -163,21 +162,15 @@ class Oracle:
 
 
 def dense_weights(model: nn.Module, base: Base) -> dict[str, torch.Tensor]:
-    """What the 4-bit storage stands for, float32, in each parameter's own shape and under all its names."""
+    """What quantized storage stands for, float32, in each parameter's own shape and under all its names."""
     dense: dict[str, torch.Tensor] = {}
-    q = base.config.quantization
     tensors = dict(named_tensors(model))
     for site in base.sites.values():
         if not site.quantize or site.weight in dense:
             continue
         assert site.layout is not None
-        names = {"packed": site.weight, "nested_quant_map": "nested_quant_map"}
-        parts = {
-            part: base.store[names.get(part, f"{site.weight}.{part}")]
-            for part in ("packed", "absmax", "nested_absmax", "offset", "nested_quant_map")
-            if names.get(part, f"{site.weight}.{part}") in base.store
-        }
-        weight = dequantize_weight(parts, site.shape, torch.float32, q)
+        parts = base.store.parts(site.weight)
+        weight = base.scheme.dequantize(parts, site.shape, torch.float32)
         dense[site.weight] = site.layout.inverse(weight).reshape(tensors[site.weight].shape)
     keys = base.skeleton.keys
     return {name: dense[key] for name, key in keys.items() if key in dense}
