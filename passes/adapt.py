@@ -8,9 +8,20 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .graph.nodes import Emitter, StoredInputs, aten, fake_mode, ops, sites, weight_view
+from .graph.nodes import (
+    GROUPED,
+    Emitter,
+    StoredInputs,
+    arguments,
+    aten,
+    cast,
+    fake_mode,
+    ops,
+    replace_other_uses,
+    sites,
+    weight_view,
+)
 from .graph.site import Site, WeightView, is_flipped
-from .schemes.stored import cast, replace_other_uses
 from .thaw import TRAINED
 
 ADAPTER_DTYPE = torch.float32
@@ -123,9 +134,7 @@ def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: A
 
 def ends_of(node: fx.Node) -> Any:
     """Where each expert's rows end; None for an ordinary linear."""
-    if node.target is ops.grouped_linear.default:
-        return node.args[2]
-    return node.args[6] if node.target is ops.grouped_linear_4bit.default else None
+    return arguments(node)["ends"] if node.target in GROUPED else None
 
 
 def factors(

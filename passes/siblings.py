@@ -8,8 +8,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .adapt import is_adapter_key
-from .graph.nodes import CASTS, Emitter, aten
-from .schemes.stored import cast
+from .graph.nodes import CASTS, Emitter, aten, cast
 
 
 def siblings(gm: fx.GraphModule, *, config: Any) -> PassResult:
