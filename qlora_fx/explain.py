@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .passes.adapt import is_adapter_key, lora_keys
+from .passes.adapt import is_adapter_key
 from .passes.graph.site import Site
 from .runtime.fastest_dtype import ComputeDtype
 from .weights.base import Base
@@ -195,7 +195,7 @@ def explain(base: Base, compute: ComputeDtype) -> Explanation:
 
 
 def row_of(site: Site, base: Base, dense_bytes: int, flops_share: float) -> Row:
-    keys = lora_keys(site) if site.adapt else ()
+    tensors = base.adapter.tensors(site).values() if site.adapt else ()
     return Row(
         name=site.name,
         op=site.op,
@@ -206,6 +206,6 @@ def row_of(site: Site, base: Base, dense_bytes: int, flops_share: float) -> Row:
         reason=site.reason,
         bytes_before=dense_bytes,
         bytes_after=base.store.bytes_of(site.weight) if site.weight else 0,
-        adapter_bytes=sum(base.store[k].nbytes for k in keys if k in base.store),
+        adapter_bytes=sum(base.store[t.key].nbytes for t in tensors if t.key in base.store),
         weight=site.weight,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..capture.skeleton import named_tensors
 from ..compiler.compile import Prepared
 from ..errors import ConfigError
-from ..passes.adapt import ADAPTER_DTYPE
+from ..passes.adapters import ADAPTER_DTYPE
 from ..runtime.optimizer import ALIGNMENT, PAGED
 
 STATES = {"Adam": 2, "Lion": 1}
@@ -62,7 +62,9 @@ def footprint(prepared: Prepared, optimizer: str) -> Footprint:
     constants = sum(shared.values())
     constants += sum(t.nbytes for key, t in distinct.items() if key not in quantized)
     constants += sum(t.nbytes for t in prepared.capture.constants.values())
-    sizes = [math.prod(shape) for s in base.sites.values() if s.adapt for shape in s.lora_shapes()]
+    adapted = [site for site in base.sites.values() if site.adapt]
+    tensors_of = base.adapter.tensors
+    sizes = [math.prod(t.shape) for site in adapted for t in tensors_of(site).values()]
     places = {key: name for name, key in skeleton.keys.items()}
     tensors = dict(named_tensors(skeleton.model))
     sizes += [tensors[places[key]].numel() for key in base.trained.values()]

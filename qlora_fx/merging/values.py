@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..adapters import values_of
 from ..checkpoints.conversion import Group
 from ..checkpoints.load import matrix_layout
 from ..checkpoints.open import Checkpoint
 from ..errors import CheckpointError, ConfigError
-from ..passes.adapt import lora_keys
 from ..passes.graph.site import Layout, Site
 from ..runtime.allocator import WORTH_IT, trim
-from ..runtime.parameter_store import Store
 from ..runtime.schemes.blocks import row_ranges
 from ..weights.base import Base
 
@@ -185,19 +184,11 @@ class Merged:
     def with_adapter(
         self, rows: Iterator[torch.Tensor], site: Site, expert: int | None
     ) -> Iterator[torch.Tensor]:
-        """Add the adapters of the site's weight to float32 rows, in place."""
-        pairs = []
+        """Float32 rows with the adapters of the site's weight in them."""
+        values = values_of(self.base.config.lora)
         for adapted in self.adapted.get(site.weight, ()):
-            a, b = factors(adapted, self.base.store)
-            if site.experts:
-                a, b = a[expert], b[expert]
-            pairs.append((a, b, adapted.scaling))
-        at = 0
-        for part in rows:
-            for a, b, scaling in pairs:
-                part.addmm_(b[at : at + part.shape[0]], a, alpha=scaling)
-            at += part.shape[0]
-            yield part
+            rows = values.merged(rows, self.base, adapted, expert)
+        return rows
 
     def quantize(self, site: Site, expert: int | None) -> dict[str, torch.Tensor]:
         """New storage of one matrix."""
@@ -218,15 +209,3 @@ class Merged:
         if not site.experts:
             return self.quantize(site, None)
         return self.base.scheme.stack([self.quantize(site, i) for i in range(site.experts)])
-
-
-def factors(site: Site, store: Store) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[(experts,) r, in]`` and ``[(experts,) out, r]`` of an adapter: as ``passes.adapt.factors``, on tensors."""
-    a, b = (store[key].detach().float() for key in lora_keys(site))
-    a, b = a.reshape(a.shape[0], a.shape[1]), b.reshape(b.shape[0], b.shape[1])
-    if site.experts:
-        a = a.reshape(site.experts, site.r, a.shape[1])
-        b = b.reshape(b.shape[0], site.r, site.experts).permute(2, 0, 1)
-    if site.swapped:
-        a, b = b.transpose(-2, -1), a.transpose(-2, -1)
-    return a, b

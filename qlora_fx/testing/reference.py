@@ -19,7 +19,6 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from ..capture.skeleton import holders, named_tensors, transposed_stacks
-from ..passes.adapt import lora_keys
 from ..passes.graph.site import Site
 from ..weights.base import Base
 
@@ -81,8 +80,10 @@ class Oracle:
         self.adapters: dict[str, nn.Parameter] = {}
         self.sites = [s for s in base.sites.values() if s.adapt and adapter]
         for site in self.sites:
-            for key in lora_keys(site):
-                self.adapters[key] = nn.Parameter(base.store[key].detach().to(dtype))
+            for tensor in base.adapter.tensors(site).values():
+                values = base.store[tensor.key].detach().to(dtype)
+                self.adapters[tensor.key] = nn.Parameter(values)
+        self.tensors = base.adapter.tensors
         self.trained = dict(base.trained) if adapter else {}
         for key in self.trained:
             self.adapters[key] = nn.Parameter(base.store[key].detach().to(dtype))
@@ -99,7 +100,7 @@ class Oracle:
 
     def add_beside(self, site: Site) -> None:
         """Add the adapter's product to the module's output instead of its weight."""
-        a, b = (self.adapters[k] for k in lora_keys(site))
+        a, b = self.factors(site)
 
         def hook(_: nn.Module, args: Any, output: torch.Tensor) -> Any:
             return output + site.scaling * (args[0] @ a.T) @ b.T
@@ -114,11 +115,16 @@ class Oracle:
             base = values.get(name)
             if base is None:
                 base = self.model.get_parameter(name)
-            a, b = (self.adapters[k] for k in lora_keys(site))
+            a, b = self.factors(site)
             values[name] = base + site.scaling * self.delta(site, a, b, tuple(base.shape))
         for trained, key in self.trained.items():
             values |= {n: self.adapters[trained] for n, k in self.keys.items() if k == key}
         return values
+
+    def factors(self, site: Site) -> tuple[nn.Parameter, nn.Parameter]:
+        """LoRA's A and B of a site."""
+        a, b = (self.adapters[tensor.key] for tensor in self.tensors(site).values())
+        return a, b
 
     def delta(
         self, site: Site, a: torch.Tensor, b: torch.Tensor, shape: tuple[int, ...]

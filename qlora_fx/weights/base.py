@@ -11,6 +11,7 @@ from torch import nn
 
 from ..capture.skeleton import Skeleton
 from ..config import Config
+from ..passes.adapters import Adapter, adapter_of
 from ..passes.graph.site import Site
 from ..runtime.parameter_store import Store
 from ..runtime.schemes import Scheme, scheme_of
@@ -75,6 +76,11 @@ class Base:
     def scheme(self) -> Scheme:
         """How its quantized weights are stored; there is none with ``quantization=False``."""
         return scheme_of(self.config.quantization)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The kind of adapter that its adapted sites have."""
+        return adapter_of(self.config.lora)
 
     def quantized_sites(self) -> dict[str, Site]:
         """One site per quantized weight, by store key."""
