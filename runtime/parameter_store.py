@@ -49,20 +49,20 @@ class QuantizedNode(Node):
 
     Attributes:
         descriptions: by the weight's own name.
-        storage: all parts of each weight, the shared ones too, which are no buffers here.
+        _held: all parts of each weight, the shared ones too, which are no buffers here.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.descriptions: dict[str, QuantizedShape] = {}
-        self.storage: dict[str, dict[str, torch.Tensor]] = {}
+        self._held: dict[str, dict[str, torch.Tensor]] = {}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for leaf, d in self.descriptions.items():
             for name in d.buffers:
                 del destination[f"{prefix}{leaf}_{name}"]
-            state = d.scheme.to_state(self.storage[leaf], d.shape, d.dtype)
+            state = d.scheme.to_state(self._held[leaf], d.shape, d.dtype)
             destination.update({f"{prefix}{leaf}.{k}": v for k, v in state.items()})
 
     def _load_from_state_dict(
@@ -79,12 +79,12 @@ class QuantizedNode(Node):
         used: set[str] = set()
         for leaf, d in self.descriptions.items():
             keys = [k for k in state if k.startswith(f"{prefix}{leaf}.")]
-            if not keys:
+            if not keys and d.buffers:
                 missing.append(f"{prefix}{leaf}.{d.buffers[0]}")
                 return
             found = {k.removeprefix(f"{prefix}{leaf}."): state[k] for k in keys}
             try:
-                values = d.scheme.from_state(found, self.storage[leaf], d.shape, d.dtype)
+                values = d.scheme.from_state(found, self._held[leaf], d.shape, d.dtype)
             except CheckpointError as error:
                 errors.append(f"{prefix}{leaf}: {error}")
                 return
@@ -147,7 +147,7 @@ class Store:
             else:
                 node.register_buffer(f"{leaf}_{name}", tensor)
             self.tensors[place] = tensor
-        node.storage[leaf] = self.parts(key)
+        node._held[leaf] = self.parts(key)
 
     def parts(self, key: str) -> dict[str, torch.Tensor]:
         """The storage of a quantized weight, by part."""

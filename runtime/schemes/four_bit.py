@@ -20,11 +20,9 @@ import torch
 
 from ...config import Quantization
 from ...errors import CheckpointError, ConfigError
-from ..ops import NESTED_BLOCKSIZE, whole_rows
+from ..ops import NESTED_BLOCKSIZE, dequantized, scales, whole_rows
 from .blocks import MatrixQuantizer, pieces_of, row_ranges
 from .scheme import PACKED, Part, Scheme
-
-_bnb = torch.ops.bitsandbytes
 
 NESTED_QUANT_MAP = "nested_quant_map"
 """The one part that all weights share: the map of the nested absmax."""
@@ -103,27 +101,15 @@ class FourBit(Scheme):
         self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]
     ) -> Iterator[torch.Tensor]:
         q = self.quantization
-        absmax = parts["absmax"]
-        if q.double_quant:
-            absmax = _bnb.dequantize_blockwise(
-                absmax,
-                parts["nested_absmax"],
-                parts[NESTED_QUANT_MAP],
-                NESTED_BLOCKSIZE,
-                torch.float32,
-            )
-            absmax = absmax + parts["offset"]
+        nested = (parts.get(k) for k in ("nested_absmax", "offset", NESTED_QUANT_MAP))
+        absmax = scales(parts["absmax"], *nested)
         packed = parts[PACKED].detach().reshape(-1).view(torch.uint8)
         inn = shape[1]
         for start, stop in self.row_ranges(shape):
             codes = packed[start * inn // 2 : -(-stop * inn // 2)].reshape(-1, 1)
-            scales = absmax[start * inn // q.blocksize : -(-stop * inn // q.blocksize)]
-            rows = [stop - start, inn]
-            whole = whole_rows(rows, q.blocksize)
-            dense = _bnb.dequantize_4bit(
-                codes, scales, q.blocksize, q.quant_type, whole, torch.float32
-            )
-            yield dense.reshape(rows)
+            scale = absmax[start * inn // q.blocksize : -(-stop * inn // q.blocksize)]
+            rows = (stop - start, inn)
+            yield dequantized(codes, scale, q.blocksize, q.quant_type, rows, torch.float32)
 
     def row_ranges(self, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         """Whole blocks each, but for the last."""
