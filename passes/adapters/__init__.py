@@ -18,19 +18,19 @@ __all__ = [
     "Adapter",
     "AdapterTensor",
     "Product",
+    "adapter_kind",
     "adapter_of",
-    "variant",
 ]
 
 ADAPTERS: dict[str, Adapter] = {"lora": Lora()}
-"""By ``variant``; qlora_fx/adapters has the same keys."""
+"""By ``adapter_kind``; qlora_fx/adapters has the same keys."""
 ROLES = frozenset(role for adapter in ADAPTERS.values() for role in adapter.roles)
 
 
-def variant(lora: LoraConfig) -> str:
+def adapter_kind(lora: LoraConfig) -> str:
     """Which of ``ADAPTERS`` a config asks for; compiler/request.py refuses configs that ask for another."""
     return "lora"
 
 
 def adapter_of(lora: LoraConfig) -> Adapter:
-    return ADAPTERS[variant(lora)]
+    return ADAPTERS[adapter_kind(lora)]

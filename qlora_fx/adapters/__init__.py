@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from peft import LoraConfig
 
-from ..passes.adapters import variant
+from ..passes.adapters import adapter_kind
 from .lora import LoraValues
 from .values import AdapterValues
 
 __all__ = ["VALUES", "AdapterValues", "values_of"]
 
 VALUES: dict[str, AdapterValues] = {"lora": LoraValues()}
-"""By ``passes.adapters.variant``."""
+"""By ``passes.adapters.adapter_kind``."""
 
 
 def values_of(lora: LoraConfig) -> AdapterValues:
-    return VALUES[variant(lora)]
+    return VALUES[adapter_kind(lora)]
