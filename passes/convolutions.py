@@ -8,9 +8,8 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .graph.nodes import Emitter, arguments, aten, ops
+from .graph.nodes import Emitter, arguments, aten, cast, ops
 from .loss_head import trains
-from .schemes.stored import cast
 
 CONVOLUTIONS = (
     aten.conv1d.default,

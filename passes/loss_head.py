@@ -9,10 +9,9 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .graph.nodes import CASTS, Emitter, arguments, aten, ops, parameter_behind
+from .graph.nodes import CASTS, Emitter, arguments, aten, cast, ops, parameter_behind
 from .graph.site import Site
-from .quantize import bnb
-from .schemes.stored import cast
+from .schemes import storage_of
 
 KEEPS_ROWS = CASTS | {
     aten.view.default,
@@ -173,18 +172,3 @@ def rewrite(graph: fx.Graph, loss: fx.Node, chain: Chain, config: Any) -> None:
     graph.erase_node(loss)
     for node in (*chain.nodes[::-1], chain.head):
         graph.erase_node(node)
-
-
-def storage_of(weight: Any) -> tuple[list[fx.Node], int, str]:
-    """A dense weight uncast, or the storage behind a dequantized one, with blocksize and type."""
-    at = weight
-    while at.op == "call_function" and at.target in CASTS | {aten.view.default}:
-        at = at.args[0]
-    if at.target is not bnb.dequantize_4bit.default:
-        return [at], 64, ""
-    packed, absmax, blocksize, quant_type, *_ = at.args
-    if absmax.op == "placeholder":
-        return [packed, absmax], blocksize, quant_type
-    nested, offset = absmax.args
-    levels, scales, quant_map, *_ = nested.args
-    return [packed, levels, scales, offset, quant_map], blocksize, quant_type

@@ -18,6 +18,8 @@ INDEXED = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
 
 INPUT_META = frozenset({"val", "stored", "stored_dtype", "format", "trainable"})
 """What an input of a body keeps of the node it stands for; marks such as ``site`` stay with that node."""
+OF_FLAT_GRAPH = frozenset({"storage"})
+"""Marks that hold nodes of the graph, and have no meaning in another one."""
 
 
 @dataclass
@@ -229,7 +231,7 @@ class Body:
         args = fx.map_arg(node.args, self.translate)
         kwargs = fx.map_arg(dict(node.kwargs), self.translate)
         new = self.graph.create_node(node.op, node.target, args, kwargs, name=self.local(node.name))
-        new.meta = dict(node.meta)
+        new.meta = {k: v for k, v in node.meta.items() if k not in OF_FLAT_GRAPH}
         self.env[node] = new
         return new
 

@@ -1,39 +1,35 @@
-"""quantize: read each selected weight from 4-bit storage, every other one from its stored dtype."""
+"""quantize: read each selected weight from its storage, every other one from its stored dtype."""
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from ..runtime.ops import NESTED_BLOCKSIZE, whole_rows
 from .graph.nodes import (
     CANONICAL,
-    VIEWS,
+    GROUPED,
     Emitter,
     StoredInputs,
     aten,
+    cast,
     fake_mode,
     fake_value,
-    ops,
+    is_packed,
     placeholders,
+    replace_other_uses,
     sites,
     weight_view,
 )
-from .graph.site import Layout, Site, WeightView
-from .schemes.lookup import quantize_lookup
-from .schemes.stored import cast, replace_other_uses, stored_parts
-
-bnb = torch.ops.bitsandbytes
+from .graph.site import Site
+from .schemes import Emission, emission_of, stored_parts, weight_node
 
 
 def quantize(gm: fx.GraphModule, *, config: Any) -> PassResult:
-    """Replace the dense weight of each selected site by its storage and ``bitsandbytes::dequantize_4bit``.
+    """Replace the dense weight of each selected site by its storage and the nodes that make it dense again.
 
-    The matmul stays an ordinary ``aten.linear`` on the dequantized weight. See Note [Where the gradient
+    Which nodes those are is the scheme's to say (schemes/). The matmul stays an ordinary ``aten.linear`` on the dequantized weight. See Note [Where the gradient
     rule lives] in lower.py for why it is not one opaque op.
 
     Before::
@@ -53,10 +49,8 @@ def quantize(gm: fx.GraphModule, *, config: Any) -> PassResult:
     selected = [n for n in sites(graph) if n.meta["site"].quantize and not reads_storage(n)]
     inputs = StoredInputs(graph)
     for node in selected:
-        if node.meta["site"].kind == "embedding":
-            quantize_lookup(graph, node, inputs, config)
-        else:
-            quantize_site(graph, node, inputs, config)
+        rewrite = quantize_lookup if node.meta["site"].kind == "embedding" else quantize_site
+        rewrite(graph, node, inputs, emission_of(config.quantization), config)
     graph.eliminate_dead_code()
     erase_dense_placeholders(graph, {n.meta["site"].weight for n in selected})
     modified = bool(selected)
@@ -66,42 +60,44 @@ def quantize(gm: fx.GraphModule, *, config: Any) -> PassResult:
 
 
 def reads_storage(node: fx.Node) -> bool:
-    """True if the product's weight (or the lookup's row) comes from 4-bit storage."""
-    if node.target is ops.grouped_linear_4bit.default:
-        return True
+    """True if the product's weight (or the lookup's row) is made from a quantized weight's parts."""
     if node.target is aten.embedding.default:
         return False
     if node.target not in CANONICAL:
         return True  # a lookup, rewritten
-    at: Any = node.args[1]
-    while isinstance(at, fx.Node) and at.target in VIEWS and at.target is not operator.getitem:
-        at = at.args[0]
-    return isinstance(at, fx.Node) and at.target is bnb.dequantize_4bit.default
+    seen: set[Any] = set()
+    todo: list[Any] = [node.args[1]]
+    while todo:
+        at = todo.pop()
+        if is_packed(at):
+            return True
+        if at not in seen:
+            seen.add(at)
+            todo += at.all_input_nodes
+    return False
 
 
-def quantize_site(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: Any) -> None:
+def quantize_site(
+    graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, emission: Emission, config: Any
+) -> None:
     """Rewrite one ``linear`` or ``grouped_linear``; inputs and result are cast where dtypes differ."""
     site: Site = linear.meta["site"]
     x, weight_arg, *rest = linear.args
     view = weight_view(weight_arg)
     assert view is not None
-    assert site.layout is not None
     act_dtype = linear.meta["val"].dtype
     dtype = config.compute_dtype
-    is_grouped = linear.target is ops.grouped_linear.default
+    target, args = linear.target, linear.args
     with graph.inserting_before(linear):
-        parts = stored_parts(graph, linear, site, inputs, config)
+        parts = stored_parts(emission, graph, linear, site, inputs)
         new_x = cast(graph, x, dtype, f"{linear.name}_x")
         if new_x is not x:
             new_x.meta["input_of"] = site.name
-        if is_grouped:
-            q = config.quantization
-            nested = [parts.get(k) for k in ("nested_absmax", "offset", "nested_quant_map")]
-            shape = list(site.shape[1:])
-            options = (shape, q.blocksize, q.quant_type)
-            args = (new_x, parts["packed"], parts["absmax"], *nested, rest[0], *options)
+        if linear.target in GROUPED:
+            ends: Any = rest[0]
+            target, args = emission.grouped(new_x, parts, ends, list(site.shape[1:]))
         else:
-            weight = dequantize(graph, linear, site, parts, view, config)
+            weight = weight_node(emission, parts, site, view, dtype, Emitter(graph, linear))
             bias = [cast(graph, b, dtype, f"{linear.name}_bias") for b in rest if b is not None]
             args = (new_x, weight, *bias)
     with graph.inserting_after(linear):
@@ -114,71 +110,42 @@ def quantize_site(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config
             result._rename(f"{linear.name}_result")
     if result is not linear:
         replace_other_uses(linear, result)
-    linear.args = args
+    linear.target, linear.args = target, args
     linear.meta["weight_read"] = view
-    if is_grouped:
-        linear.target = ops.grouped_linear_4bit.default
     linear.meta["val"] = fake_value(graph, linear.target, linear.args, {})
 
 
-def dequantize(
-    graph: fx.Graph,
-    linear: fx.Node,
-    site: Site,
-    parts: dict[str, fx.Node],
-    view: WeightView,
-    config: Any,
-) -> fx.Node:
-    """The nodes from storage to the dense ``[out, in]`` weight that the linear reads, in the compute dtype."""
-    q = config.quantization
-    assert site.layout is not None
+def quantize_lookup(
+    graph: fx.Graph, node: fx.Node, inputs: StoredInputs, emission: Emission, config: Any
+) -> None:
+    """Make only those rows of an embedding dense that are looked up.
 
-    then = Emitter(graph, linear)
-    if view.expert is not None:
-        parts = {
-            k: v if k == "nested_quant_map" else then(aten.select.int, v, 0, view.expert, suffix=k)
-            for k, v in parts.items()
-        }
-    absmax = parts["absmax"]
-    if q.double_quant:
-        nested = (parts["nested_absmax"], parts["nested_quant_map"], NESTED_BLOCKSIZE)
-        absmax = then(
-            bnb.dequantize_blockwise.default, absmax, *nested, torch.float32, suffix="absmax"
-        )
-        absmax = then(aten.add.Tensor, absmax, parts["offset"], suffix="absmax_offset")
-    shape = list(site.shape[-2:])
-    rows = whole_rows(shape, q.blocksize)
-    options = (q.blocksize, q.quant_type, rows, config.compute_dtype)
-    weight = then(bnb.dequantize_4bit.default, parts["packed"], absmax, *options, suffix="dequant")
-    if rows != shape:
-        weight = then(aten.view.default, weight, shape, suffix="dequant_matrix")
-    if view.expert is None and view.layout != site.layout:
-        weight = relaid(weight, site.layout, view.layout, then)
-    if view.rows is not None:
-        weight = then(aten.slice.Tensor, weight, 0, *view.rows, suffix="dequant_rows")
-    return weight
+    Before::
 
+        %embed: f32[B, S, 48] = aten.embedding(%embed_weight, %input_ids)
 
-def relaid(weight: fx.Node, stored: Layout, wanted: Layout, then: Emitter) -> fx.Node:
-    """A weight stored for one reader as another reads it (a tied autoencoder's ``W`` and ``W.T``)."""
-    if stored.view == wanted.view and stored.permute == wanted.permute[::-1] == (0, 1):
-        return then(aten.t.default, weight, suffix="dequant_t")
-    back = [stored.permute.index(i) for i in range(len(stored.permute))]
-    steps = [
-        (aten.reshape.default, [stored.view[i] for i in stored.permute]),
-        (aten.permute.default, back),
-        (aten.reshape.default, list(wanted.view)),
-        (aten.permute.default, list(wanted.permute)),
-        (aten.reshape.default, list(wanted.shape)),
-    ]
-    for target, arg in steps:
-        weight = then(target, weight, arg, suffix="dequant_relaid")
-    return weight
+    After (abridged)::
+
+        %embed_nibble: i64[B, S, 48] = ...      # from %embed_weight_packed
+        %embed_value: f32[B, S, 48] = aten.index(%quant_map, [%embed_nibble])
+        %embed: f32[B, S, 48] = aten.mul(%embed_value, %embed_scale)
+    """
+    site: Site = node.meta["site"]
+    ids: Any = node.args[1]
+    with graph.inserting_before(node):
+        parts = stored_parts(emission, graph, node, site, inputs)
+        rows = emission.rows(ids, parts, site.in_features, inputs, Emitter(graph, node))
+        # Rounded to the dtype in which the table was stored, as a dense table would have been.
+        rows = cast(graph, rows, config.compute_dtype, f"{node.name}_rounded", like=node)
+        result = cast(graph, rows, node.meta["val"].dtype, f"{node.name}_lookup", like=node)
+    result.meta["site"] = site
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
 
 
 def erase_dense_placeholders(graph: fx.Graph, keys: set[str]) -> None:
     for node in list(placeholders(graph)):
-        if node.meta.get("stored") in keys and node.meta.get("format") != "4bit":
+        if node.meta.get("stored") in keys and not is_packed(node):
             graph.erase_node(node)
 
 

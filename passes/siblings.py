@@ -7,9 +7,7 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .adapt import is_adapter_key
-from .graph.nodes import CASTS, Emitter, aten
-from .schemes.stored import cast
+from .graph.nodes import CASTS, Emitter, aten, cast
 
 
 def siblings(gm: fx.GraphModule, *, config: Any) -> PassResult:
@@ -18,7 +16,8 @@ def siblings(gm: fx.GraphModule, *, config: Any) -> PassResult:
     The backward gains more: one product for the gradient of all ``lora_A``, and one for that of the input,
     which is then added up once. The parameters stay separate tensors; the stack is small. Base weights are
     not stacked: their products are large enough, and one wide product was no faster here. Dropout gives each
-    linear an input of its own, so with it there are no siblings.
+    linear an input of its own, so with it there are no siblings. Factors that are cut out of a stack, or
+    exchanged, carry no ``meta["lora_a"]``: they are computed where they are used and stay there.
 
     Before::
 
@@ -35,7 +34,7 @@ def siblings(gm: fx.GraphModule, *, config: Any) -> PassResult:
     graph = gm.graph
     families: dict[Any, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=aten.linear.default):
-        if "stack_of" in node.meta or not reads_lora_a(node):
+        if "lora_a" not in node.meta:
             continue
         x = uncast(node.args[0])
         families.setdefault((x, node.meta["val"].dtype), []).append(node)
@@ -45,19 +44,6 @@ def siblings(gm: fx.GraphModule, *, config: Any) -> PassResult:
     if found:
         graph.eliminate_dead_code()
     return PassResult(gm, bool(found))
-
-
-def reads_lora_a(node: fx.Node) -> bool:
-    """True for the first product of a branch with a whole ``lora_A``, which is there from the start of the graph.
-
-    Factors that are cut out of a stack, or exchanged, are computed where they are used and stay there.
-    """
-    factor = uncast(node.args[1])
-    return (
-        factor.op == "placeholder"
-        and is_adapter_key(factor.meta.get("stored", ""))
-        and node.name.endswith("_lora_a")
-    )
 
 
 def uncast(node: Any) -> Any:

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .passes.adapt import is_adapter_key, lora_keys
+from .passes.adapt import is_adapter_key
 from .passes.graph.site import Site
 from .runtime.fastest_dtype import ComputeDtype
-from .runtime.parameter_store import PARTS
 from .weights.base import Base
 
 
@@ -175,18 +174,13 @@ def explain(base: Base, compute: ComputeDtype) -> Explanation:
         row_of(site, base, dense.get(site.weight, 0), site.flops / max(flops, 1))
         for site in base.sites.values()
     ]
-    counted = {site.weight for site in base.sites.values()}
-    counted |= {f"{weight}.{part}" for weight in counted for part in PARTS}
+    counted = {k for site in base.sites.values() for k in base.store.keys_of(site.weight)}
     other = sum(
         t.nbytes for k, t in base.store.items() if k not in counted and not is_adapter_key(k)
     )
-    q, lora = base.config.quantization, base.config.lora
-    storage = (
-        f"{q.quant_type}, blocksize {q.blocksize}, {'double' if q.double_quant else 'single'} quantization, held as "
-        f"{str(q.storage_dtype).removeprefix('torch.')}"
-    )
+    lora, is_dense = base.config.lora, base.config.quantization.is_dense
     notes = [
-        f"storage: {'dense, as loaded' if q.is_dense else storage}",
+        f"storage: {'dense, as loaded' if is_dense else base.scheme.describe()}",
         f"compute: {str(compute.dtype).removeprefix('torch.')} ({compute.reason}); "
         f"activations {str(base.activation_dtype).removeprefix('torch.')}",
         f"adapters: float32, r={lora.r}, lora_alpha={lora.lora_alpha}, dropout {lora.lora_dropout}",
@@ -201,7 +195,7 @@ def explain(base: Base, compute: ComputeDtype) -> Explanation:
 
 
 def row_of(site: Site, base: Base, dense_bytes: int, flops_share: float) -> Row:
-    keys = lora_keys(site) if site.adapt else ()
+    tensors = base.adapter.tensors(site).values() if site.adapt else ()
     return Row(
         name=site.name,
         op=site.op,
@@ -212,6 +206,6 @@ def row_of(site: Site, base: Base, dense_bytes: int, flops_share: float) -> Row:
         reason=site.reason,
         bytes_before=dense_bytes,
         bytes_after=base.store.bytes_of(site.weight) if site.weight else 0,
-        adapter_bytes=sum(base.store[k].nbytes for k in keys if k in base.store),
+        adapter_bytes=sum(base.store[t.key].nbytes for t in tensors if t.key in base.store),
         weight=site.weight,
     )

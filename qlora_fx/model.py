@@ -239,7 +239,8 @@ class QLoRAModel(nn.Module):
         return {k: p.detach() for k, p in self.adapter_by_peft_name().items()}
 
     def adapter_by_peft_name(self) -> dict[str, nn.Parameter]:
-        names = peft_names(self.base.sites, self.base.skeleton.keys, self.base.trained)
+        base = self.base
+        names = peft_names(base.adapter, base.sites, base.skeleton.keys, base.trained)
         return {adapter_files.PREFIX + names[n]: p for n, p in self.adapter_parameters()}
 
     def load_adapter_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:

@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import NESTED_BLOCKSIZE, whole_rows
-
-bnb = torch.ops.bitsandbytes
+from .ops import dequantized, scales
 
 CHUNK_BYTES = 32 << 20
 """Logits held at a time."""
@@ -181,12 +179,7 @@ class Head:
         self.blocksize, self.quant_type = blocksize, quant_type
         if not quant_type:
             return
-        self.absmax = weight[1]
-        if len(weight) > 2:
-            nested, offset, quant_map = weight[2:]
-            self.absmax = offset + bnb.dequantize_blockwise(
-                weight[1], nested, quant_map, NESTED_BLOCKSIZE, torch.float32
-            )
+        self.absmax = scales(*weight[1:])
 
     def parts(self) -> Iterator[tuple[int, int, Tensor]]:
         """``(first, stop, weight[first:stop])``; one part where nothing has to be computed."""
@@ -204,12 +197,9 @@ class Head:
         """Rows of whole blocks, for ``VOCABULARY`` is a multiple of the blocksize."""
         size = self.inner
         packed = self.weight.view(torch.uint8)[first * size // 2 : (stop * size + 1) // 2]
-        scales = self.absmax[first * size // self.blocksize : -(-stop * size // self.blocksize)]
-        rows = whole_rows((stop - first, size), self.blocksize)
-        part: Tensor = bnb.dequantize_4bit(
-            packed, scales, self.blocksize, self.quant_type, rows, self.dtype
-        )
-        return part.view(stop - first, size)
+        scale = self.absmax[first * size // self.blocksize : -(-stop * size // self.blocksize)]
+        shape = (stop - first, size)
+        return dequantized(packed, scale, self.blocksize, self.quant_type, shape, self.dtype)
 
     def backward(self, grad: Tensor) -> Tensor:
         """``grad @ weight``, added up in float32 over parts."""

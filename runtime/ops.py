@@ -42,6 +42,35 @@ def whole_rows(shape: Sequence[int], blocksize: int) -> list[int]:
     return [n // blocksize, blocksize] if n % blocksize == 0 else [1, n]
 
 
+def scales(
+    absmax: Tensor,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+    nested_quant_map: Tensor | None = None,
+) -> Tensor:
+    """The float32 absmax of a matrix in 4 bits, from 8 bits where it is quantized itself."""
+    if nested_absmax is None or offset is None:
+        return absmax
+    nested: Tensor = _bnb.dequantize_blockwise(
+        absmax, nested_absmax, nested_quant_map, NESTED_BLOCKSIZE, torch.float32
+    )
+    return nested + offset
+
+
+def dequantized(
+    packed: Tensor,
+    scale: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The matrix ``shape`` in ``dtype``, of codes and their ``scales``. Note [Rows that do not fill blocks]."""
+    rows = whole_rows(shape, blocksize)
+    dense: Tensor = _bnb.dequantize_4bit(packed, scale, blocksize, quant_type, rows, dtype)
+    return dense.view(list(shape))
+
+
 def _groups(ends: Tensor) -> Iterator[tuple[int, int, int]]:
     """``(expert, start, stop)`` of each expert that has rows. Waits for the device once."""
     start = 0
@@ -144,15 +173,8 @@ def grouped_linear_4bit(
     for i, start, stop in _groups(ends):
         scale = absmax[i]
         if nested_absmax is not None and offset is not None:
-            scale = (
-                _bnb.dequantize_blockwise(
-                    scale, nested_absmax[i], nested_quant_map, NESTED_BLOCKSIZE, torch.float32
-                )
-                + offset[i]
-            )
-        rows = whole_rows(shape, blocksize)
-        weight = _bnb.dequantize_4bit(packed[i], scale, blocksize, quant_type, rows, x.dtype)
-        weight = weight.view(shape)
+            scale = scales(scale, nested_absmax[i], offset[i], nested_quant_map)
+        weight = dequantized(packed[i], scale, blocksize, quant_type, shape, x.dtype)
         torch.mm(x[start:stop], weight if transpose else weight.t(), out=y[start:stop])
     return y
 

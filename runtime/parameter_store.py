@@ -1,7 +1,7 @@
 """The parameter store: every tensor of the model once, under its Hugging Face name.
 
 All captured graphs read the same tensors. ``Tree`` shows them as an ordinary ``nn.Module``, whose
-``state_dict`` has transformers + bitsandbytes' keys for quantized weights (``weight``, ``weight.absmax``,
+``state_dict`` has transformers + bitsandbytes' keys for weights in 4 bits (``weight``, ``weight.absmax``,
 ``weight.quant_map``, ``weight.nested_absmax``, ``weight.nested_quant_map``,
 ``weight.quant_state.bitsandbytes__nf4``).
 """
@@ -12,22 +12,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import nn
 
-from .schemes.four_bit import NESTED_QUANT_MAP, quant_state
-
-PARTS = ("absmax", "nested_absmax", "offset")
+from ..errors import CheckpointError
+from .schemes import PACKED, Part, Scheme, part_key
 
 
 @dataclass(frozen=True)
 class QuantizedShape:
-    """What the bytes of a quantized weight do not tell: ``[(experts,) out, in]``, its dense dtype, its settings."""
+    """What the bytes of a quantized weight do not tell: ``[(experts,) out, in]``, its dense dtype, its scheme."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    quantization: Any
+    scheme: Scheme
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        return self.scheme.parts(self.shape)
+
+    @property
+    def buffers(self) -> list[str]:
+        """Names of the parts that are buffers beside the packed weight."""
+        return [name for name, part in self.parts.items() if name != PACKED and not part.shared]
 
 
 class Node(nn.Module):
@@ -38,38 +45,25 @@ class Node(nn.Module):
 
 
 class QuantizedNode(Node):
-    """The module path of quantized weights. Its buffers are the parts of their storage."""
+    """The module path of quantized weights. Its buffers are the parts of their storage.
+
+    Attributes:
+        descriptions: by the weight's own name.
+        _held: all parts of each weight, the shared ones too, which are no buffers here.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.descriptions: dict[str, QuantizedShape] = {}
-
-    def parts(self, leaf: str) -> dict[str, torch.Tensor]:
-        """The storage of the weight ``leaf``, by part."""
-        found = {name: getattr(self, f"{leaf}_{name}", None) for name in PARTS}
-        parts = {k: v for k, v in found.items() if v is not None}
-        parts["packed"] = getattr(self, leaf)
-        nested_map = self.__dict__.get("nested_quant_map")
-        if nested_map is not None:
-            parts["nested_quant_map"] = nested_map
-        return parts
-
-    def state(self, leaf: str) -> bnb.QuantState:
-        """bitsandbytes' description of a weight that is one matrix."""
-        d = self.descriptions[leaf]
-        return quant_state(self.parts(leaf), d.shape, d.dtype, d.quantization)
+        self._held: dict[str, dict[str, torch.Tensor]] = {}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for leaf, description in self.descriptions.items():
-            stacked = len(description.shape) == 3
-            for name in PARTS:
-                part = destination.pop(f"{prefix}{leaf}_{name}", None)
-                if stacked and part is not None:  # bitsandbytes has no form for a stack of matrices
-                    destination[f"{prefix}{leaf}.{name}"] = part
-            if not stacked:
-                for key, value in self.state(leaf).as_dict(packed=True).items():
-                    destination[f"{prefix}{leaf}.{key}"] = value
+        for leaf, d in self.descriptions.items():
+            for name in d.buffers:
+                del destination[f"{prefix}{leaf}_{name}"]
+            state = d.scheme.to_state(self._held[leaf], d.shape, d.dtype)
+            destination.update({f"{prefix}{leaf}.{k}": v for k, v in state.items()})
 
     def _load_from_state_dict(
         self,
@@ -83,27 +77,17 @@ class QuantizedNode(Node):
     ) -> None:
         local = dict(state)
         used: set[str] = set()
-        for leaf, description in self.descriptions.items():
+        for leaf, d in self.descriptions.items():
             keys = [k for k in state if k.startswith(f"{prefix}{leaf}.")]
-            if not keys:
-                missing.append(f"{prefix}{leaf}.absmax")
+            if not keys and d.buffers:
+                missing.append(f"{prefix}{leaf}.{d.buffers[0]}")
                 return
-            if len(description.shape) == 3:
-                values = {k.removeprefix(f"{prefix}{leaf}."): state[k] for k in keys}
-            else:
-                theirs = bnb.QuantState.from_dict(
-                    {k.removeprefix(prefix): state[k] for k in keys}, device=self.device_of(leaf)
-                )
-                ours = self.state(leaf)
-                mine, new = (
-                    (s.quant_type, s.blocksize, tuple(s.shape), s.nested) for s in (ours, theirs)
-                )
-                if mine != new:
-                    errors.append(f"{prefix}{leaf}: storage {new} does not fit {mine}")
-                    return
-                values = {"absmax": theirs.absmax}
-                if theirs.nested:
-                    values |= {"nested_absmax": theirs.state2.absmax, "offset": theirs.offset}
+            found = {k.removeprefix(f"{prefix}{leaf}."): state[k] for k in keys}
+            try:
+                values = d.scheme.from_state(found, self._held[leaf], d.shape, d.dtype)
+            except CheckpointError as error:
+                errors.append(f"{prefix}{leaf}: {error}")
+                return
             used.update(keys)
             local |= {f"{prefix}{leaf}_{k}": v for k, v in values.items()}
         local = {k: v for k, v in local.items() if k not in used}
@@ -112,21 +96,22 @@ class QuantizedNode(Node):
             if key in unexpected:
                 unexpected.remove(key)
 
-    def device_of(self, leaf: str) -> torch.device:
-        tensor: torch.Tensor = getattr(self, leaf)
-        return tensor.device
-
 
 class Store:
     """Tensors by key, and their place in a module tree.
 
     Args:
         root: the module that shows the tensors as its own parameters and buffers.
+
+    Attributes:
+        tensors: all of them.
+        quantized: which keys are of quantized weights; their other parts have keys of their own (``part_key``).
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.tensors: dict[str, torch.Tensor] = {}
+        self.quantized: dict[str, QuantizedShape] = {}
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self.tensors[key]
@@ -147,21 +132,27 @@ class Store:
     def add_quantized(
         self, key: str, parts: dict[str, torch.Tensor], description: QuantizedShape
     ) -> None:
-        """Hold the storage of the weight ``key``; its parts are read as ``key`` and ``key.<part>``."""
+        """Hold the storage of the weight ``key``. A part that all weights share is held once."""
         path, _, leaf = key.rpartition(".")
         node = self.node(path, QuantizedNode())
         assert isinstance(node, QuantizedNode)
-        node.descriptions[leaf] = description
-        packed = nn.Parameter(parts["packed"], requires_grad=False)
-        node.register_parameter(leaf, packed)
-        self.tensors[key] = packed
-        for name in PARTS:
-            if name in parts:
-                self.tensors[f"{key}.{name}"] = parts[name]
-                node.register_buffer(f"{leaf}_{name}", parts[name])
-        if "nested_quant_map" in parts:
-            shared = self.tensors.setdefault(NESTED_QUANT_MAP, parts["nested_quant_map"])
-            node.__dict__["nested_quant_map"] = shared  # held once, not a buffer of each weight
+        node.descriptions[leaf] = self.quantized[key] = description
+        for name, part in description.parts.items():
+            place, tensor = part_key(key, name, part), parts[name]
+            if name == PACKED:
+                tensor = nn.Parameter(tensor, requires_grad=False)
+                node.register_parameter(leaf, tensor)
+            elif part.shared:
+                tensor = self.tensors.get(place, tensor)
+            else:
+                node.register_buffer(f"{leaf}_{name}", tensor)
+            self.tensors[place] = tensor
+        node._held[leaf] = self.parts(key)
+
+    def parts(self, key: str) -> dict[str, torch.Tensor]:
+        """The storage of a quantized weight, by part."""
+        places = self.quantized[key].parts.items()
+        return {name: self.tensors[part_key(key, name, part)] for name, part in places}
 
     def node(self, path: str, new: Node | None = None) -> nn.Module:
         """The branch at ``path``, made if it is not there; ``new`` takes the place of a plain one."""
@@ -182,9 +173,15 @@ class Store:
         return module
 
     def bytes_of(self, key: str) -> int:
-        """Bytes held for ``key``, with all parts of a quantized weight but the shared map."""
-        names = (key, *(f"{key}.{part}" for part in PARTS))
-        return sum(self.tensors[n].nbytes for n in names if n in self.tensors)
+        """Bytes held for ``key``, with all parts of a quantized weight but the shared ones."""
+        return sum(self.tensors[k].nbytes for k in self.keys_of(key) if k in self.tensors)
+
+    def keys_of(self, key: str) -> list[str]:
+        """Under which keys a weight is held; without the parts that it shares."""
+        if key not in self.quantized:
+            return [key]
+        parts = self.quantized[key].parts.items()
+        return [part_key(key, name, part) for name, part in parts if not part.shared]
 
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(self.tensors.items())

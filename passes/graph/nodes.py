@@ -154,6 +154,27 @@ class StoredInputs:
         return node
 
 
+def is_packed(node: fx.Node) -> bool:
+    """True for the placeholder of a quantized weight's bytes, which has the key of the dense weight."""
+    return bool(node.meta.get("format"))
+
+
+def replace_other_uses(node: fx.Node, new: fx.Node) -> None:
+    """Let all users of ``node`` but ``new`` itself read ``new``."""
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+def cast(
+    graph: fx.Graph, node: Any, dtype: torch.dtype, name: str, like: fx.Node | None = None
+) -> fx.Node:
+    """``node`` in ``dtype``; ``node`` itself if it already is."""
+    if node.meta["val"].dtype == dtype:
+        return node  # type: ignore[no-any-return]
+    return call(
+        graph, aten._to_copy.default, (node,), {"dtype": dtype}, name=name, like=like or node
+    )
+
+
 def placeholders(graph: fx.Graph) -> Iterator[fx.Node]:
     """Placeholders, which stand first in every graph."""
     for node in graph.nodes:
@@ -162,10 +183,13 @@ def placeholders(graph: fx.Graph) -> Iterator[fx.Node]:
         yield node
 
 
-CANONICAL = frozenset(
-    {aten.linear.default, ops.grouped_linear.default, ops.grouped_linear_4bit.default}
-)
-"""After normalize only these multiply by a weight: ``linear``, and ``grouped_linear`` for stacks of experts."""
+GROUPED = frozenset({ops.grouped_linear.default, ops.grouped_linear_4bit.default})
+"""Products of groups of rows with a stack of experts: dense, and read from each scheme's storage.
+
+All have an argument ``ends``, where each group's rows end.
+"""
+CANONICAL = GROUPED | {aten.linear.default}
+"""After normalize only these multiply by a weight."""
 
 
 def weight_view(node: Any) -> WeightView | None:

@@ -106,21 +106,6 @@ class Site:
     def in_features(self) -> int:
         return self.shape[-1] if self.shape else 0
 
-    def lora_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of ``lora_A`` and ``lora_B`` as PEFT holds them.
-
-        ``[r, in]`` and ``[out, r]``; for experts ``[experts * r, in]`` and ``[out, r * experts]``
-        (``peft.tuners.lora.layer.ParamWrapper``); for a convolution with its window of ones behind.
-        """
-        out, inn = self.out_features, self.in_features
-        if self.swapped:
-            out, inn = inn, out
-        n = self.r * max(self.experts, 1)
-        window: tuple[int, ...] = ()
-        if self.kind == "conv" and self.layout is not None:
-            window = (1,) * (len(self.layout.view) - 2)
-        return (n, inn, *window), (out, n, *window)
-
 
 def is_flipped(view: WeightView, site: Site) -> bool:
     """True if this reader takes the transpose of what the site describes."""

@@ -1,1 +1,8 @@
-""""""
+"""From a body to code.
+
+compiled_body  a body, compiled as it is called
+partition      what its forward keeps for its backward
+live_bytes     what is live while it runs
+operators      FLOPs, workspace and gradients of the operators that are taken whole
+warm_up        what the compiler can find out beforehand
+"""

@@ -17,7 +17,7 @@ from torch._inductor.exc import InductorError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 
-from ..graph.nodes import ops
+from .operators import operator_of
 from .partition import Partition
 from .warm_up import warm_up
 
@@ -335,5 +335,7 @@ def tuple_output(body: fx.GraphModule, sizes: int) -> fx.GraphModule:
 
 def skip_gradients(graph: fx.Graph) -> None:
     """Let no loss form its gradient in the forward: nobody will ask for it."""
-    for node in graph.find_nodes(op="call_function", target=ops.linear_cross_entropy.default):
-        node.args = (*node.args[:-1], False)
+    for node in graph.nodes:
+        change = operator_of(node).without_grad
+        if change is not None:
+            change(node)

@@ -15,11 +15,8 @@ import sympy
 import torch
 from torch import fx
 
-from ...runtime.loss import workspace
-from ..graph.nodes import CASTS, VIEWS_AND_CASTS, arguments, ops
-
-aten = torch.ops.aten
-ZERO = sympy.Integer(0)
+from ..graph.nodes import CASTS, VIEWS_AND_CASTS, aten
+from .operators import ZERO, elements, operator_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def events(graph: fx.Graph, given: Iterable[fx.Node]) -> list[Event]:
     found = [Event(n.name, made[n], ZERO) for n in made if n.op == "placeholder"]
     for node in graph.nodes:
         if node in made and node.op != "placeholder":
-            found.append(Event(node.name, made[node], moment_of(node)))
+            found.append(Event(node.name, made[node], operator_of(node).workspace(node)))
             for buffer in freed.get(node, ()):
                 found.append(Event(buffer.name, -made[buffer], ZERO))
             if node not in last and node not in kept:
@@ -141,25 +138,6 @@ def size_of(node: fx.Node) -> sympy.Expr:
         (elements(t) * t.element_size() for t in tensors if isinstance(t, torch.Tensor)),
         ZERO,
     )
-
-
-def moment_of(node: fx.Node) -> sympy.Expr:
-    """Bytes that an operator takes for itself while it runs."""
-    if node.target is not ops.linear_cross_entropy.default:
-        return ZERO
-    given = arguments(node)
-    x, head = given["x"].meta["val"], given["weight"][0].meta["val"]
-    dense = not given["quant_type"] and head.dtype == x.dtype
-    shape = (expression(x.shape[0]), *given["shape"], x.dtype.itemsize)
-    return workspace(*shape, dense=dense, smaller=sympy.Min)  # type: ignore[no-any-return]
-
-
-def expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
-
-
-def elements(val: torch.Tensor) -> sympy.Expr:
-    return sympy.prod([expression(s) for s in val.shape])
 
 
 def peak(changes: Iterable[Event], sizes: Mapping[sympy.Expr, int]) -> int:

@@ -30,8 +30,9 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ..graph.nodes import CASTS, VIEWS_AND_CASTS, arguments, ops
-from .live_bytes import COPIES, Event, elements, events, expression
+from ..graph.nodes import CASTS, VIEWS_AND_CASTS
+from .live_bytes import COPIES, Event, events
+from .operators import ZERO, elements, operator_of
 
 
 class Partition(CustomPartitionerFn):  # type: ignore[misc]
@@ -193,33 +194,9 @@ def activations(partition: Partition, flowing: tuple[bool, ...]) -> list[tuple[s
 
 
 def flops_of(graph: fx.Graph) -> sympy.Expr:
-    """Multiplications and additions of the graph's products, in the capture's symbols.
-
-    Causal attention computes half of its scores: two products forward, five backward.
-    """
-    total = sympy.Integer(0)
-    for node in graph.nodes:
-        vals: list[Any] = [n.meta.get("val") for n in node.args if isinstance(n, fx.Node)]
-        if node.target in PRODUCTS:
-            total += 2 * elements(node.meta["val"]) * expression(vals[-1].shape[-2])
-        elif node.target in GROUPED:
-            weight = node.meta["val"].shape[-1]
-            total += 2 * elements(vals[0]) * expression(weight)
-        elif node.target is ops.attention.default:
-            total += 2 * elements(vals[0]) * expression(vals[0].shape[2])
-        elif node.target is ops.attention_backward.default:
-            total += 5 * elements(vals[1]) * expression(vals[1].shape[2])
-        elif node.target is ops.linear_cross_entropy.default:
-            total += 4 * elements(vals[0]) * expression(arguments(node)["shape"][0])
-    return total
-
-
-PRODUCTS = frozenset(
-    {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
-)
-GROUPED = frozenset(
-    {ops.grouped_linear.default, ops.grouped_linear_4bit.default, ops.grouped_outer.default}
-)
+    """Multiplications and additions of the graph's products, in the symbols it was traced with."""
+    calls = (node for node in graph.nodes if node.op == "call_function")
+    return sum((operator_of(node).flops(node) for node in calls), ZERO)
 
 
 def viewed(node: fx.Node) -> fx.Node:

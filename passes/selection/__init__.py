@@ -1,1 +1,6 @@
-""""""
+"""What select asks.
+
+targets       PEFT's rules for what a config targets
+routers       which products route to experts
+unrecognised  who else reads a weight
+"""

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from ..compiler.request import check_lora
 from ..config import Config
 from ..errors import AdapterError, ConfigError
-from ..passes.adapt import lora_keys
+from ..passes.adapters import Adapter
 from ..passes.graph.site import Site
 from .trained import trained_names
 
@@ -52,7 +52,10 @@ def some(names: list[str]) -> str:
 
 
 def peft_names(
-    sites: Mapping[str, Site], parameters: Iterable[str], trained: Mapping[str, str]
+    adapter: Adapter,
+    sites: Mapping[str, Site],
+    parameters: Iterable[str],
+    trained: Mapping[str, str],
 ) -> dict[str, str]:
     """PEFT's path of each adapter tensor and of each tensor that trains beside them, by store key.
 
@@ -62,6 +65,7 @@ def peft_names(
     (``peft.tuners.tuners_utils.BaseTuner._inject_parameters``).
 
     Args:
+        adapter: which tensors a site has.
         sites: the model's sites.
         parameters: parameter names in the order in which the model holds them.
         trained: as ``weights.Base`` has it.
@@ -86,13 +90,13 @@ def peft_names(
     for site in sites.values():
         if not site.adapt:
             continue
-        for key, which in zip(lora_keys(site), ("lora_A", "lora_B"), strict=True):
+        for role, tensor in adapter.tensors(site).items():
             if site.kind == "parameter":
                 owner = site.weight.rpartition(".")[0]
                 inner = len(wrapped[owner]) - 1 - wrapped[owner].index(site.weight)
-                names[key] = ".".join([path(owner), *["base_layer"] * inner, which, "weight"])
+                names[tensor.key] = ".".join([path(owner), *["base_layer"] * inner, role, "weight"])
             else:
-                names[key] = path(key)
+                names[tensor.key] = path(tensor.key)
     return names | trained_names(trained, sites, path)
 
 

@@ -18,7 +18,8 @@ from ..errors import CheckpointError, ConfigError
 from ..passes.graph.site import Layout
 from ..runtime.ops import NESTED_BLOCKSIZE
 from ..runtime.safetensors_reader import Entry, Shards
-from ..runtime.schemes.four_bit import layout
+from ..runtime.schemes import part_key
+from ..runtime.schemes.four_bit import FourBit
 from .locate import OWN_METHOD, Source
 
 STATE = ".quant_state.bitsandbytes__"
@@ -46,10 +47,12 @@ class StoredWeight:
 
     def names(self, quantization: Quantization) -> dict[str, str]:
         """The tensor of the checkpoint that each part is in; the shared map is in all of bitsandbytes' weights."""
-        parts = [p for p in layout(self.shape, quantization) if p != "nested_quant_map"]
-        if not self.own and "offset" in parts:
-            parts.remove("offset")
-        return {p: self.key if p == "packed" else f"{self.key}.{p}" for p in parts}
+        parts = FourBit(quantization).parts(self.shape)
+        return {
+            name: part_key(self.key, name, part)
+            for name, part in parts.items()
+            if not part.shared and (self.own or name != "offset")
+        }
 
     def check(self, entries: Mapping[str, Entry], quantization: Quantization) -> None:
         """Raise if a part is missing or not as the description says.
@@ -57,7 +60,7 @@ class StoredWeight:
         Raises:
             CheckpointError: naming the part and its file.
         """
-        expected = layout(self.shape, quantization, name=self.key)
+        expected = FourBit(quantization).parts(self.shape, name=self.key)
         file = entries[self.key].file
         for part, name in self.names(quantization).items():
             found = entries.get(name)
@@ -65,7 +68,7 @@ class StoredWeight:
                 raise CheckpointError(
                     f"{name} is missing; {self.key} in {file} is in 4 bits and needs it"
                 )
-            shape, dtype = expected[part]
+            shape, dtype = expected[part].shape, expected[part].dtype
             if found.shape != shape or found.dtype != dtype:
                 raise CheckpointError(
                     f"{name} in {found.file} is {found.dtype} {list(found.shape)}; {self.key} "
@@ -74,7 +77,7 @@ class StoredWeight:
                 )
 
     def read(self, shards: Shards, quantization: Quantization) -> dict[str, torch.Tensor]:
-        """Its storage, with the keys of ``runtime.storage.layout``.
+        """Its storage, with the keys of ``FourBit.parts``.
 
         Raises:
             CheckpointError: it cannot be read, or has values that are not finite.

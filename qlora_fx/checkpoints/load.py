@@ -17,10 +17,9 @@ from tqdm import tqdm
 from ..errors import CheckpointError
 from ..passes.graph.site import Layout, Site
 from ..runtime.parameter_store import QuantizedShape
-from ..runtime.schemes.blocks import pieces_of
-from ..runtime.schemes.four_bit import StorageBuilder, dequantize_weight
+from ..runtime.schemes import Builder, scheme_of
 from ..weights.base import Base
-from ..weights.move import add_dense, add_quant_map
+from ..weights.move import add_dense, add_tables
 from .conversion import Group
 from .four_bit import StoredWeight, bitsandbytes_layout
 from .open import Checkpoint
@@ -61,7 +60,6 @@ class Filler:
         self.model = checkpoint.model
         self.keys = base.skeleton.keys
         self.sites = base.quantized_sites()
-        self.quantization = base.config.quantization
 
     def put(self, group: Group) -> None:
         """Read one group into the store."""
@@ -127,7 +125,7 @@ class Filler:
     def experts(self, group: Group) -> None:
         """A stack that the checkpoint has matrix by matrix: each is converted and quantized by itself."""
         count = group.experts
-        builders: dict[str, StorageBuilder] = {}
+        builders: dict[str, Builder] = {}
         stacks: dict[str, torch.Tensor] = {}
         for i in range(count):
             for name, one in group.convert(self.checkpoint.read, self.model, i).items():
@@ -153,12 +151,12 @@ class Filler:
             self.whole(group, name, stacks.pop(name))
 
     def matrix(self, matrix: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The elements of ``[out, in]`` in pieces of whole blocks."""
-        for piece in pieces_of(matrix, self.quantization.blocksize):
+        """The elements of ``[out, in]`` in ``dtype``, in pieces for a builder."""
+        for piece in self.base.scheme.pieces(matrix):
             yield piece.to(dtype)
 
-    def builder(self, site: Site) -> StorageBuilder:
-        return StorageBuilder(site.shape, self.quantization, self.base.device)
+    def builder(self, site: Site) -> Builder:
+        return self.base.scheme.builder(site.shape, self.base.device)
 
     # -- what arrives in 4 bits -----------------------------------------------------------------------
 
@@ -173,7 +171,7 @@ class Filler:
         old = self.parameter(name)
         layout = self.layout_of(name, weight, site, old)
         if site is not None and site.layout == layout:
-            described = QuantizedShape(site.shape, weight.dtype, self.quantization)
+            described = QuantizedShape(site.shape, weight.dtype, self.base.scheme)
             self.base.store.add_quantized(self.keys[name], parts, described)
             return
         why = (
@@ -186,7 +184,7 @@ class Filler:
             f"{'dense' if site is None else 'in 4 bits again, quantized anew'}",
             stacklevel=4,
         )
-        dense = dequantize_weight(parts, weight.shape, old.dtype, settings)
+        dense = scheme_of(settings).dequantize(parts, weight.shape, old.dtype)
         self.whole(group, name, layout.inverse(dense).reshape(old.shape).cpu())
 
     def layout_of(
@@ -210,12 +208,12 @@ class Filler:
         tensor: torch.Tensor = self.model.get_parameter_or_buffer(name)
         return tensor
 
-    def add_quantized(self, group: Group, name: str, site: Site, builder: StorageBuilder) -> None:
+    def add_quantized(self, group: Group, name: str, site: Site, builder: Builder) -> None:
         if not builder.finite:
             raise self.not_finite(group, name)
         old, key = self.parameter(name), self.keys[name]
         self.base.store.add_quantized(
-            key, builder.parts, QuantizedShape(site.shape, old.dtype, self.quantization)
+            key, builder.parts, QuantizedShape(site.shape, old.dtype, self.base.scheme)
         )
 
     def add_dense(self, group: Group, name: str, tensor: torch.Tensor) -> None:
@@ -243,7 +241,7 @@ class Filler:
                 module: Any = self.model.get_submodule(path)
                 tensor = getattr(module, leaf)
                 add_dense(self.base.store, key, tensor, module, leaf)
-        add_quant_map(self.base)
+        add_tables(self.base)
 
 
 def matrix_layout(layout: Layout, count: int) -> Layout | None:

@@ -34,8 +34,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..errors import ConfigError
 from ..runtime.checkpoint_writer import FolderWriter, Spec
-from ..runtime.parameter_store import PARTS
-from ..runtime.schemes.four_bit import quant_state
+from ..runtime.schemes import PACKED, part_key
 from ..weights.base import Base
 from .conversion import plan_back
 from .four_bit import bitsandbytes_layout
@@ -173,7 +172,7 @@ def own_config(base: Base, names: dict[str, str]) -> dict[str, Any]:
         "weights": {
             name: {
                 "shape": list(sites[key].shape),
-                "dtype": plain(base.quantized_weight(key)[1].dtype),
+                "dtype": plain(base.store.quantized[key].dtype),
             }
             for name, key in names.items()
             if key in sites
@@ -200,11 +199,10 @@ def as_bitsandbytes(
         if key not in sites:
             yield from group.convert(lambda n: store[names[n]].detach(), model).items()
             continue
-        held, d = base.quantized_weight(key)
-        parts = (replace(name) if replace is not None else None) or held
-        yield group.first, parts["packed"]
-        state = quant_state(parts, d.shape, d.dtype, d.quantization)
-        for part, tensor in state.as_dict(packed=True).items():
+        d = store.quantized[key]
+        parts = (replace(name) if replace is not None else None) or store.parts(key)
+        yield group.first, parts[PACKED]
+        for part, tensor in d.scheme.to_state(parts, d.shape, d.dtype).items():
             if "quant_state" in part and replace is not None:
                 spaces = torch.full((DESCRIPTION - tensor.numel(),), ord(" "), dtype=torch.uint8)
                 tensor = torch.cat([tensor.cpu(), spaces])
@@ -220,12 +218,10 @@ def as_ours(
         if key not in sites:
             yield name, store[key]
             continue
-        held, _ = base.quantized_weight(key)
-        parts = (replace(name) if replace is not None else None) or held
-        yield name, parts["packed"]
-        for part in PARTS:
-            if part in parts:
-                yield f"{name}.{part}", parts[part]
+        parts = (replace(name) if replace is not None else None) or store.parts(key)
+        for part, described in store.quantized[key].parts.items():
+            if not described.shared:
+                yield part_key(name, part, described), parts[part]
 
 
 def write_config(

@@ -15,7 +15,7 @@ from torch import fx
 
 from ..config import Config
 from ..passes.adapt import has_branch, is_adapter_key
-from ..passes.graph.nodes import CANONICAL, parameter_behind, sites
+from ..passes.graph.nodes import CANONICAL, is_packed, parameter_behind, sites
 from ..passes.linears.spellings import recognise
 from ..passes.quantize import reads_storage
 
@@ -80,13 +80,13 @@ def is_adapter(placeholder: fx.Node) -> bool:
 
 
 def no_dense_copy_of_a_selected_weight(gm: fx.GraphModule, config: Config) -> Iterator[Violation]:
-    """A selected weight is readable from 4-bit storage only."""
+    """A selected weight is readable from its storage only."""
     for node in sites(gm.graph):
         if node.meta["site"].quantize and not reads_storage(node):
             yield node, "is selected but reads a dense weight", "quantize must rewrite it"
     selected = {n.meta["site"].weight for n in sites(gm.graph) if n.meta["site"].quantize}
     for node in gm.graph.find_nodes(op="placeholder"):
-        if node.meta.get("stored") in selected and node.meta.get("format") != "4bit":
+        if node.meta.get("stored") in selected and not is_packed(node):
             yield (
                 node,
                 "is a dense copy of a selected weight",

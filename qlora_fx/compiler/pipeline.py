@@ -54,9 +54,14 @@ CAPTURED: tuple[invariants.Invariant, ...] = (
 )
 
 PIPELINE: tuple[Stage, ...] = (
+    # First: every later stage knows two forms of a product only.
     Stage(normalize, (invariants.only_canonical_linears_multiply_by_weights,)),
+    # While weights are read as the model reads them: the verdict looks at each reader of a weight.
     Stage(select, (invariants.every_linear_has_a_verdict,)),
+    # After select, for bias="lora_only" is that of adapted linears; before quantize and loss_head, which must not
+    # take a tensor for frozen that trains.
     Stage(thaw),
+    # Before adapt: the branch joins the result where quantize cast it, and takes the input from before its cast.
     Stage(quantize, (invariants.no_dense_copy_of_a_selected_weight,)),
     Stage(
         adapt,
@@ -65,10 +70,13 @@ PIPELINE: tuple[Stage, ...] = (
             invariants.every_adapted_site_has_a_live_branch,
         ),
     ),
+    # After adapt, whose marks it reads. The four that may be left out look at different nodes.
     Stage(siblings, optional=True),
     Stage(attention, optional=True),
     Stage(convolutions, optional=True),
+    # After quantize: it reads the storage that the head's weight was made from.
     Stage(loss_head, optional=True),
+    # Last: two blocks share a body only when all rewrites of both are done.
     Stage(outline, (invariants.each_distinct_body_occurs_once,)),
 )
 

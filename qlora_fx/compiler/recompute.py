@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from ..passes.lowering.compiled_body import CompiledBody, Key
-from ..passes.lowering.live_bytes import elements, value
+from ..passes.lowering.live_bytes import value
+from ..passes.lowering.operators import elements
 from ..passes.lowering.partition import Partition, activations
 from ..runtime.free_memory import free_bytes
 

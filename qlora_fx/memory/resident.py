@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from ..capture.skeleton import named_tensors
 from ..compiler.compile import Prepared
 from ..errors import ConfigError
-from ..passes.adapt import ADAPTER_DTYPE
+from ..passes.adapters import ADAPTER_DTYPE
 from ..runtime.optimizer import ALIGNMENT, PAGED
-from ..runtime.schemes.four_bit import NESTED_QUANT_MAP, layout
 
 STATES = {"Adam": 2, "Lion": 1}
 """Moments that an optimizer keeps per parameter, by a part of its name."""
@@ -48,21 +47,24 @@ class Footprint:
 def footprint(prepared: Prepared, optimizer: str) -> Footprint:
     """Count what ``prepared`` will hold with ``optimizer`` over one flat buffer of adapters."""
     base = prepared.base
-    skeleton, q = base.skeleton, base.config.quantization
+    skeleton = base.skeleton
     quantized = base.quantized_sites()
-    storage = weights = shared = 0
+    storage = weights = 0
+    shared: dict[str, int] = {}
     for site in quantized.values():
-        for part, (shape, dtype) in layout(site.shape, q, name=site.name).items():
-            size = math.prod(shape) * dtype.itemsize
-            if part == NESTED_QUANT_MAP:
-                shared = size
+        for name, part in base.scheme.parts(site.shape, name=site.name).items():
+            if part.shared:
+                shared[name] = part.nbytes
             else:
-                storage += size
+                storage += part.nbytes
         weights += math.prod(site.shape)
     distinct = {skeleton.keys[name]: tensor for name, tensor in named_tensors(skeleton.model)}
-    constants = shared + sum(t.nbytes for key, t in distinct.items() if key not in quantized)
+    constants = sum(shared.values())
+    constants += sum(t.nbytes for key, t in distinct.items() if key not in quantized)
     constants += sum(t.nbytes for t in prepared.capture.constants.values())
-    sizes = [math.prod(shape) for s in base.sites.values() if s.adapt for shape in s.lora_shapes()]
+    adapted = [site for site in base.sites.values() if site.adapt]
+    tensors_of = base.adapter.tensors
+    sizes = [math.prod(t.shape) for site in adapted for t in tensors_of(site).values()]
     places = {key: name for name, key in skeleton.keys.items()}
     tensors = dict(named_tensors(skeleton.model))
     sizes += [tensors[places[key]].numel() for key in base.trained.values()]

@@ -19,7 +19,6 @@ from ..checkpoints.save import saved_names, write_beside, write_config, write_qu
 from ..errors import CheckpointError, ConfigError
 from ..explain import numbers
 from ..runtime.checkpoint_writer import FolderWriter, Spec
-from ..runtime.schemes.four_bit import dequantize_rows, quantize_weight
 from ..units import parse_size
 from ..weights.base import Base
 from .logit_drift import Drift, measure, sample_inputs
@@ -193,23 +192,19 @@ def compare(base: Base, weights: OriginalWeights, source: str) -> None:
     Raises:
         CheckpointError: they are of another model.
     """
-    names = {key: name for name, key in saved_names(base).items()}
+    names, scheme = {key: name for name, key in saved_names(base).items()}, base.scheme
     sites = list(base.quantized_sites().values())
     for site in {s.weight: s for s in (sites[:1] + sites[-1:])}.values():
         assert site.layout is not None
         name = names[site.weight]
         dtype = base.skeleton.dtypes[name]
         dense = site.layout.of(weights.read(name).to(base.device, dtype))
-        new = quantize_weight(dense, base.config.quantization)
-        held, _ = base.quantized_weight(site.weight)
+        new, held = scheme.quantize(dense), base.store.parts(site.weight)
         if site.experts:  # the first tells
-            new, held = (
-                {k: v if k == "nested_quant_map" else v[0] for k, v in p.items()}
-                for p in (new, held)
-            )
+            new, held = scheme.matrix(new, 0), scheme.matrix(held, 0)
         del dense
         distance = norm = 0.0
-        both = (dequantize_rows(p, site.shape[-2:], base.config.quantization) for p in (new, held))
+        both = (scheme.rows(parts, site.shape[-2:]) for parts in (new, held))
         for one, other in zip(*both, strict=True):
             distance += float((one - other).double().square().sum())
             norm += float(other.double().square().sum())

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
+from ..adapters import values_of
 from ..checkpoints.conversion import Group
 from ..checkpoints.load import matrix_layout
 from ..checkpoints.open import Checkpoint
 from ..errors import CheckpointError, ConfigError
-from ..passes.adapt import lora_keys
 from ..passes.graph.site import Layout, Site
 from ..runtime.allocator import WORTH_IT, trim
-from ..runtime.parameter_store import Store
-from ..runtime.schemes.four_bit import StorageBuilder, dequantize_rows, row_ranges
+from ..runtime.schemes.blocks import row_ranges
 from ..weights.base import Base
 
 MODES = ("dequantized", "base16", "requantized")
+RowRanges = Callable[[tuple[int, ...]], Iterator[tuple[int, int]]]
 
 
 class OriginalWeights:
@@ -67,7 +67,8 @@ class Merged:
     def __init__(self, base: Base, mode: str, original: OriginalWeights | None = None) -> None:
         self.base, self.mode, self.original_weights = base, mode, original
         self.model = base.skeleton.model
-        self.quantization = base.config.quantization
+        dense = base.config.quantization.is_dense
+        self.row_ranges: RowRanges = row_ranges if dense else base.scheme.row_ranges
         self.sites = base.quantized_sites()
         self.copies = {key: copy for copy, key in base.trained.items()}
         self.adapted: dict[str, list[Site]] = {}
@@ -139,9 +140,9 @@ class Merged:
         if key in self.sites and self.mode == "base16":
             others = self.with_adapter(self.original(name, site, expert), site, expert)
         elif key in self.sites and key in self.adapted and self.mode == "requantized":
-            others = dequantize_rows(self.quantize(site, expert), shape, self.quantization)
+            others = self.base.scheme.rows(self.quantize(site, expert), shape)
         distance = norm = 0.0
-        ranges = row_ranges(shape, self.quantization.blocksize)
+        ranges = self.row_ranges(shape)
         for (start, stop), value, true in zip(
             ranges, others, self.trained(site, expert), strict=True
         ):
@@ -156,7 +157,7 @@ class Merged:
         """What the adapter was trained with, float32, by rows: the weight as held, plus the adapter."""
         if site.weight in self.sites:
             parts = self.parts(site.weight, expert)
-            rows = dequantize_rows(parts, site.shape[-2:], self.quantization)
+            rows = self.base.scheme.rows(parts, site.shape[-2:])
         else:
             assert site.layout is not None
             held = site.layout.of(self.base.store[site.weight].detach())
@@ -177,37 +178,27 @@ class Merged:
         )
 
     def rows_of(self, matrix: torch.Tensor) -> Iterator[torch.Tensor]:
-        for start, stop in row_ranges(tuple(matrix.shape), self.quantization.blocksize):
+        for start, stop in self.row_ranges(tuple(matrix.shape)):
             yield matrix[start:stop].float().clone(memory_format=torch.contiguous_format)
 
     def with_adapter(
         self, rows: Iterator[torch.Tensor], site: Site, expert: int | None
     ) -> Iterator[torch.Tensor]:
-        """Add the adapters of the site's weight to float32 rows, in place."""
-        pairs = []
+        """Float32 rows with the adapters of the site's weight in them."""
+        values = values_of(self.base.config.lora)
         for adapted in self.adapted.get(site.weight, ()):
-            a, b = factors(adapted, self.base.store)
-            if site.experts:
-                a, b = a[expert], b[expert]
-            pairs.append((a, b, adapted.scaling))
-        at = 0
-        for part in rows:
-            for a, b, scaling in pairs:
-                part.addmm_(b[at : at + part.shape[0]], a, alpha=scaling)
-            at += part.shape[0]
-            yield part
+            rows = values.merged(rows, self.base, adapted, expert)
+        return rows
 
     def quantize(self, site: Site, expert: int | None) -> dict[str, torch.Tensor]:
         """New storage of one matrix."""
-        builder = StorageBuilder(site.shape[-2:], self.quantization, self.base.device)
+        builder = self.base.scheme.builder(site.shape[-2:], self.base.device)
         builder.add(0, (part.reshape(-1) for part in self.trained(site, expert)))
         return builder.parts
 
     def parts(self, key: str, expert: int | None) -> dict[str, torch.Tensor]:
-        parts, _ = self.base.quantized_weight(key)
-        if expert is None:
-            return parts
-        return {k: v if k == "nested_quant_map" else v[expert] for k, v in parts.items()}
+        parts = self.base.store.parts(key)
+        return parts if expert is None else self.base.scheme.matrix(parts, expert)
 
     def requantized(self, name: str) -> dict[str, torch.Tensor] | None:
         """New storage of an adapted weight in 4 bits; None where it stays as it is."""
@@ -217,20 +208,4 @@ class Merged:
         site = self.sites[key]
         if not site.experts:
             return self.quantize(site, None)
-        each = [self.quantize(site, i) for i in range(site.experts)]
-        return {
-            part: first if part == "nested_quant_map" else torch.stack([e[part] for e in each])
-            for part, first in each[0].items()
-        }
-
-
-def factors(site: Site, store: Store) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[(experts,) r, in]`` and ``[(experts,) out, r]`` of an adapter: as ``passes.adapt.factors``, on tensors."""
-    a, b = (store[key].detach().float() for key in lora_keys(site))
-    a, b = a.reshape(a.shape[0], a.shape[1]), b.reshape(b.shape[0], b.shape[1])
-    if site.experts:
-        a = a.reshape(site.experts, site.r, a.shape[1])
-        b = b.reshape(b.shape[0], site.r, site.experts).permute(2, 0, 1)
-    if site.swapped:
-        a, b = b.transpose(-2, -1), a.transpose(-2, -1)
-    return a, b
+        return self.base.scheme.stack([self.quantize(site, i) for i in range(site.experts)])

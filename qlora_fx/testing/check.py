@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig
 from ..capture.skeleton import Capture, named_tensors
 from ..compiler.compile import compile_call
 from ..model import QLoRAModel
-from ..passes.adapt import lora_keys
+from ..passes.graph.nodes import is_packed
 from ..transform import transform
 from .reference import Float64, Oracle, dense_weights, relative_error
 
@@ -206,7 +206,7 @@ def compare(
     for site in base.sites.values():
         if not site.adapt:
             continue
-        a, b = lora_keys(site)
+        a, b = (tensor.key for tensor in base.adapter.tensors(site).values())
         norm = float(torch.stack([true_grads[a].norm(), true_grads[b].norm()]).norm())
         eager_error = max(eager_errors[a], eager_errors[b])
         lines.append(Line(site.name, errors[a], errors[b], eager_error, norm))
@@ -292,8 +292,8 @@ def bisect(model: nn.Module, qmodel: QLoRAModel, batch: Mapping[str, Any]) -> di
         key = node.meta["stored"]
         if key in capture.constants:
             return capture.constants[key]
-        four_bit = node.meta.get("format") == "4bit" or key not in originals
-        value = base.store[key] if four_bit else dense.get(key, originals[key])
+        held = is_packed(node) or key not in originals
+        value = base.store[key] if held else dense.get(key, originals[key])
         wanted = node.meta["val"].dtype
         return value if value.dtype == wanted else value.detach().to(wanted)
 

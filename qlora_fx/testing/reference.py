@@ -19,9 +19,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from ..capture.skeleton import holders, named_tensors, transposed_stacks
-from ..passes.adapt import lora_keys
 from ..passes.graph.site import Site
-from ..runtime.schemes.four_bit import dequantize_weight
 from ..weights.base import Base
 
 
@@ -82,8 +80,10 @@ class Oracle:
         self.adapters: dict[str, nn.Parameter] = {}
         self.sites = [s for s in base.sites.values() if s.adapt and adapter]
         for site in self.sites:
-            for key in lora_keys(site):
-                self.adapters[key] = nn.Parameter(base.store[key].detach().to(dtype))
+            for tensor in base.adapter.tensors(site).values():
+                values = base.store[tensor.key].detach().to(dtype)
+                self.adapters[tensor.key] = nn.Parameter(values)
+        self.tensors = base.adapter.tensors
         self.trained = dict(base.trained) if adapter else {}
         for key in self.trained:
             self.adapters[key] = nn.Parameter(base.store[key].detach().to(dtype))
@@ -100,7 +100,7 @@ class Oracle:
 
     def add_beside(self, site: Site) -> None:
         """Add the adapter's product to the module's output instead of its weight."""
-        a, b = (self.adapters[k] for k in lora_keys(site))
+        a, b = self.factors(site)
 
         def hook(_: nn.Module, args: Any, output: torch.Tensor) -> Any:
             return output + site.scaling * (args[0] @ a.T) @ b.T
@@ -115,11 +115,16 @@ class Oracle:
             base = values.get(name)
             if base is None:
                 base = self.model.get_parameter(name)
-            a, b = (self.adapters[k] for k in lora_keys(site))
+            a, b = self.factors(site)
             values[name] = base + site.scaling * self.delta(site, a, b, tuple(base.shape))
         for trained, key in self.trained.items():
             values |= {n: self.adapters[trained] for n, k in self.keys.items() if k == key}
         return values
+
+    def factors(self, site: Site) -> tuple[nn.Parameter, nn.Parameter]:
+        """LoRA's A and B of a site."""
+        a, b = (self.adapters[tensor.key] for tensor in self.tensors(site).values())
+        return a, b
 
     def delta(
         self, site: Site, a: torch.Tensor, b: torch.Tensor, shape: tuple[int, ...]
@@ -163,21 +168,15 @@ class Oracle:
 
 
 def dense_weights(model: nn.Module, base: Base) -> dict[str, torch.Tensor]:
-    """What the 4-bit storage stands for, float32, in each parameter's own shape and under all its names."""
+    """What quantized storage stands for, float32, in each parameter's own shape and under all its names."""
     dense: dict[str, torch.Tensor] = {}
-    q = base.config.quantization
     tensors = dict(named_tensors(model))
     for site in base.sites.values():
         if not site.quantize or site.weight in dense:
             continue
         assert site.layout is not None
-        names = {"packed": site.weight, "nested_quant_map": "nested_quant_map"}
-        parts = {
-            part: base.store[names.get(part, f"{site.weight}.{part}")]
-            for part in ("packed", "absmax", "nested_absmax", "offset", "nested_quant_map")
-            if names.get(part, f"{site.weight}.{part}") in base.store
-        }
-        weight = dequantize_weight(parts, site.shape, torch.float32, q)
+        parts = base.store.parts(site.weight)
+        weight = base.scheme.dequantize(parts, site.shape, torch.float32)
         dense[site.weight] = site.layout.inverse(weight).reshape(tensors[site.weight].shape)
     keys = base.skeleton.keys
     return {name: dense[key] for name, key in keys.items() if key in dense}

@@ -11,8 +11,10 @@ from torch import nn
 
 from ..capture.skeleton import Skeleton
 from ..config import Config
+from ..passes.adapters import Adapter, adapter_of
 from ..passes.graph.site import Site
-from ..runtime.parameter_store import QuantizedNode, QuantizedShape, Store
+from ..runtime.parameter_store import Store
+from ..runtime.schemes import Scheme, scheme_of
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,19 @@ class Base:
         named = getattr(self.skeleton.model.config, "_name_or_path", None) or ""
         return Path(named) if named and Path(named).is_dir() else None
 
-    def quantized_sites(self) -> dict[str, Site]:
-        """One site per weight that is stored in 4 bits, by store key."""
-        return {site.weight: site for site in self.sites.values() if site.quantize}
+    @property
+    def scheme(self) -> Scheme:
+        """How its quantized weights are stored; there is none with ``quantization=False``."""
+        return scheme_of(self.config.quantization)
 
-    def quantized_weight(self, key: str) -> tuple[dict[str, torch.Tensor], QuantizedShape]:
-        """The storage of a weight in 4 bits by part, and its description."""
-        path, _, leaf = key.rpartition(".")
-        node = self.store.node(path)
-        assert isinstance(node, QuantizedNode)
-        return node.parts(leaf), node.descriptions[leaf]
+    @property
+    def adapter(self) -> Adapter:
+        """The kind of adapter that its adapted sites have."""
+        return adapter_of(self.config.lora)
+
+    def quantized_sites(self) -> dict[str, Site]:
+        """One site per quantized weight, by store key."""
+        return {site.weight: site for site in self.sites.values() if site.quantize}
 
 
 def activation_dtype(skeleton: Skeleton, config: Config) -> torch.dtype:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import nn
 
 from ..runtime.parameter_store import QuantizedShape, Store
-from ..runtime.schemes.four_bit import QUANT_MAP, quantize_weight
 from .base import Base
 
 
@@ -16,7 +14,6 @@ def move_weights(model: nn.Module, base: Base) -> None:
 
     Nothing here keeps a reference to a dense weight once its storage exists.
     """
-    quantization = base.config.quantization
     places: dict[str, list[tuple[nn.Module, str]]] = {}
     for name, key in base.skeleton.keys.items():
         path, _, leaf = name.rpartition(".")
@@ -29,9 +26,9 @@ def move_weights(model: nn.Module, base: Base) -> None:
         if site is not None:
             assert site.layout is not None
             dense = site.layout.of(tensor.detach())
-            parts = quantize_weight(dense, quantization)
+            parts = base.scheme.quantize(dense)
             base.store.add_quantized(
-                key, parts, QuantizedShape(site.shape, tensor.dtype, quantization)
+                key, parts, QuantizedShape(site.shape, tensor.dtype, base.scheme)
             )
             for owner, name in where:
                 owner._parameters[name] = nn.Parameter(
@@ -41,7 +38,7 @@ def move_weights(model: nn.Module, base: Base) -> None:
             del tensor, dense, parts
         else:
             add_dense(base.store, key, tensor, module, leaf)
-    add_quant_map(base)
+    add_tables(base)
 
 
 def add_dense(store: Store, key: str, tensor: torch.Tensor, module: nn.Module, leaf: str) -> None:
@@ -55,9 +52,7 @@ def add_dense(store: Store, key: str, tensor: torch.Tensor, module: nn.Module, l
         store.add(key, tensor, persistent=persistent)
 
 
-def add_quant_map(base: Base) -> None:
-    """Hold the 16 values of the 4-bit type where single rows are looked up with them."""
+def add_tables(base: Base) -> None:
+    """Hold the scheme's constants where single rows are looked up with them."""
     if any(site.kind == "embedding" and site.quantize for site in base.sites.values()):
-        kind = base.config.quantization.quant_type
-        values = bnb.get_4bit_type(kind, device=str(base.device))
-        base.store.tensors[f"{QUANT_MAP}.{kind}"] = values
+        base.store.tensors.update(base.scheme.tables(base.device))

@@ -15,11 +15,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 
+from ...config import Quantization
 from ..ops import NESTED_BLOCKSIZE
 
 PIECE = 1 << 18
@@ -49,10 +49,10 @@ class MatrixQuantizer:
     Args:
         packed: where the codes go, of the storage dtype, ``ceil(n / 2)`` bytes for ``n`` elements.
         blocks: how many absmax there are.
-        quantization: settings, as ``config.Quantization``.
+        quantization: settings.
     """
 
-    def __init__(self, packed: torch.Tensor, blocks: int, quantization: Any) -> None:
+    def __init__(self, packed: torch.Tensor, blocks: int, quantization: Quantization) -> None:
         self.quantization = quantization
         self.packed = packed.reshape(-1).view(torch.uint8)
         self.absmax = torch.empty(blocks, device=packed.device)
@@ -143,3 +143,13 @@ def pieces_of(matrix: torch.Tensor, blocksize: int, size: int = PIECE) -> Iterat
     rows = max(size // (unit * matrix.shape[1]), 1) * unit
     for part in torch.split(matrix, rows):
         yield part.reshape(-1)
+
+
+def row_ranges(
+    shape: tuple[int, ...], blocksize: int = 64, size: int = PIECE
+) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of ``[out, in]`` that are whole blocks, but for the last: about ``size`` elements each."""
+    unit = blocksize // math.gcd(blocksize, shape[1])
+    step = max(size // (unit * shape[1]), 1) * unit
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])

@@ -13,119 +13,182 @@ double quantization.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import bitsandbytes.functional as bnb
 import torch
 
-from ...errors import ConfigError
-from ..ops import NESTED_BLOCKSIZE, whole_rows
-from .blocks import PIECE, MatrixQuantizer, pieces_of
-
-_bnb = torch.ops.bitsandbytes
+from ...config import Quantization
+from ...errors import CheckpointError, ConfigError
+from ..ops import NESTED_BLOCKSIZE, dequantized, scales, whole_rows
+from .blocks import MatrixQuantizer, pieces_of, row_ranges
+from .scheme import PACKED, Part, Scheme
 
 NESTED_QUANT_MAP = "nested_quant_map"
-"""Store key of the one shared map of the nested absmax."""
+"""The one part that all weights share: the map of the nested absmax."""
 QUANT_MAP = "quant_map"
-"""Store key of the 16 values of the 4-bit type, for looking up single rows."""
+"""Before the type in the store key of its 16 values, for looking up single rows."""
 
 
-def layout(
-    shape: tuple[int, ...], quantization: Any, *, name: str = "a weight"
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every stored part of the weight ``name``, without any data.
+class FourBit(Scheme):
+    """bitsandbytes' 4-bit storage. Of a stack each expert is stored by itself.
 
     Args:
-        shape: ``[out, in]``, or ``[experts, out, in]``: then each expert is stored by itself and each part
-            but the shared map has a leading dimension of experts.
-
-    Raises:
-        ConfigError: if the packed bytes do not fill whole elements of the storage dtype.
+        quantization: its type, blocksize, double quantization and storage dtype.
     """
-    stack, n = shape[:-2], shape[-2] * shape[-1]
-    packed, itemsize = (n + 1) // 2, quantization.storage_dtype.itemsize
-    if packed % itemsize:
-        raise ConfigError(
-            f"{packed} packed bytes of {name} {list(shape)} do not divide into "
-            f"{quantization.storage_dtype} elements; accepted: bnb_4bit_quant_storage='uint8'"
+
+    def __init__(self, quantization: Quantization) -> None:
+        self.quantization = quantization
+
+    def describe(self) -> str:
+        q = self.quantization
+        return (
+            f"{q.quant_type}, blocksize {q.blocksize}, {'double' if q.double_quant else 'single'} quantization, held as "
+            f"{str(q.storage_dtype).removeprefix('torch.')}"
         )
-    blocks = -(-n // quantization.blocksize)
-    parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "packed": ((*stack, packed // itemsize, 1), quantization.storage_dtype)
-    }
-    if not quantization.double_quant:
-        return parts | {"absmax": ((*stack, blocks), torch.float32)}
-    return parts | {
-        "absmax": ((*stack, blocks), torch.uint8),
-        "nested_absmax": ((*stack, -(-blocks // NESTED_BLOCKSIZE)), torch.float32),
-        "offset": (stack, torch.float32),
-        "nested_quant_map": ((256,), torch.float32),
-    }
+
+    def parts(self, shape: tuple[int, ...], *, name: str = "a weight") -> dict[str, Part]:
+        """``packed`` and ``absmax``; with double quantization ``nested_absmax``, ``offset`` and the shared map.
+
+        Raises:
+            ConfigError: if the packed bytes do not fill whole elements of the storage dtype.
+        """
+        q = self.quantization
+        stack, n = shape[:-2], shape[-2] * shape[-1]
+        packed, itemsize = (n + 1) // 2, q.storage_dtype.itemsize
+        if packed % itemsize:
+            raise ConfigError(
+                f"{packed} packed bytes of {name} {list(shape)} do not divide into "
+                f"{q.storage_dtype} elements; accepted: bnb_4bit_quant_storage='uint8'"
+            )
+        blocks = -(-n // q.blocksize)
+        parts = {PACKED: Part((*stack, packed // itemsize, 1), q.storage_dtype)}
+        if not q.double_quant:
+            return parts | {"absmax": Part((*stack, blocks), torch.float32)}
+        return parts | {
+            "absmax": Part((*stack, blocks), torch.uint8),
+            "nested_absmax": Part((*stack, -(-blocks // NESTED_BLOCKSIZE)), torch.float32),
+            "offset": Part(stack, torch.float32),
+            NESTED_QUANT_MAP: Part((256,), torch.float32, shared=True),
+        }
+
+    def shared(self) -> frozenset[str]:
+        return frozenset({NESTED_QUANT_MAP})
+
+    # -- to storage -----------------------------------------------------------------------------------
+
+    def builder(self, shape: tuple[int, ...], device: torch.device | str) -> FourBitBuilder:
+        return FourBitBuilder(self, shape, device)
+
+    def pieces(self, matrix: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Pieces of whole blocks, so that the bytes are those of ``bitsandbytes.functional.quantize_4bit``."""
+        return pieces_of(matrix, self.quantization.blocksize)
+
+    # -- from storage ---------------------------------------------------------------------------------
+
+    def dequantize(
+        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        if len(shape) == 3:
+            each = (self.matrix(parts, i) for i in range(shape[0]))
+            return torch.stack([self.dequantize(one, shape[1:], dtype) for one in each])
+        rows = whole_rows(shape, self.quantization.blocksize)
+        state = quant_state(parts, tuple(rows), dtype, self.quantization)
+        dense: torch.Tensor = bnb.dequantize_4bit(parts[PACKED], state)
+        return dense.reshape(shape)
+
+    def rows(
+        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]
+    ) -> Iterator[torch.Tensor]:
+        q = self.quantization
+        nested = (parts.get(k) for k in ("nested_absmax", "offset", NESTED_QUANT_MAP))
+        absmax = scales(parts["absmax"], *nested)
+        packed = parts[PACKED].detach().reshape(-1).view(torch.uint8)
+        inn = shape[1]
+        for start, stop in self.row_ranges(shape):
+            codes = packed[start * inn // 2 : -(-stop * inn // 2)].reshape(-1, 1)
+            scale = absmax[start * inn // q.blocksize : -(-stop * inn // q.blocksize)]
+            rows = (stop - start, inn)
+            yield dequantized(codes, scale, q.blocksize, q.quant_type, rows, torch.float32)
+
+    def row_ranges(self, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+        """Whole blocks each, but for the last."""
+        return row_ranges(shape, self.quantization.blocksize)
+
+    def tables(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The 16 values of the type."""
+        kind = self.quantization.quant_type
+        return {f"{QUANT_MAP}.{kind}": bnb.get_4bit_type(kind, device=str(device))}
+
+    # -- state dicts ----------------------------------------------------------------------------------
+
+    def to_state(
+        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        """bitsandbytes' own entries (``absmax``, ``quant_map``, ...); of a stack, for which it has no form, the parts."""
+        if len(shape) == 3:
+            return {k: v for k, v in parts.items() if k not in (PACKED, NESTED_QUANT_MAP)}
+        entries: dict[str, torch.Tensor] = quant_state(
+            parts, shape, dtype, self.quantization
+        ).as_dict(packed=True)
+        return entries
+
+    def from_state(
+        self,
+        state: Mapping[str, torch.Tensor],
+        parts: Mapping[str, torch.Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> dict[str, torch.Tensor]:
+        if len(shape) == 3:
+            return dict(state)
+        theirs = bnb.QuantState.from_dict(dict(state), device=parts[PACKED].device)
+        ours = quant_state(parts, shape, dtype, self.quantization)
+        mine, new = ((s.quant_type, s.blocksize, tuple(s.shape), s.nested) for s in (ours, theirs))
+        if mine != new:
+            raise CheckpointError(f"storage {new} does not fit {mine}")
+        values = {"absmax": theirs.absmax}
+        if theirs.nested:
+            values |= {"nested_absmax": theirs.state2.absmax, "offset": theirs.offset}
+        return values
 
 
-def quantize_weight(weight: torch.Tensor, quantization: Any) -> dict[str, torch.Tensor]:
-    """The stored parts of a dense ``[out, in]`` or ``[experts, out, in]`` weight, with the keys of ``layout``.
-
-    Byte for byte what ``bitsandbytes.functional.quantize_4bit`` makes of it, on the weight's device.
-    """
-    builder = StorageBuilder(tuple(weight.shape), quantization, weight.device)
-    for i in range(builder.matrices):
-        matrix = weight[i] if weight.dim() == 3 else weight
-        builder.add(i, pieces_of(matrix, quantization.blocksize))
-    return builder.parts
-
-
-class StorageBuilder:
-    """Storage of a weight, filled matrix by matrix.
-
-    Args:
-        shape: ``[out, in]`` or ``[experts, out, in]``.
-        quantization: settings, as ``config.Quantization``.
-        device: where the storage is.
-
-    Attributes:
-        parts: with the keys of ``layout``; whole when every matrix was added.
-        matrices: how many there are.
-        finite: False if a value was NaN or infinite.
-    """
+class FourBitBuilder:
+    """A ``Builder`` of 4-bit storage, byte for byte what ``bitsandbytes.functional.quantize_4bit`` makes of a whole matrix."""
 
     def __init__(
-        self, shape: tuple[int, ...], quantization: Any, device: torch.device | str = "cpu"
+        self, scheme: FourBit, shape: tuple[int, ...], device: torch.device | str = "cpu"
     ) -> None:
-        self.quantization = quantization
-        self.blocks = -(-shape[-2] * shape[-1] // quantization.blocksize)
+        self.scheme = scheme
+        self.blocks = -(-shape[-2] * shape[-1] // scheme.quantization.blocksize)
         self.stacked = len(shape) == 3
         self.matrices = shape[0] if self.stacked else 1
         self.finite = True
         self.parts = {
-            name: torch.empty(size, dtype=dtype, device=device)
-            for name, (size, dtype) in layout(shape, quantization).items()
+            name: torch.empty(part.shape, dtype=part.dtype, device=device)
+            for name, part in scheme.parts(shape).items()
         }
 
     def add(self, index: int, pieces: Iterable[torch.Tensor]) -> None:
-        """Quantize matrix ``index`` from its elements, flat, in pieces of whole blocks."""
-        packed = self.parts["packed"]
-        matrix = MatrixQuantizer(
-            packed[index] if self.stacked else packed, self.blocks, self.quantization
-        )
+        held = self.scheme.matrix(self.parts, index) if self.stacked else self.parts
+        matrix = MatrixQuantizer(held[PACKED], self.blocks, self.scheme.quantization)
         for piece in pieces:
             matrix.add(piece)
         self.finite &= matrix.finite
         for name, value in matrix.finish().items():
-            part = self.parts[name]
-            stacked = self.stacked and name != "nested_quant_map"
-            (part[index] if stacked else part).copy_(value)
+            held[name].copy_(value)
 
 
 def quant_state(
-    parts: dict[str, torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, quantization: Any
+    parts: Mapping[str, torch.Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    quantization: Quantization,
 ) -> bnb.QuantState:
     """bitsandbytes' own description of stored parts of one matrix, for its functions and for checkpoints.
 
     Args:
-        parts: what ``quantize_weight`` returned.
+        parts: what ``FourBit.quantize`` returned.
         shape: ``[out, in]`` of the dense weight.
         dtype: dtype to dequantize to.
     """
@@ -148,55 +211,3 @@ def quant_state(
         offset=parts.get("offset"),
         state2=nested,
     )
-
-
-def dequantize_weight(
-    parts: dict[str, torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, quantization: Any
-) -> torch.Tensor:
-    """The dense ``[out, in]`` or ``[experts, out, in]`` weight in ``dtype`` that the stored parts stand for."""
-    if len(shape) == 3:
-        each = [
-            {k: v if k == "nested_quant_map" else v[i] for k, v in parts.items()}
-            for i in range(shape[0])
-        ]
-        return torch.stack([dequantize_weight(e, shape[1:], dtype, quantization) for e in each])
-    rows = whole_rows(shape, quantization.blocksize)
-    state = quant_state(parts, tuple(rows), dtype, quantization)
-    dense: torch.Tensor = bnb.dequantize_4bit(parts["packed"], state)
-    return dense.reshape(shape)
-
-
-def dequantize_rows(
-    parts: dict[str, torch.Tensor], shape: tuple[int, ...], quantization: Any, size: int = PIECE
-) -> Iterator[torch.Tensor]:
-    """``dequantize_weight`` of ``[out, in]`` in float32, some rows after the other: about ``size`` elements."""
-    q = quantization
-    absmax = parts["absmax"]
-    if q.double_quant:
-        absmax = _bnb.dequantize_blockwise(
-            absmax,
-            parts["nested_absmax"],
-            parts["nested_quant_map"],
-            NESTED_BLOCKSIZE,
-            torch.float32,
-        )
-        absmax = absmax + parts["offset"]
-    packed = parts["packed"].detach().reshape(-1).view(torch.uint8)
-    inn = shape[1]
-    for start, stop in row_ranges(shape, q.blocksize, size):
-        codes = packed[start * inn // 2 : -(-stop * inn // 2)].reshape(-1, 1)
-        scales = absmax[start * inn // q.blocksize : -(-stop * inn // q.blocksize)]
-        rows = [stop - start, inn]
-        whole = whole_rows(rows, q.blocksize)
-        dense = _bnb.dequantize_4bit(codes, scales, q.blocksize, q.quant_type, whole, torch.float32)
-        yield dense.reshape(rows)
-
-
-def row_ranges(
-    shape: tuple[int, ...], blocksize: int, size: int = PIECE
-) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of ``[out, in]`` that are whole blocks, but for the last."""
-    unit = blocksize // math.gcd(blocksize, shape[1])
-    step = max(size // (unit * shape[1]), 1) * unit
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])

@@ -142,6 +142,14 @@ def test_siblings_share_the_first_product_of_their_adapters(config: Config) -> N
     )
 
 
+def test_siblings_go_by_the_mark_and_not_by_the_name(config: Config) -> None:
+    gm = graph(Siblings(), X, config, siblings)
+    for node in gm.graph.nodes:
+        if node.meta.pop("lora_a", False):
+            assert node.name.endswith("_lora_a")
+    assert not siblings(gm, config=config).modified
+
+
 def test_dropout_leaves_no_siblings(config: Config) -> None:
     config.lora.lora_dropout = 0.5
     assert unchanged(siblings, Siblings(), X, config)

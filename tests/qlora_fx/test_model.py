@@ -240,18 +240,18 @@ def test_quantization_settings_reach_the_numbers(quantization: BitsAndBytesConfi
 
 
 def test_dense_weights_are_released_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    import qlora_fx.weights.move as move
+    from qlora_fx.runtime.schemes.four_bit import FourBit
 
     model = tiny_llama()
     watched = {n: weakref.ref(p) for n, p in model.named_parameters() if n.endswith("proj.weight")}
     alive: list[int] = []
-    quantize = move.quantize_weight
+    quantize = FourBit.quantize
 
-    def counting(weight: torch.Tensor, settings: Any) -> Any:
+    def counting(self: FourBit, weight: torch.Tensor) -> Any:
         alive.append(sum(ref() is not None for ref in watched.values()))
-        return quantize(weight, settings)
+        return quantize(self, weight)
 
-    monkeypatch.setattr(move, "quantize_weight", counting)
+    monkeypatch.setattr(FourBit, "quantize", counting)
     gc.disable()  # only reference counts may free them
     try:
         qmodel = qlora_fx.transform(model, LoraConfig(**LORA), backend="eager")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from qlora_fx.config import Quantization
 from qlora_fx.runtime.schemes.blocks import PIECE, thresholds
-from qlora_fx.runtime.schemes.four_bit import StorageBuilder, quantize_weight
+from qlora_fx.runtime.schemes.four_bit import FourBit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,7 +58,7 @@ def test_codes_are_bitsandbytes_codes_byte_for_byte(
     ):
         weight = torch.randn(shape, generator=generator).to(dtype) * 0.02
         q = Quantization(kind, blocksize, double, storage)
-        assert_same_bytes(quantize_weight(weight, q), theirs(weight, q))
+        assert_same_bytes(FourBit(q).quantize(weight), theirs(weight, q))
     assert PIECE < 700 * 512
 
 
@@ -71,7 +71,7 @@ def test_codes_agree_on_midpoints_and_their_neighbours() -> None:
         block = torch.cat([torch.ones(1), *values, torch.zeros(64 - 46)]) * scale
         weight = torch.stack([block, -block, block.flip(0)])
         q = Quantization(kind)
-        assert_same_bytes(quantize_weight(weight, q), theirs(weight, q))
+        assert_same_bytes(FourBit(q).quantize(weight), theirs(weight, q))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,20 +90,20 @@ def test_codes_agree_on_zeros_denormals_and_extremes(dtype: torch.dtype) -> None
     weight = torch.stack(rows).to(dtype)
     for kind in ("nf4", "fp4"):
         q = Quantization(kind, double_quant=False)
-        assert_same_bytes(quantize_weight(weight, q), theirs(weight, q))
+        assert_same_bytes(FourBit(q).quantize(weight), theirs(weight, q))
 
 
 def test_a_transposed_weight_is_quantized_in_its_own_order() -> None:
     weight = torch.randn(90, 1100).t()
     assert not weight.is_contiguous()
     q = Quantization()
-    assert_same_bytes(quantize_weight(weight, q), theirs(weight, q))
+    assert_same_bytes(FourBit(q).quantize(weight), theirs(weight, q))
 
 
 def test_experts_are_quantized_one_by_one() -> None:
     stack = torch.randn(3, 40, 70)
     q = Quantization()
-    ours = quantize_weight(stack, q)
+    ours = FourBit(q).quantize(stack)
     for i, expert in enumerate(stack):
         one = {k: v if k == "nested_quant_map" else v[i] for k, v in ours.items()}
         assert_same_bytes(one, theirs(expert, q))
@@ -112,9 +112,9 @@ def test_experts_are_quantized_one_by_one() -> None:
 def test_pieces_of_whole_blocks_give_the_same_bytes_as_the_whole() -> None:
     weight = torch.randn(37, 75)
     q = Quantization(blocksize=32)
-    builder = StorageBuilder((37, 75), q)
+    builder = FourBit(q).builder((37, 75), "cpu")
     builder.add(0, torch.split(weight.reshape(-1), 96))
-    assert_same_bytes(builder.parts, quantize_weight(weight, q))
+    assert_same_bytes(builder.parts, FourBit(q).quantize(weight))
     assert builder.finite
 
 
@@ -122,6 +122,6 @@ def test_pieces_of_whole_blocks_give_the_same_bytes_as_the_whole() -> None:
 def test_values_that_are_not_finite_are_noticed(bad: float) -> None:
     weight = torch.ones(4, 64)
     weight[2, 5] = bad
-    builder = StorageBuilder((4, 64), Quantization())
+    builder = FourBit(Quantization()).builder((4, 64), "cpu")
     builder.add(0, [weight.reshape(-1)])
     assert not builder.finite

@@ -9,7 +9,7 @@ import torch
 from qlora_fx.config import Quantization
 from qlora_fx.runtime import loss as module
 from qlora_fx.runtime.loss import linear_cross_entropy
-from qlora_fx.runtime.schemes.four_bit import dequantize_weight, quantize_weight
+from qlora_fx.runtime.schemes.four_bit import FourBit
 from torch import Tensor
 
 ROWS, SIZE, VOCABULARY = 11, 24, 70
@@ -63,10 +63,10 @@ def test_loss_and_gradient_are_the_definitions(
         weight, bias = storage[0].float(), random(VOCABULARY, seed=3)
     elif head != "dense":
         q = Quantization(double_quant=head == "double")
-        parts = quantize_weight(weight, q)
+        parts = FourBit(q).quantize(weight)
         keys = ("packed", "absmax", "nested_absmax", "offset", "nested_quant_map")
         storage, kind = [parts[k] for k in keys if k in parts], "nf4"
-        weight = dequantize_weight(parts, (VOCABULARY, SIZE), torch.float32, q)
+        weight = FourBit(q).dequantize(parts, (VOCABULARY, SIZE), torch.float32)
     true, true_grad = by_definition(x, weight, bias, scale, softcap)
     total, count, grad = ours(x, storage, bias, scale, softcap, kind)
     assert float(count) == ROWS - 3

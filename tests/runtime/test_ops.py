@@ -8,7 +8,7 @@ import pytest
 import torch
 from qlora_fx.config import Quantization
 from qlora_fx.runtime.ops import grouped_linear, grouped_linear_4bit, grouped_outer
-from qlora_fx.runtime.schemes.four_bit import dequantize_weight, layout, quantize_weight
+from qlora_fx.runtime.schemes.four_bit import FourBit
 
 ENDS = torch.tensor([2, 2, 7, 7])
 """Experts 1 and 3 get no rows; the last two of nine rows belong to nobody."""
@@ -27,9 +27,10 @@ def storage(double_quant: bool, dtype: torch.dtype = torch.float32) -> tuple[Any
     """Four experts of 5 x 7: 35 weights, which fill no block and no byte evenly."""
     q = Quantization(double_quant=double_quant)
     weight = random(4, 5, 7, seed=1)
-    parts = quantize_weight(weight, q)
+    parts = FourBit(q).quantize(weight)
     keys = ("packed", "absmax", "nested_absmax", "offset", "nested_quant_map")
-    return dequantize_weight(parts, (4, 5, 7), dtype, q), tuple(parts.get(k) for k in keys), q
+    dense = FourBit(q).dequantize(parts, (4, 5, 7), dtype)
+    return dense, tuple(parts.get(k) for k in keys), q
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -72,12 +73,12 @@ def test_the_4bit_product_is_the_dense_one_on_dequantized_weights(
 
 
 def test_each_expert_is_stored_as_bitsandbytes_stores_it_alone() -> None:
-    q = Quantization()
+    scheme = FourBit(Quantization())
     weight = random(3, 5, 7)
-    parts = quantize_weight(weight, q)
+    parts = scheme.quantize(weight)
     for i in range(3):
-        alone = quantize_weight(weight[i], q)
+        alone = scheme.quantize(weight[i])
         for key, value in alone.items():
             assert torch.equal(value, parts[key] if key == "nested_quant_map" else parts[key][i])
-    declared = layout((3, 5, 7), q)
+    declared = {k: (part.shape, part.dtype) for k, part in scheme.parts((3, 5, 7)).items()}
     assert {k: (tuple(v.shape), v.dtype) for k, v in parts.items()} == declared

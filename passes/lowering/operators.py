@@ -1,0 +1,111 @@
+"""What the compiler must know of an operator that it takes whole: one entry each.
+
+PyTorch's own formulas (``torch.utils.flop_counter``) compare and multiply numbers; sizes are formulas here, and what
+a causal mask hides counts as not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ...runtime.loss import workspace
+from ..graph.nodes import args_of, arguments, ops
+
+aten = torch.ops.aten
+ZERO = sympy.Integer(0)
+
+
+def expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def elements(val: torch.Tensor) -> sympy.Expr:
+    return sympy.prod([expression(s) for s in val.shape])
+
+
+def nothing(node: fx.Node) -> sympy.Expr:
+    return ZERO
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator.
+
+    Attributes:
+        flops: multiplications and additions of a call.
+        workspace: bytes that a call takes for itself while it runs.
+        without_grad: changes a call so that it forms no gradient of its own, where nobody will ask for it.
+    """
+
+    flops: Callable[[fx.Node], sympy.Expr] = nothing
+    workspace: Callable[[fx.Node], sympy.Expr] = nothing
+    without_grad: Callable[[fx.Node], None] | None = None
+
+
+def value_of(node: fx.Node, position: int) -> Any:
+    return args_of(node)[position].meta["val"]
+
+
+def product_flops(node: fx.Node) -> sympy.Expr:
+    """Two per element of the result and of the sum over the last factor's rows."""
+    factors = [n for n in node.args if isinstance(n, fx.Node)]
+    return 2 * elements(node.meta["val"]) * expression(factors[-1].meta["val"].shape[-2])
+
+
+def grouped_flops(node: fx.Node) -> sympy.Expr:
+    """Each row meets one matrix."""
+    return 2 * elements(value_of(node, 0)) * expression(node.meta["val"].shape[-1])
+
+
+def attention_flops(node: fx.Node) -> sympy.Expr:
+    """Two products, of which a causal mask leaves half."""
+    q = value_of(node, 0)
+    return 2 * elements(q) * expression(q.shape[2])
+
+
+def attention_backward_flops(node: fx.Node) -> sympy.Expr:
+    """Five products, of which a causal mask leaves half."""
+    q = value_of(node, 1)
+    return 5 * elements(q) * expression(q.shape[2])
+
+
+def loss_flops(node: fx.Node) -> sympy.Expr:
+    """The logits and the input's gradient, formed in one pass."""
+    return 4 * elements(value_of(node, 0)) * expression(arguments(node)["shape"][0])
+
+
+def loss_workspace(node: fx.Node) -> sympy.Expr:
+    given = arguments(node)
+    x, head = given["x"].meta["val"], given["weight"][0].meta["val"]
+    dense = not given["quant_type"] and head.dtype == x.dtype
+    shape = (expression(x.shape[0]), *given["shape"], x.dtype.itemsize)
+    return workspace(*shape, dense=dense, smaller=sympy.Min)  # type: ignore[no-any-return]
+
+
+def loss_without_grad(node: fx.Node) -> None:
+    node.args = (*node.args[:-1], False)
+
+
+OPERATORS: dict[Any, Operator] = {
+    aten.mm.default: Operator(product_flops),
+    aten.bmm.default: Operator(product_flops),
+    aten.addmm.default: Operator(product_flops),
+    ops.grouped_linear.default: Operator(grouped_flops),
+    ops.grouped_linear_4bit.default: Operator(grouped_flops),
+    ops.grouped_outer.default: Operator(grouped_flops),
+    ops.attention.default: Operator(attention_flops),
+    ops.attention_backward.default: Operator(attention_backward_flops),
+    ops.linear_cross_entropy.default: Operator(loss_flops, loss_workspace, loss_without_grad),
+}
+"""Every other operator counts as free: pointwise work, and what has no formula yet (convolutions, recurrences)."""
+UNKNOWN = Operator()
+
+
+def operator_of(node: fx.Node) -> Operator:
+    return OPERATORS.get(node.target, UNKNOWN)

@@ -1,0 +1,84 @@
+"""The table of operators: what each entry says, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from qlora_fx.passes.graph.nodes import GROUPED, aten, ops
+from qlora_fx.passes.lowering.compiled_body import skip_gradients
+from qlora_fx.passes.lowering.operators import OPERATORS, operator_of
+from qlora_fx.passes.lowering.partition import flops_of
+from torch import fx
+
+
+def tensor(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def called(target: Any, result: Any, *args: Any) -> fx.Node:
+    """A call of ``target`` in a graph of its own; tensors become placeholders."""
+    graph = fx.Graph()
+
+    def given(value: Any) -> Any:
+        if isinstance(value, list):
+            return [given(v) for v in value]
+        if not isinstance(value, torch.Tensor):
+            return value
+        node = graph.placeholder("x")
+        node.meta["val"] = value
+        return node
+
+    node = graph.call_function(target, tuple(given(a) for a in args))
+    node.meta["val"] = result
+    graph.output(node)
+    return node
+
+
+def loss(quant_type: str = "") -> fx.Node:
+    x, weight, labels = tensor(9, 24), tensor(70, 24), tensor(9)
+    options = (None, labels, -100, 1.0, 0.0, [70, 24], 64, quant_type, True)
+    return called(ops.linear_cross_entropy.default, tensor(), x, [weight], *options)
+
+
+ENDS = tensor(4)
+CALLS = [
+    (called(aten.mm.default, tensor(3, 5), tensor(3, 4), tensor(4, 5)), 2 * 3 * 4 * 5),
+    (called(aten.addmm.default, tensor(3, 5), tensor(5), tensor(3, 4), tensor(4, 5)), 120),
+    (called(aten.bmm.default, tensor(2, 3, 5), tensor(2, 3, 4), tensor(2, 4, 5)), 240),
+    (
+        called(ops.grouped_linear.default, tensor(9, 5), tensor(9, 7), tensor(4, 5, 7), ENDS),
+        2 * 9 * 5 * 7,
+    ),
+    (
+        called(ops.grouped_outer.default, tensor(4, 5, 7), tensor(9, 5), tensor(9, 7), ENDS),
+        2 * 9 * 5 * 7,
+    ),
+    (loss(), 4 * 9 * 70 * 24),
+    (called(aten.relu.default, tensor(3), tensor(3)), 0),
+]
+
+
+@pytest.mark.parametrize(("node", "flops"), CALLS, ids=lambda v: str(getattr(v, "target", v)))
+def test_products_are_counted(node: fx.Node, flops: int) -> None:
+    assert int(flops_of(node.graph)) == flops
+
+
+def test_every_product_with_a_stack_is_counted() -> None:
+    assert OPERATORS.keys() >= GROUPED
+
+
+def test_only_the_loss_takes_memory_for_itself() -> None:
+    assert int(operator_of(loss()).workspace(loss())) > 0
+    stored = loss("nf4")
+    assert operator_of(stored).workspace(stored) > operator_of(loss()).workspace(loss())
+    assert all(
+        operator_of(node).workspace(node) == 0 for node, _ in CALLS if node.args[-1] is not True
+    )
+
+
+def test_where_nothing_needs_a_gradient_the_loss_forms_none() -> None:
+    node = loss()
+    skip_gradients(node.graph)
+    assert node.args[-1] is False
