@@ -57,7 +57,9 @@ def shared() -> Iterator[None]:
     captures: dict[Any, Any] = {}
     builds: dict[Any, list[tuple[Variant, Any]]] = {}
     bodies: list[Any] = []  # kept, so that an id stays its own
+    partitions: dict[Any, Any] = {}
     original, build = compiler.compile_call, CompiledBody.build
+    partitioned = CompiledBody.partitioned
 
     def compile_call(
         skeleton: Any, config: Any, call: Any, signature: Any, observe: Any = None
@@ -88,7 +90,16 @@ def shared() -> Iterator[None]:
         builds.setdefault(place, []).append((variant, self.partitions[key]))
         return variant
 
+    def partitioned_once(self: CompiledBody, key: Any) -> Any:
+        place = (id(self.body), key)
+        if key not in self.partitions and place in partitions:
+            self.partitions[key] = partitions[place]
+        found = partitions[place] = partitioned(self, key)
+        bodies.append(self.body)
+        return found
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompiledBody, "partitioned", partitioned_once)
         patch.setattr(compiler, "compile_call", compile_call)
         patch.setattr(programs, "compile_call", compile_call)
         patch.setattr(CompiledBody, "build", build_once)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -43,6 +45,7 @@ def test_the_readme_snippet_runs(tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_the_example_of_experts_passes_its_own_check() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "check_experts.py")],

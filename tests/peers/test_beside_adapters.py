@@ -51,8 +51,21 @@ def in_peft(model: nn.Module, qmodel: qlora_fx.QLoRAModel, folder: Path) -> Any:
     return PeftModel.from_pretrained(base, folder, is_trainable=True).train()
 
 
-@pytest.mark.parametrize("backend", ["inductor", "eager"])
-@pytest.mark.parametrize("name", SETTINGS)
+ALL_OF_IT = "embedding, head and biases"
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *((name, "aot_eager") for name in SETTINGS),
+        (ALL_OF_IT, "inductor"),
+        *(
+            pytest.param(name, "inductor", marks=pytest.mark.slow)
+            for name in SETTINGS
+            if name != ALL_OF_IT
+        ),
+    ],
+)
 def test_gradients_of_all_that_trains_are_right(name: str, backend: str) -> None:
     model = peer_llama()
     qmodel = transformed(model, settings(name), backend=backend)
@@ -94,7 +107,7 @@ def test_the_saved_folder_is_pefts(name: str, quantization: bool | None, tmp_pat
 
 def test_without_the_adapter_the_base_is_as_it_was() -> None:
     model = peer_llama()
-    qmodel = transformed(model, settings("embedding, head and biases"), backend="eager").eval()
+    qmodel = transformed(model, settings(ALL_OF_IT), backend="eager").eval()
     with torch.no_grad(), qmodel.disable_adapter():
         off = qmodel(**batch()).logits
     plain = transformed(model, LoraConfig(r=4), backend="eager").eval()
@@ -135,7 +148,7 @@ def test_merging_takes_along_what_was_trained(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = peer_llama()
-    qmodel = transformed(model, settings("embedding, head and biases"), backend="eager").eval()
+    qmodel = transformed(model, settings(ALL_OF_IT), backend="eager").eval()
     qmodel.merge(tmp_path / "merged", sample=False)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
