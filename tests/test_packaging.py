@@ -38,37 +38,96 @@ def test_every_file_that_is_no_python_is_packaged() -> None:
         assert others == set(settings["package-data"].get(name, ())), name
 
 
-def imports(path: Path) -> set[str]:
-    """Names of the project's own modules that a file imports, relative ones included."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = "." * node.level + (node.module or "")
-            found |= {base} if node.module else {base + a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
-        elif isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+LAYERS = (
+    ("qlora_fx",),
+    ("testing",),
+    ("transform", "from_pretrained"),
+    ("model",),
+    ("memory", "merging", "optimizer"),
+    ("adapters", "checkpoints"),
+    ("compiler", "explain"),
+    ("weights",),
+    ("capture", "generate"),
+    ("passes",),
+    ("runtime",),
+    ("config", "units"),
+    ("errors",),
+)
+"""Rooms from the top down; imports go down only, or stay in a room (ARCHITECTURE.md)."""
+RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the project, by its full name."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if package == "qlora_fx" and parts[0] in ("passes", "runtime"):
+                continue
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "runtime").glob("*.py")), ids=lambda p: p.name)
-def test_runtime_imports_neither_passes_nor_fx(path: Path) -> None:
-    for name in imports(path):
-        assert "passes" not in name, name
-        assert not name.startswith("torch.fx"), name
-        assert not name.startswith("..") or name in ("..errors", "..config"), name
+MODULES = modules()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "passes").glob("*.py")), ids=lambda p: p.name)
-def test_passes_import_runtime_and_leaves_only(path: Path) -> None:
-    for name in imports(path):
-        assert not name.startswith("..") or name.startswith(
-            ("..errors", "..config", "..runtime")
-        ), name
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
 
 
-@pytest.mark.parametrize("name", ["errors", "config"])
-def test_leaves_import_nothing_of_the_project_but_leaves(name: str) -> None:
-    own = {n for n in imports(ROOT / "qlora_fx" / f"{name}.py") if n.startswith(".")}
-    assert own <= {".errors"}
+def imported(module: str) -> set[str]:
+    """The project's modules that a module imports, wherever in it."""
+    path = MODULES[module]
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        base = package[: len(package) - node.level + 1] if node.level else []
+        whole = ".".join([*base, *([node.module] if node.module else [])])
+        for alias in node.names:
+            for name in (f"{whole}.{alias.name}", whole):
+                if name in MODULES:
+                    found.add(name)
+                    break
+    return found
+
+
+def test_every_room_has_its_place() -> None:
+    assert {room(m) for m in MODULES} == RANK.keys()
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_down(module: str) -> None:
+    for other in imported(module):
+        down = RANK[room(other)] > RANK[room(module)]
+        assert down or room(other) == room(module), f"{module} imports {other}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {m: imported(m) - {m} for m in MODULES if not m.endswith("__init__")}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module in done:
+            return
+        for other in graph[module]:
+            visit(other, (*path, module))
+        done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_runtime_knows_nothing_of_fx() -> None:
+    for module, path in MODULES.items():
+        if room(module) == "runtime":
+            names = {
+                name
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+                for name in [getattr(node, "module", None) or "", *(a.name for a in node.names)]
+            }
+            assert not any(name.startswith("torch.fx") for name in names), module
