@@ -240,7 +240,7 @@ class Judge:
         """Why this linear gets no LoRA branch; empty if it does."""
         lora = self.config.lora
         if is_saved(view.key, lora.modules_to_save or ()):
-            return f"not adapted: {TRAINS}"
+            return "not adapted"
         if place.kind == "reader":
             return "not adapted: PEFT adapts the module that owns the weight, not its other readers"
         if targeted_parameter(lora, view.key):

@@ -43,10 +43,22 @@ def test_golden(config: Config) -> None:
     gm = captured(Mixer(kernel_size=2, padding=1, groups=12), X).gm
     assert convolutions(gm, config=config).modified
     gm.recompile()
-    text = "\n".join(
-        line for line in printer.text(gm).splitlines() if line.startswith("%convolution")
-    )
-    assert_expected_inline(text, """""")
+    text = "\n".join(line for line in printer.text(gm).splitlines() if "%convolution" in line)
+    assert_expected_inline(text, """\
+    %convolution_weight: f32[12, 1, 2] = stored[convolution.weight]
+    %convolution_bias: f32[12] = stored[convolution.bias]
+    %convolution_conv1d_padded: f32[B, 12, S + 2] = aten.constant_pad_nd(%transpose, [1, 1])
+    %convolution_conv1d_taps: f32[12, 2] = aten.select(%convolution_weight, 1, 0)
+    %convolution_conv1d_shifted: f32[B, 12, S + 1] = aten.slice(%convolution_conv1d_padded, 2, 0, -1)
+    %convolution_conv1d_tap: f32[12, 1] = aten.slice(%convolution_conv1d_taps, 1, 0, 1)
+    %convolution_conv1d_part: f32[B, 12, S + 1] = aten.mul(%convolution_conv1d_shifted, %convolution_conv1d_tap)
+    %convolution_conv1d_shifted_1: f32[B, 12, S + 1] = aten.slice(%convolution_conv1d_padded, 2, 1, 9223372036854775807)
+    %convolution_conv1d_tap_1: f32[12, 1] = aten.slice(%convolution_conv1d_taps, 1, 1, 2)
+    %convolution_conv1d_part_1: f32[B, 12, S + 1] = aten.mul(%convolution_conv1d_shifted_1, %convolution_conv1d_tap_1)
+    %convolution_conv1d_sum: f32[B, 12, S + 1] = aten.add(%convolution_conv1d_part, %convolution_conv1d_part_1)
+    %convolution_conv1d_bias: f32[12, 1] = aten.unsqueeze(%convolution_bias, 1)
+    %convolution_conv1d_biased: f32[B, 12, S + 1] = aten.add(%convolution_conv1d_sum, %convolution_conv1d_bias)
+    %slice_1: f32[B, 12, S] = aten.slice(%convolution_conv1d_biased, 2, None, %sym_size)""")
 
 
 def test_twice_is_once(config: Config) -> None:

@@ -15,10 +15,11 @@ from qlora_fx.passes.normalize import normalize
 from qlora_fx.passes.outline import outline
 from qlora_fx.passes.quantize import quantize
 from qlora_fx.passes.select import select
+from qlora_fx.passes.thaw import thaw
 from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
-PASSES = (normalize, select, quantize, adapt, outline)
+PASSES = (normalize, select, thaw, quantize, adapt, outline)
 
 
 def after(
