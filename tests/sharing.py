@@ -30,7 +30,7 @@ def identity(skeleton: Any, config: Any, call: Any, signature: Any) -> tuple[str
     """What a capture depends on; None for models that say less about themselves than transformers'."""
     model = skeleton.model
     own_class = type(model).__module__.startswith("transformers.models.")
-    if not own_class or "forward" in vars(model):
+    if not own_class or any("forward" in vars(module) for module in model.modules()):
         return None
     configs = [
         f"{path} {sorted(vars(module.config).items(), key=str)}"

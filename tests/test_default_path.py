@@ -1,11 +1,14 @@
 """Every model type of the table, taken along the path that its users take (default_path.py).
 
-Twelve that differ most are in the default run; ``make test-all`` takes all. A part of them:
-``pytest -m slow tests/test_default_path.py --part 2/8``. What deviates is listed here with its reason; anything else that
+Six that broke in as many ways take its compiled training step, at two shapes, in the default run; twelve that differ most
+and then all others take the whole of it in ``make test-all``. A part of them:
+``pytest -m slow tests/test_default_path.py -k "gemma or qwen"``. What deviates is listed here with its reason; anything else that
 falls back, is captured again or is refused is a failure.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from families.exceptions import CAPTURED_AGAIN, NO_CHECKPOINT, NO_PEFT, REFUSED,
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 BY_TYPE = {f.model_type: f for f in FAMILIES}
+SIX = ("gpt2", "bert", "t5", "lfm2", "deepseek_v3", "qwen3_5_text")
 TWELVE = (
     *("llama", "gpt2", "t5", "bert", "deepseek_v3", "gpt_oss", "qwen3_5_text", "nemotron_h"),
     *("lfm2", "gemma3", "whisper", "vit"),
@@ -46,6 +50,12 @@ def unexpected(model_type: str, result: Walk) -> list[str]:
     return [m for m in found if not any(words in m for words in SAID.get(model_type, ()))]
 
 
+@pytest.mark.parametrize("model_type", SIX)
+def test_a_compiled_step_at_two_shapes(model_type: str) -> None:
+    check(BY_TYPE[model_type], steps=("shape",))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", TWELVE)
 def test_twelve_that_differ_most(model_type: str) -> None:
     check(BY_TYPE[model_type])
@@ -74,7 +84,12 @@ def test_the_walk_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None
     """A gradient that is lost on the way, and an adapter that PEFT would not find."""
     import default_path
 
-    monkeypatch.setattr(default_path, "randomize_adapter", lambda qmodel: None)  # B stays zero
+    def zero(qmodel: Any) -> None:
+        with torch.no_grad():
+            for _, parameter in qmodel.adapter_parameters():
+                parameter.zero_()
+
+    monkeypatch.setattr(default_path, "randomize_adapter", zero)
     result = walk(BY_TYPE["gpt2"], steps=(), backend="eager")
     assert result.error.startswith("train: Wrong"), result.error
     monkeypatch.undo()

@@ -15,6 +15,7 @@ import qlora_fx
 import pytest
 import torch
 from families import FAMILIES, Family, build
+from families.exceptions import CAPTURED_AGAIN
 from peft import LoraConfig
 from qlora_fx.testing.check import compare, randomize_adapter
 from torch.utils import _pytree as pytree
@@ -29,10 +30,6 @@ COMPILED = (
     *("gpt2", "qwen2_moe", "modernbert", "bart", "dinov2", "whisper", "llava", "bamba"),
     *("switch_transformers", "llama4_text"),
 )
-CAPTURED_PER_LENGTH = {"mamba", "falcon_mamba", "jamba", "recurrent_gemma", "rwkv"}
-"""Loop over time in Python: each sequence length is captured anew."""
-CAPTURED_PER_BATCH = {"llava", "idefics3"}
-"""Write the number of images into the graph."""
 ROWS_BY_DATA = {"switch_transformers", "nllb-moe", "dbrx", "jetmoe", "deberta", "idefics3"}
 """How many rows some linears get is not known before the call: experts in loops, spans in tensors, chosen images."""
 DEAD_LINEARS = {"squeezebert"}
@@ -94,7 +91,7 @@ def assert_right(family: Family, backend: str) -> list[str]:
             assert sum(line.norm > 0 for line in report.sites) >= len(report.sites) / 2
     said = [str(w.message) for w in caught if w.category is UserWarning]
     again = [m for m in said if m.startswith("capturing")]
-    expected = family.model_type in CAPTURED_PER_LENGTH | CAPTURED_PER_BATCH
+    expected = family.model_type in CAPTURED_AGAIN
     assert bool(again) is expected, again
     assert not [m for m in said if "unrecognised" in m or "computed" in m], said
 

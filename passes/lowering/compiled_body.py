@@ -252,6 +252,9 @@ class Example:
 
     def guards(self) -> Callable[[tuple[int, ...]], bool] | None:
         """What the compiler relied on, as a test of sizes; None where it relied on nothing."""
+        fixed = any(not size.node.expr.is_symbol for size in self.free)
+        if not self.env.guards and not fixed:
+            return None
         # Also sizes that became plain numbers are compared: ignore_static would leave them out.
         text = self.env.produce_guards_expression(self.free, ignore_static=False)
         if text is None:

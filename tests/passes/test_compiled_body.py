@@ -69,7 +69,7 @@ def test_compiling_one_body_does_not_fix_the_sizes_of_another(
     """What the compiler fixes stays within the compilation: the capture's own sizes are free afterwards."""
 
     def compile_fx(gm: Any, args: Any, **_: Any) -> Any:
-        int(args[-1])  # fixes the size
+        int(args[len(body.inputs)])  # fixes the rows
         return lambda *values: gm(*values)
 
     gm = captured().gm
@@ -86,6 +86,6 @@ def test_compiling_one_body_does_not_fix_the_sizes_of_another(
 def test_strides_that_a_forward_saves_are_formulas_for_the_backward() -> None:
     gm = captured().gm
     body = CompiledBody(gm, "aot_eager")
-    example: Example = body.example(compiled_body.Key(()), (4,))
+    example: Example = body.example(compiled_body.Key(()), (4, 3))
     symbol = str(example.free[0].node.expr)
     assert isinstance(example.env.evaluate_symexpr(f"8*{symbol}"), torch.SymInt)

@@ -44,7 +44,9 @@ def test_golden(config: Config) -> None:
     assert convolutions(gm, config=config).modified
     gm.recompile()
     text = "\n".join(line for line in printer.text(gm).splitlines() if "%convolution" in line)
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
     %convolution_weight: f32[12, 1, 2] = stored[convolution.weight]
     %convolution_bias: f32[12] = stored[convolution.bias]
     %convolution_conv1d_padded: f32[B, 12, S + 2] = aten.constant_pad_nd(%transpose, [1, 1])
@@ -58,7 +60,8 @@ def test_golden(config: Config) -> None:
     %convolution_conv1d_sum: f32[B, 12, S + 1] = aten.add(%convolution_conv1d_part, %convolution_conv1d_part_1)
     %convolution_conv1d_bias: f32[12, 1] = aten.unsqueeze(%convolution_bias, 1)
     %convolution_conv1d_biased: f32[B, 12, S + 1] = aten.add(%convolution_conv1d_sum, %convolution_conv1d_bias)
-    %slice_1: f32[B, 12, S] = aten.slice(%convolution_conv1d_biased, 2, None, %sym_size)""")
+    %slice_1: f32[B, 12, S] = aten.slice(%convolution_conv1d_biased, 2, None, %sym_size)""",
+    )
 
 
 def test_twice_is_once(config: Config) -> None:

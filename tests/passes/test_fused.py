@@ -218,8 +218,8 @@ def test_an_unknown_name_lists_what_can_be_left_out() -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 )
-def test_every_combination_of_passes_is_right(dtype: torch.dtype) -> None:
-    """Uncompiled, padded: logits and gradients beside float64; in bfloat16 with all passes and with none."""
+def test_each_pass_can_be_left_out_and_all_of_them(dtype: torch.dtype) -> None:
+    """Uncompiled, padded: logits and gradients beside float64; in bfloat16 with all passes."""
     model = tiny_llama()
     for p in model.parameters():
         if p.dim() == 2:
@@ -232,8 +232,7 @@ def test_every_combination_of_passes_is_right(dtype: torch.dtype) -> None:
     limit = 5e-6 if dtype == torch.float32 else 6e-2
     from oracle import ours
 
-    every = range(len(pipeline.OPTIONAL) + 1)
-    for count in every if dtype == torch.float32 else (0, len(pipeline.OPTIONAL)):
+    for count in (0, 1, len(pipeline.OPTIONAL)) if dtype == torch.float32 else (0,):
         for left_out in itertools.combinations(pipeline.OPTIONAL, count):
             config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear")
             qmodel, params = ours(

@@ -117,7 +117,9 @@ def test_without_the_adapter_the_base_is_as_it_was() -> None:
         assert not torch.equal(qmodel(**batch()).logits, off)
 
 
-@pytest.mark.parametrize("backend", ["inductor", "eager"])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("inductor", marks=pytest.mark.slow), "aot_eager", "eager"]
+)
 def test_plain_lora_has_pefts_numbers(backend: str, tmp_path: Path) -> None:
     """The same A and B over the same dense weights; nothing is in 4 bits."""
     model = peer_llama()

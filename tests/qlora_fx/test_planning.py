@@ -68,7 +68,8 @@ def most_allocated(step: Any) -> int:
     return most
 
 
-@pytest.mark.parametrize("budget", [1.0, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [1.0, 0.0])
 def test_the_plan_is_what_a_step_allocates(budget: float) -> None:
     """Everything held exactly, kind by kind; the peak within 5 %."""
     cfg = config(12, hidden_size=256, intermediate_size=704, vocab_size=4000)
