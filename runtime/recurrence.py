@@ -154,7 +154,10 @@ def as_operator(function: Callable[..., Any], module: str) -> Callable[..., Any]
         state = any(k in tensors for k in ("initial_state", "initial_states", "state"))
         if state or any(given.get(k) for k in STATES):
             return function(*args, **kwargs)
-        options = json.dumps({"names": list(tensors), "given": given}, sort_keys=True)
+        try:
+            options = json.dumps({"names": list(tensors), "given": given}, sort_keys=True)
+        except TypeError:  # a free size, or an object
+            return function(*args, **kwargs)
         result = ops.recurrence(
             list(tensors.values()),
             f"{module}:{name}",

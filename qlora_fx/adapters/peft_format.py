@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from torch import nn
 
 from ..compiler.request import check_lora
 from ..config import Config
@@ -100,8 +101,10 @@ def peft_names(
     return names | trained_names(trained, sites, path)
 
 
-def saved_config(lora: LoraConfig, sites: Mapping[str, Site], config: Any) -> dict[str, Any]:
-    """``adapter_config.json``: the user's config with its targets resolved to names that PEFT finds."""
+def saved_config(lora: LoraConfig, sites: Mapping[str, Site], model: nn.Module) -> dict[str, Any]:
+    """``adapter_config.json``: the user's config with its targets resolved to names that PEFT finds in ``model``."""
+    config: Any = model.config
+    modules = [path for path, _ in model.named_modules(remove_duplicate=False)]
     saved = copy.deepcopy(lora)
     saved.inference_mode = True
     saved.base_model_name_or_path = (
@@ -114,7 +117,7 @@ def saved_config(lora: LoraConfig, sites: Mapping[str, Site], config: Any) -> di
         s.weight for s in adapted if s.kind == "linear" and s.name.rpartition(".")[2] in claimed
     }
     if saved.target_modules in (None, "all-linear") or by_parameter:
-        saved.target_modules = target_names(sites, by_parameter)
+        saved.target_modules = target_names(sites, modules, by_parameter)
         saved.exclude_modules = None
     if by_parameter:
         saved.target_parameters = parameter_names(sites, by_parameter)
@@ -155,20 +158,22 @@ def renamed_targets(config: Any) -> frozenset[str]:
         return frozenset()
 
 
-def target_names(sites: Mapping[str, Site], by_parameter: Collection[str] = ()) -> list[str]:
+def target_names(
+    sites: Mapping[str, Site], modules: Collection[str], by_parameter: Collection[str] = ()
+) -> list[str]:
     """The shortest list for PEFT that names exactly the adapted modules: leaf names, or full names.
 
     Args:
+        modules: all paths of the model: a leaf may also name a module that is no linear, or that nothing runs.
         by_parameter: weights that ``target_parameters`` names.
     """
-    modules = [s for s in sites.values() if s.kind in ("linear", "conv")]
-    adapted = {s.name for s in modules if s.adapt and s.weight not in by_parameter}
-    others = {s.name for s in modules} - adapted
+    adapted = {
+        s.name
+        for s in sites.values()
+        if s.kind in ("linear", "conv") and s.adapt and s.weight not in by_parameter
+    }
     leaves = {name.rsplit(".", 1)[-1] for name in adapted}
-    # A number would name the layers of that number too.
-    if any(leaf.isdigit() for leaf in leaves) or any(
-        o.rsplit(".", 1)[-1] in leaves for o in others
-    ):
+    if any(path.rsplit(".", 1)[-1] in leaves for path in modules if path not in adapted):
         return sorted(adapted)
     return sorted(leaves)
 

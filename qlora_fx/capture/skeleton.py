@@ -227,16 +227,30 @@ class Skeleton:
 
 
 def without_writes(program: ExportedProgram, model: str) -> set[str]:
-    """Take out what the model writes to its own frozen weights (Gemma 3n clamps one in train mode), and say so.
+    """Take out what the model writes to a weight's ``.data`` (Gemma 3n clamps one in train mode), and say so.
 
     Returns:
         Names of the inputs that nobody reads.
+
+    Raises:
+        CaptureError: it writes to a weight as such, so that each call would change it (RWKV in eval mode).
     """
     graph = program.graph_module.graph
+    specs = program.graph_signature.input_specs
+    weights = {
+        s.arg.name: s.target for s in specs if s.kind in (InputKind.PARAMETER, InputKind.BUFFER)
+    }
     for node in reversed(graph.find_nodes(op="placeholder")):
         for user in list(node.users):
             schema = getattr(user.target, "_schema", None)
-            if user.users or schema is None or not schema.is_mutable or user.args[0] is not node:
+            if schema is None or not schema.is_mutable or user.args[0] is not node:
+                continue
+            if node.name in weights:
+                raise CaptureError(
+                    f"{model} changes {weights[node.name]} during forward ({schema.name}): each call of a captured graph "
+                    "would change it again. Accepted: models whose forward does not write to their weights"
+                )
+            if user.users:
                 continue
             warnings.warn(
                 f"{model} changes a weight of its own during forward ({schema.name}); that is left out: the base "

@@ -18,6 +18,7 @@ CAPTURED_AGAIN: dict[str, str] = {
     "smolvlm": IMAGES,
     "siglip2": IMAGES,
     "siglip2_vision_model": IMAGES,
+    "qwen2_vl": IMAGES,
     "qwen3_vl": IMAGES,
     "qwen3_vl_moe": IMAGES,
 }
@@ -32,6 +33,7 @@ REFUSED: dict[str, str] = {
     "minimax_m3_vl_text": "Cannot create Dim",
     "mistral3": "is_causal = q_length > 1",
     "parakeet_ctc": "_ctc_loss",
+    "rwkv": "during forward (aten::div_)",
     "prophetnet": "assert torch.all(shifted_input_ids >= 0)",
     "qwen2_5_vl": "get_vision_window_index",
     "qwen4_exp_text": "if num_complete_blocks > 0",
@@ -47,6 +49,8 @@ NO_PEFT: dict[str, str] = {
     "falcon_h1": MAMBA,
     "nemotron_h": MAMBA,
     "deepseek_v4": "PEFT has no adapter for a linear in groups (o_a_proj)",
+    "xlnet": "PEFT has no adapter for weights that are multiplied as [in, heads, size] (said when it is saved)",
+    "dbrx": "PEFT's wrapper hides parameters that the experts read by name",
 }
 """The saved adapter is not compared in PEFT."""
 
@@ -55,5 +59,9 @@ NO_CHECKPOINT: dict[str, str] = {}
 
 SAID: dict[str, tuple[str, ...]] = {
     "gemma3n_text": ("changes a weight of its own", "the weight is computed"),
+    "aimv2": ("unrecognised product",),
+    "siglip2": ("unrecognised product", "the weight is computed"),
+    "siglip2_vision_model": ("unrecognised product", "the weight is computed"),
+    "zamba": ("unrecognised product",),
 }
 """Parts of warnings that belong to a family."""

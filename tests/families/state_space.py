@@ -82,7 +82,7 @@ STATE_SPACE = (
         },
         unpadded,
     ),
-    mamba(
+    like("state-space", MAMBA, unpadded)(
         "xlstm",
         "xLSTMForCausalLM",
         hidden_size=64,
