@@ -50,6 +50,8 @@ NO_PEFT: dict[str, str] = {
     "nemotron_h": MAMBA,
     "deepseek_v4": "PEFT has no adapter for a linear in groups (o_a_proj)",
     "xlnet": "PEFT has no adapter for weights that are multiplied as [in, heads, size] (said when it is saved)",
+    "siglip": "PEFT has no adapter for the packed weights of nn.MultiheadAttention (said when it is saved)",
+    "siglip2": "as siglip",
     "dbrx": "PEFT's wrapper hides parameters that the experts read by name",
 }
 """The saved adapter is not compared in PEFT."""
