@@ -73,8 +73,8 @@ def rewrite(graph: fx.Graph, node: fx.Node) -> bool:
         else:
             options = (stride, padding, dilation, given["groups"])
             new = emit(ops.convolution.default, x, weight, given["bias"], *options, suffix="whole")
-    if "site" in node.meta:  # its row in explain
-        new.meta["site"] = node.meta["site"]
+    if "skipped" in node.meta:  # its row in explain
+        new.meta["skipped"] = node.meta["skipped"]
     node.replace_all_uses_with(new)
     return True
 

@@ -60,8 +60,8 @@ class Config:
         adapter: False builds the quantized model without its adapter.
         return_logits: False lets the loss be computed without its logits.
         disabled: names of stages that are left out.
-        decided: for captures after the first, the verdicts of the first, by site name: storage and adapters
-            exist and are not decided again.
+        decided: for captures after the first, the sites of the first, by name: storage and adapters exist and
+            are not decided again. (``passes.graph.site.Site``, which a leaf does not import.)
         trained: for captures after the first, store keys of the copies that train beside the adapters.
         stored: store keys of weights that a checkpoint has in 4 bits: they stay so wherever the graph allows.
         kept: store keys of weights that stay dense because a 4-bit checkpoint has them dense.

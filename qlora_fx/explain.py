@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .passes.adapt import is_adapter_key
-from .passes.graph.site import Site
+from .passes.graph.site import Site, Verdict
 from .runtime.fastest_dtype import ComputeDtype
 from .weights.base import Base
 
@@ -168,13 +168,13 @@ def explain(base: Base, compute: ComputeDtype) -> Explanation:
     Args:
         compute: the dtype in which linears multiply, and how it came about.
     """
-    flops = sum(site.flops for site in base.sites.values())
+    flops = sum(verdict.flops for verdict in base.verdicts.values())
     dense = base.skeleton.dense_bytes()
     rows = [
-        row_of(site, base, dense.get(site.weight, 0), site.flops / max(flops, 1))
-        for site in base.sites.values()
+        row_of(verdict, base, dense.get(verdict.weight, 0), verdict.flops / max(flops, 1))
+        for verdict in base.verdicts.values()
     ]
-    counted = {k for site in base.sites.values() for k in base.store.keys_of(site.weight)}
+    counted = {k for v in base.verdicts.values() for k in base.store.keys_of(v.weight)}
     other = sum(
         t.nbytes for k, t in base.store.items() if k not in counted and not is_adapter_key(k)
     )
@@ -194,18 +194,19 @@ def explain(base: Base, compute: ComputeDtype) -> Explanation:
     return Explanation(f"{base.skeleton.name} as qlora_fx runs it", rows, other, notes)
 
 
-def row_of(site: Site, base: Base, dense_bytes: int, flops_share: float) -> Row:
-    tensors = base.adapter.tensors(site).values() if site.adapt else ()
+def row_of(verdict: Verdict, base: Base, dense_bytes: int, flops_share: float) -> Row:
+    site = verdict if isinstance(verdict, Site) else None
+    tensors = base.adapter.tensors(site).values() if site and site.adapt else ()
     return Row(
-        name=site.name,
-        op=site.op,
-        shape=site.shape,
+        name=verdict.name,
+        op=verdict.op,
+        shape=site.shape if site else (),
         flops_share=flops_share,
-        quantized=site.quantize,
-        adapted=site.adapt,
-        reason=site.reason,
+        quantized=bool(site and site.quantize),
+        adapted=bool(site and site.adapt),
+        reason=verdict.reason,
         bytes_before=dense_bytes,
-        bytes_after=base.store.bytes_of(site.weight) if site.weight else 0,
+        bytes_after=base.store.bytes_of(verdict.weight) if verdict.weight else 0,
         adapter_bytes=sum(base.store[t.key].nbytes for t in tensors if t.key in base.store),
-        weight=site.weight,
+        weight=verdict.weight,
     )

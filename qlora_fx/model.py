@@ -253,7 +253,7 @@ class QLoRAModel(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT does."""
-        config = saved_config(self.lora_config, self.base.sites, self.base.skeleton.model)
+        config = saved_config(self.base)
         adapter_files.save(folder, self.adapter_state_dict(), config)
 
     def load_adapter(self, folder: str | os.PathLike[str]) -> None:

@@ -104,7 +104,7 @@ def assert_right(family: Family, backend: str) -> list[str]:
     if family.model_type not in ROWS_BY_DATA | DEAD_LINEARS:
         with ParameterFlops(model) as counter, torch.no_grad():
             model(**first)
-        in_rows = sum(site.flops for site in qmodel.base.sites.values())
+        in_rows = sum(verdict.flops for verdict in qmodel.base.verdicts.values())
         assert in_rows >= 0.9999 * counter.flops, (in_rows, counter.flops)
         if not any("computed" in r.reason for r in explanation):
             assert in_rows <= 1.0001 * counter.flops, (in_rows, counter.flops)

@@ -58,14 +58,12 @@ def lora_shapes(site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
     ``[r, in]`` and ``[out, r]``; for experts ``[experts * r, in]`` and ``[out, r * experts]``
     (``peft.tuners.lora.layer.ParamWrapper``); for a convolution with its window of ones behind.
     """
-    out, inn = site.out_features, site.in_features
+    rows, columns = site.out_features, site.in_features
     if site.swapped:
-        out, inn = inn, out
+        rows, columns = columns, rows
     n = site.r * max(site.experts, 1)
-    window: tuple[int, ...] = ()
-    if site.kind == "conv" and site.layout is not None:
-        window = (1,) * (len(site.layout.view) - 2)
-    return (n, inn, *window), (out, n, *window)
+    window = (1,) * (len(site.layout.view) - 2) if site.kind == "conv" else ()
+    return (n, columns, *window), (rows, n, *window)
 
 
 def factors(

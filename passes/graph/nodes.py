@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ...runtime.ops import ops as ops
-from .site import Layout, WeightView
+from .site import Layout, Site, Verdict, WeightView
 
 aten = torch.ops.aten
 
@@ -206,8 +206,22 @@ def weight_view(node: Any) -> WeightView | None:
 
 
 def sites(graph: fx.Graph) -> Iterable[fx.Node]:
-    """The nodes that carry a verdict, in graph order."""
+    """The nodes with a site, in graph order."""
     return (n for n in graph.nodes if "site" in n.meta)
+
+
+def verdict_of(node: fx.Node) -> Verdict | None:
+    found: Verdict | None = node.meta.get("site") or node.meta.get("skipped")
+    return found
+
+
+def verdicts(graph: fx.Graph) -> Iterator[Verdict]:
+    """Sites and what was skipped, in graph order; one of each node."""
+    return (found for node in graph.nodes if (found := verdict_of(node)) is not None)
+
+
+def mark(node: fx.Node, verdict: Verdict) -> None:
+    node.meta["site" if isinstance(verdict, Site) else "skipped"] = verdict
 
 
 def parameter_behind(node: Any) -> fx.Node | None:

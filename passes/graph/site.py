@@ -1,4 +1,4 @@
-"""The *site* mark: the verdict on one linear operation, and how it reads its weight."""
+"""Verdicts: a *site*, or an operation that was skipped; and how a product reads its weight."""
 
 from __future__ import annotations
 
@@ -55,16 +55,17 @@ class WeightView:
 
 @dataclass(frozen=True)
 class Site:
-    """The verdict on one linear operation. ``meta["site"]`` of the canonical node holds it.
+    """The verdict on one product with a weight. ``meta["site"]`` of the canonical node holds it.
 
     Attributes:
         name: the module path as PEFT names it, e.g. ``model.layers.0.self_attn.q_proj``, or the parameter's
             own path where the module is not a linear (``model.layers.0.mlp.experts.gate_up_proj``).
         weight: key of the weight in the parameter store.
         op: how the model spelled the operation (``linear``, ``addmm``, ``einsum``, ...).
-        layout: from the parameter to ``[(experts,) out, in]``; None where the operation was not recognised.
-        kind: what holds the weight: ``linear``, ``conv`` (PEFT's module adapters), ``embedding``, or
-            ``parameter`` (PEFT's ``target_parameters``).
+        layout: from the parameter to ``[(experts,) out, in]``.
+        kind: what holds the weight: ``linear``, ``conv`` (PEFT's module adapters), ``parameter`` (PEFT's
+            ``target_parameters``), ``own`` (a form that PEFT has no adapter for), ``reader`` (another module,
+            whose weight this one borrows), or ``embedding`` (a lookup).
         quantize: whether the weight goes to 4-bit storage.
         adapt: whether a LoRA branch is added.
         reason: why not, where ``quantize`` or ``adapt`` is False; empty otherwise.
@@ -77,7 +78,7 @@ class Site:
     name: str
     weight: str
     op: str
-    layout: Layout | None = None
+    layout: Layout
     kind: str = "linear"
     quantize: bool = False
     adapt: bool = False
@@ -90,8 +91,8 @@ class Site:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(out, in)`` or ``(experts, out, in)``; empty where the operation was not recognised."""
-        return self.layout.shape if self.layout is not None else ()
+        """``(out, in)`` or ``(experts, out, in)``."""
+        return self.layout.shape
 
     @property
     def experts(self) -> int:
@@ -100,14 +101,35 @@ class Site:
 
     @property
     def out_features(self) -> int:
-        return self.shape[-2] if self.shape else 0
+        return self.shape[-2]
 
     @property
     def in_features(self) -> int:
-        return self.shape[-1] if self.shape else 0
+        return self.shape[-1]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An operation with a weight in no form that can be rewritten: it runs as the model wrote it.
+
+    ``meta["skipped"]`` of its node holds it.
+
+    Attributes:
+        name, op, flops: as in ``Site``.
+        weight: key of the first weight that it reads; empty where none is stored.
+        reason: why it was not recognised.
+    """
+
+    name: str
+    weight: str
+    op: str
+    reason: str
+    flops: int = 0
+
+
+Verdict = Site | Skipped
 
 
 def is_flipped(view: WeightView, site: Site) -> bool:
     """True if this reader takes the transpose of what the site describes."""
-    assert site.layout is not None
     return len(site.shape) == 2 and view.layout.permute != site.layout.permute

@@ -95,7 +95,6 @@ def weight_node(
     then: Emitter,
 ) -> fx.Node:
     """The dense weight that a product reads through ``view``, in ``dtype``."""
-    assert site.layout is not None
     if view.expert is not None:
         shared = emission.scheme.shared()
         parts = {

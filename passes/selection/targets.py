@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
+from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
+from ...config import Config
 from ...errors import ConfigError
-from ..graph.site import Site
+from ..graph.site import Site, Skipped, Verdict
 
 
-def targeted_parameter(lora: Any, key: str) -> bool:
-    """PEFT's rule for ``target_parameters``: the parameter's name or the end of it."""
-    return any(key == t or key.endswith(f".{t}") for t in lora.target_parameters or ())
+def targeted_parameter(lora: LoraConfig, key: str) -> bool:
+    return any(names_parameter(target, key) for target in lora.target_parameters or ())
 
 
-def is_excluded(lora: Any, name: str) -> bool:
+def is_excluded(lora: LoraConfig, name: str) -> bool:
     return type(check_target_module_exists(lora, name)).__name__ == "_ExcludedModule"
 
 
-def check_targets(config: Any, found: list[Site], holders: Mapping[str, str]) -> None:
+def check_targets(config: Config, found: list[Verdict], holders: Mapping[str, str]) -> None:
     """Refuse a LoRA config that adapts nothing; say which entries match nothing, or what cannot be adapted."""
-    names = [s.name for s in found]
+    names = [v.name for v in found]
+    sites = [v for v in found if isinstance(v, Site)]
+    adapted = [s for s in sites if s.adapt]
     targets = config.lora.target_modules
     for target in sorted(config.lora.target_parameters or ()):
-        if not any(s.weight == target or s.weight.endswith(f".{target}") for s in found if s.adapt):
-            why = [f"{s.name} ({s.reason})" for s in found if names_parameter(s, target)]
-            keys = sorted({".".join(s.weight.rsplit(".", 2)[-2:]) for s in found})
+        if not any(names_parameter(target, s.weight) for s in adapted):
+            why = [f"{v.name} ({v.reason})" for v in found if names_parameter(target, v.weight)]
+            keys = sorted({".".join(v.weight.rsplit(".", 2)[-2:]) for v in found})
             raise ConfigError(
                 f"target_parameters entry {target!r} matches no parameter that can be adapted"
                 + (f": {', '.join(why[:3])}" if why else "")
@@ -37,8 +39,8 @@ def check_targets(config: Any, found: list[Site], holders: Mapping[str, str]) ->
             )
     entries = () if isinstance(targets, str) or targets is None else sorted(targets)
     doubts = [doubt for t in entries if (doubt := check_target(t, found, holders))]
-    if not any(s.adapt for s in found):
-        large = [s for s in found if "not adapted: r=" in s.reason]
+    if not adapted:
+        large = [s for s in sites if "not adapted: r=" in s.reason]
         if large:
             raise ConfigError(
                 f"LoraConfig.r={config.lora.r} is larger than the smaller dimension of every linear of this "
@@ -53,11 +55,12 @@ def check_targets(config: Any, found: list[Site], holders: Mapping[str, str]) ->
         warnings.warn(doubt, stacklevel=3)
 
 
-def names_parameter(site: Site, target: str) -> bool:
-    return site.weight == target or site.weight.endswith(f".{target}")
+def names_parameter(target: str, key: str) -> bool:
+    """PEFT's rule for one entry of ``target_parameters``: the parameter's name or the end of it."""
+    return key == target or key.endswith(f".{target}")
 
 
-def check_target(target: str, found: list[Site], holders: Mapping[str, str]) -> str:
+def check_target(target: str, found: list[Verdict], holders: Mapping[str, str]) -> str:
     """What to say about one entry of ``target_modules``; empty if all it names is adapted.
 
     Raises:
@@ -67,10 +70,10 @@ def check_target(target: str, found: list[Site], holders: Mapping[str, str]) -> 
     def named(name: str) -> bool:
         return name == target or name.endswith(f".{target}")
 
-    hit = [s for s in found if named(s.name)]
-    cannot = {s.name: s.reason for s in hit if not s.layout}
+    hit = [v for v in found if named(v.name)]
+    cannot = {v.name: v.reason for v in hit if isinstance(v, Skipped)}
     cannot |= {n: "an embedding" for n, kind in holders.items() if kind == "embedding" and named(n)}
-    if cannot and all(s.name in cannot for s in hit):
+    if cannot and all(v.name in cannot for v in hit):
         name, reason = next(iter(cannot.items()))
         more = f" and {len(cannot) - 1} more" if len(cannot) > 1 else ""
         raise ConfigError(
@@ -81,17 +84,16 @@ def check_target(target: str, found: list[Site], holders: Mapping[str, str]) -> 
         listed = ", ".join(f"{n} ({r})" for n, r in cannot.items())
         return f"target_modules entry {target!r} also names what cannot be adapted: {listed}"
     if not hit:
-        hints = near([target], [s.name for s in found])
+        hints = near([target], [v.name for v in found])
         return f"target_modules entry {target!r} matches no linear of this model.{hints}"
     return ""
 
 
-def near(targets: Any, names: list[str]) -> str:
+def near(targets: str | Collection[str] | None, names: list[str]) -> str:
     """A hint with the names closest to what was asked for."""
     leaves = sorted({n.rsplit(".", 1)[-1] for n in names})
-    asked = [targets] if isinstance(targets, str) else sorted(targets or [])
-    close = {
-        c for a in asked for c in difflib.get_close_matches(a.rsplit(".", 1)[-1], leaves, 3, 0.4)
-    }
+    wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
+    ends = [target.rsplit(".", 1)[-1] for target in wanted]
+    close = {name for end in ends for name in difflib.get_close_matches(end, leaves, 3, 0.4)}
     hint = f" Near names: {', '.join(sorted(close))}." if close else ""
     return f"{hint} Linears of this model: {', '.join(leaves)}; or 'all-linear'"

@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..graph.flops import flops
 from ..graph.nodes import VIEWS_AND_CASTS, args_of, aten, parameter_behind, weight_like
-from ..graph.site import Site
+from ..graph.site import Skipped
 from ..linears.einsum import spelling
 from ..linears.spellings import SPELLINGS
 
@@ -69,9 +69,10 @@ HARMLESS = frozenset(
 """Read a parameter of two or more dimensions and are no product."""
 
 
-def unrecognised(node: fx.Node) -> Site | None:
+def unrecognised(node: fx.Node) -> Skipped | None:
     """A product qlora_fx has no canonical form for; None for what is no product with a weight."""
-    weights = [p for p in map(parameter_behind, node.all_input_nodes) if weight_like(p)]
+    found = map(parameter_behind, node.all_input_nodes)
+    weights = [p for p in found if p is not None and weight_like(p)]
     if not weights:
         return computed(node)
     if node.target in VIEWS_AND_CASTS or node.target in HARMLESS:
@@ -79,9 +80,8 @@ def unrecognised(node: fx.Node) -> Site | None:
     if is_pointwise(node) and not is_multiplied_and_summed(node):
         return None
     weight = weights[0]
-    assert weight is not None
     key = weight.meta["stored"]
-    if all(p is not None and p.meta["val"].numel() == 0 for p in weights):
+    if all(p.meta["val"].numel() == 0 for p in weights):
         return None
     op = spelling(node)
     if "conv" in op:
@@ -91,10 +91,10 @@ def unrecognised(node: fx.Node) -> Site | None:
         reason = f"convolutions stay dense (window {'x'.join(map(str, window))}{kind})"
     else:
         reason = f"{UNRECOGNISED} ({op})"
-    return Site(key.removesuffix(".weight"), key, op, reason=reason, flops=flops(node))
+    return Skipped(key.removesuffix(".weight"), key, op, reason, flops(node))
 
 
-def computed(node: fx.Node) -> Site | None:
+def computed(node: fx.Node) -> Skipped | None:
     """A verdict on a product with a weight that is computed from parameters (weight norm, a fused weight)."""
     if node.target not in SPELLINGS:
         return None
@@ -107,7 +107,7 @@ def computed(node: fx.Node) -> Site | None:
     reason = f"{COMPUTED} ({', '.join(read)})"
     if "conv" in op:
         reason = f"convolutions stay dense ({reason})"
-    return Site(node.meta.get("module") or node.name, read[0], op, reason=reason, flops=flops(node))
+    return Skipped(node.meta.get("module") or node.name, read[0], op, reason, flops(node))
 
 
 def is_pointwise(node: fx.Node) -> bool:

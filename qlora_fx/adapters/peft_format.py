@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import nn
 
 from ..compiler.request import check_lora
 from ..config import Config
 from ..errors import AdapterError, ConfigError
 from ..passes.adapters import Adapter
 from ..passes.graph.site import Site
+from ..weights.base import Base
 from .trained import trained_names
 
 
@@ -101,11 +101,12 @@ def peft_names(
     return names | trained_names(trained, sites, path)
 
 
-def saved_config(lora: LoraConfig, sites: Mapping[str, Site], model: nn.Module) -> dict[str, Any]:
-    """``adapter_config.json``: the user's config with its targets resolved to names that PEFT finds in ``model``."""
+def saved_config(base: Base) -> dict[str, Any]:
+    """``adapter_config.json``: the user's config with its targets resolved to names that PEFT finds in the model."""
+    sites, model = base.sites, base.skeleton.model
     config: Any = model.config
     modules = [path for path, _ in model.named_modules(remove_duplicate=False)]
-    saved = copy.deepcopy(lora)
+    saved = copy.deepcopy(base.config.lora)
     saved.inference_mode = True
     saved.base_model_name_or_path = (
         saved.base_model_name_or_path or getattr(config, "_name_or_path", None) or None
@@ -120,7 +121,8 @@ def saved_config(lora: LoraConfig, sites: Mapping[str, Site], model: nn.Module) 
         saved.target_modules = target_names(sites, modules, by_parameter)
         saved.exclude_modules = None
     if by_parameter:
-        saved.target_parameters = parameter_names(sites, by_parameter)
+        weights = {verdict.weight for verdict in base.verdicts.values() if verdict.weight}
+        saved.target_parameters = parameter_names(weights, by_parameter)
         if saved.lora_dropout:
             saved.lora_dropout = 0.0
             warnings.warn(
@@ -178,9 +180,13 @@ def target_names(
     return sorted(leaves)
 
 
-def parameter_names(sites: Mapping[str, Site], adapted: Collection[str]) -> list[str]:
-    """The same for ``target_parameters``: what follows the layer's number, or full names."""
-    others = {s.weight for s in sites.values() if s.weight}.difference(adapted)
+def parameter_names(weights: Collection[str], adapted: Collection[str]) -> list[str]:
+    """The same for ``target_parameters``: what follows the layer's number, or full names.
+
+    Args:
+        weights: of all linears.
+    """
+    others = set(weights).difference(adapted)
     ends = {re.split(r"\.\d+\.", key)[-1] for key in adapted}
     if any(other.endswith(f".{end}") for other in others for end in ends):
         return sorted(adapted)

@@ -82,7 +82,7 @@ class Filler:
         name, key = group.first, self.keys[group.first]
         site = self.sites.get(key)
         old = self.parameter(name)
-        if site is not None and site.layout is not None and site.layout.plain and not site.experts:
+        if site is not None and site.layout.plain and not site.experts:
             builder = self.builder(site)
             pieces = self.checkpoint.shards.pieces(group.single)
             builder.add(0, (piece.to(old.dtype) for piece in pieces))
@@ -115,7 +115,6 @@ class Filler:
         if site is None:
             self.add_dense(group, name, tensor.to(self.base.device, old.dtype).contiguous())
             return
-        assert site.layout is not None
         builder = self.builder(site)
         weight = site.layout.of(tensor)
         for i in range(builder.matrices):
@@ -131,11 +130,7 @@ class Filler:
             for name, one in group.convert(self.checkpoint.read, self.model, i).items():
                 old = self.parameter(name)
                 site = self.sites.get(self.keys[name])
-                layout = (
-                    None
-                    if site is None or site.layout is None
-                    else matrix_layout(site.layout, count)
-                )
+                layout = None if site is None else matrix_layout(site.layout, count)
                 if site is not None and layout is not None:
                     builder = (
                         builders.setdefault(name, self.builder(site)) if i == 0 else builders[name]
@@ -192,7 +187,7 @@ class Filler:
     ) -> Layout:
         """The order in which the file has the parameter ``name``."""
         if weight.own:
-            if site is None or site.layout is None or site.shape != weight.shape:
+            if site is None or site.shape != weight.shape:
                 raise CheckpointError(
                     f"{weight.key} in {self.checkpoint.file_of(weight.key)} is in 4 bits as {list(weight.shape)}; "
                     f"this model reads it as {list(site.shape) if site is not None else 'a dense tensor'}. Load it "

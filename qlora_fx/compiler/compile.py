@@ -19,8 +19,8 @@ from ..capture.check_outputs import check_outputs
 from ..capture.example_inputs import example_inputs
 from ..capture.skeleton import Capture, Skeleton, named_tensors
 from ..config import Config
-from ..passes.graph.nodes import sites
-from ..passes.graph.site import Site
+from ..passes.graph.nodes import verdicts
+from ..passes.graph.site import Site, Verdict
 from ..passes.lowering.warm_up import warm_up
 from ..runtime.fastest_dtype import ComputeDtype
 from ..weights.base import Base, activation_dtype
@@ -133,15 +133,16 @@ def graph_title(training: bool, values: Mapping[str, Any]) -> str:
     return f"{'train' if training else 'eval'}-{'-'.join(names)}"
 
 
-def decide(flat: fx.GraphModule) -> dict[str, Site]:
-    """The verdicts of the first capture, by site name; FLOPs of a linear called several times are added up."""
-    decided: dict[str, Site] = {}
-    for node in sites(flat.graph):
-        site: Site = node.meta["site"]
-        before = decided.get(site.name)
+def decide(flat: fx.GraphModule) -> dict[str, Verdict]:
+    """The verdicts of the first capture, by name; FLOPs of a linear called several times are added up."""
+    decided: dict[str, Verdict] = {}
+    for verdict in verdicts(flat.graph):
+        before = decided.get(verdict.name)
         if before is not None:
-            site = replace(before, flops=before.flops + site.flops)
-        decided[site.name] = site
+            # Of a weight that is read both ways the site counts: it may have an adapter.
+            of_site = isinstance(verdict, Site) and not isinstance(before, Site)
+            verdict = replace(verdict if of_site else before, flops=before.flops + verdict.flops)
+        decided[verdict.name] = verdict
     return decided
 
 

@@ -15,7 +15,8 @@ from torch import fx
 
 from ..config import Config
 from ..passes.adapt import has_branch, is_adapter_key
-from ..passes.graph.nodes import CANONICAL, is_packed, parameter_behind, sites
+from ..passes.graph.nodes import CANONICAL, is_packed, parameter_behind, sites, verdict_of
+from ..passes.graph.site import Site, Verdict
 from ..passes.linears.spellings import recognise
 from ..passes.quantize import reads_storage
 
@@ -59,15 +60,19 @@ def only_canonical_linears_multiply_by_weights(
 
 
 def every_linear_has_a_verdict(gm: fx.GraphModule, config: Config) -> Iterator[Violation]:
-    """Each linear of the model carries a site mark; a negative verdict has a reason."""
+    """Each linear of the model carries a verdict; a negative one has a reason."""
     for node in gm.graph.nodes:
         if node.target not in CANONICAL or is_lora_product(node):
             continue
-        site = node.meta.get("site")
-        if site is None:
+        verdict = verdict_of(node)
+        if verdict is None:
             yield node, "has no verdict", "select must mark every linear"
-        elif not (site.quantize and site.adapt) and not site.reason:
+        elif not verdict.reason and not is_positive(verdict):
             yield node, "is left out without a reason", "select must say why"
+
+
+def is_positive(verdict: Verdict) -> bool:
+    return isinstance(verdict, Site) and verdict.quantize and verdict.adapt
 
 
 def is_lora_product(node: fx.Node) -> bool:

@@ -10,7 +10,8 @@ import sympy
 import torch
 from torch import fx
 
-from ..passes.graph.site import Site
+from ..passes.graph.nodes import verdict_of
+from ..passes.graph.site import Skipped, Verdict
 
 DTYPES = {
     torch.float64: "f64",
@@ -73,9 +74,9 @@ def lines_of(node: fx.Node, symbols: Symbols) -> Iterator[str]:
         stored = sum(is_stored(a) for a in node.args)
         args += [f"<{stored} stored>"] if stored else []
     line = f"%{node.name}: {type_of(node.meta.get('val'), symbols)} = {target(node)}({', '.join(args)})"
-    site = node.meta.get("site")
-    if site is not None:
-        line += f"  # site {site.name}: {verdict(site)}"
+    verdict = verdict_of(node)
+    if verdict is not None:
+        line += f"  # site {verdict.name}: {words_of(verdict)}"
     yield line
 
 
@@ -83,10 +84,12 @@ def is_stored(arg: Any) -> bool:
     return isinstance(arg, fx.Node) and "stored" in arg.meta
 
 
-def verdict(site: Site) -> str:
-    words = ["quantize"] if site.quantize else []
-    words += [f"adapt r={site.r}"] if site.adapt else []
-    words += [site.reason] if site.reason else []
+def words_of(verdict: Verdict) -> str:
+    if isinstance(verdict, Skipped):
+        return verdict.reason
+    words = ["quantize"] if verdict.quantize else []
+    words += [f"adapt r={verdict.r}"] if verdict.adapt else []
+    words += [verdict.reason] if verdict.reason else []
     return ", ".join(words)
 
 

@@ -195,7 +195,6 @@ def compare(base: Base, weights: OriginalWeights, source: str) -> None:
     names, scheme = {key: name for name, key in saved_names(base).items()}, base.scheme
     sites = list(base.quantized_sites().values())
     for site in {s.weight: s for s in (sites[:1] + sites[-1:])}.values():
-        assert site.layout is not None
         name = names[site.weight]
         dtype = base.skeleton.dtypes[name]
         dense = site.layout.of(weights.read(name).to(base.device, dtype))

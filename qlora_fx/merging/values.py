@@ -106,7 +106,6 @@ class Merged:
         site = self.sites.get(key) or next(iter(self.adapted.get(key, ())), None)
         if site is None:
             return self.untouched(name, key, expert)
-        assert site.layout is not None
         layout: Layout | None = site.layout
         if site.experts:
             one = matrix_layout(site.layout, site.experts)
@@ -159,7 +158,6 @@ class Merged:
             parts = self.parts(site.weight, expert)
             rows = self.base.scheme.rows(parts, site.shape[-2:])
         else:
-            assert site.layout is not None
             held = site.layout.of(self.base.store[site.weight].detach())
             rows = self.rows_of(held if expert is None else held[expert])
         return self.with_adapter(rows, site, expert)
@@ -167,7 +165,6 @@ class Merged:
     def original(self, name: str, site: Site, expert: int | None) -> Iterator[torch.Tensor]:
         """The original weight, float32, by rows."""
         assert self.original_weights is not None
-        assert site.layout is not None
         layout = matrix_layout(site.layout, site.experts) if expert is not None else site.layout
         if layout is None:
             assert expert is not None

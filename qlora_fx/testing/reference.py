@@ -141,8 +141,7 @@ class Oracle:
             spread = b.reshape(b.shape[0], site.r, shape[0])
             order = "eio" if site.weight.rpartition(".")[0] in self.stacks else "eoi"
             return torch.einsum(f"ore,eri->{order}", spread, stacked)
-        assert site.layout is not None  # a form PEFT has no adapter for: the canonical weight's
-        if site.experts:
+        if site.experts:  # a form PEFT has no adapter for: the canonical weight's
             stacked = a.reshape(site.experts, site.r, -1)
             spread = b.reshape(b.shape[0], site.r, site.experts).permute(2, 0, 1)
             return site.layout.inverse(spread @ stacked).reshape(shape)
@@ -174,7 +173,6 @@ def dense_weights(model: nn.Module, base: Base) -> dict[str, torch.Tensor]:
     for site in base.sites.values():
         if not site.quantize or site.weight in dense:
             continue
-        assert site.layout is not None
         parts = base.store.parts(site.weight)
         weight = base.scheme.dequantize(parts, site.shape, torch.float32)
         dense[site.weight] = site.layout.inverse(weight).reshape(tensors[site.weight].shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from ..capture.skeleton import Skeleton
 from ..config import Config
 from ..passes.adapters import Adapter, adapter_of
-from ..passes.graph.site import Site
+from ..passes.graph.site import Site, Verdict
 from ..runtime.parameter_store import Store
 from ..runtime.schemes import Scheme, scheme_of
 
@@ -37,7 +38,7 @@ class Base:
     Attributes:
         skeleton: its Python, keys and signature.
         config: what was asked of the passes.
-        sites: the verdict on each linear, by site name.
+        verdicts: on each linear, by name, in the order of the graph.
         store: its weights and, once there are any, its adapters.
         trained: the tensor that each copy that trains beside the adapters is of, by store key of the copy.
         origin: where the weights were loaded from; None for a model that was transformed in memory.
@@ -45,10 +46,15 @@ class Base:
 
     skeleton: Skeleton
     config: Config
-    sites: Mapping[str, Site]
+    verdicts: Mapping[str, Verdict]
     trained: Mapping[str, str] = field(default_factory=dict)
     store: Store = field(default_factory=lambda: Store(nn.Module()))
     origin: Origin | None = None
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """The linears that the passes know, quantized and adapted or not."""
+        return {name: v for name, v in self.verdicts.items() if isinstance(v, Site)}
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +67,7 @@ class Base:
 
     @property
     def decided_config(self) -> Config:
-        """For captures after the first: the verdicts of the first hold."""
+        """For captures after the first: the sites of the first hold."""
         return self.config.with_(decided=self.sites, trained=frozenset(self.trained))
 
     @property

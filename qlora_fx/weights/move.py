@@ -24,7 +24,6 @@ def move_weights(model: nn.Module, base: Base) -> None:
         site = by_weight.get(key)
         tensor = getattr(module, leaf)
         if site is not None:
-            assert site.layout is not None
             dense = site.layout.of(tensor.detach())
             parts = base.scheme.quantize(dense)
             base.store.add_quantized(

@@ -364,6 +364,32 @@ def test_a_weight_that_another_op_reads_stays_dense_and_says_so(config: Config) 
     assert "also read by" in site.reason
 
 
+class Computed(nn.Module):
+    """A linear, and a product whose weight is computed from a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.plain = nn.Linear(8, 8, bias=False)
+        self.doubled = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = nn.functional.linear(self.plain(x), 2 * self.doubled.weight)
+        return y
+
+
+def test_a_product_that_is_not_recognised_is_skipped_and_says_so(config: Config) -> None:
+    with pytest.warns(UserWarning, match="it stays dense and unadapted"):
+        gm = after(select, config, Computed())
+    (node,) = (n for n in gm.graph.nodes if "skipped" in n.meta)
+    skipped = node.meta["skipped"]
+    assert skipped.weight == "doubled.weight"
+    assert skipped.reason == "the weight is computed, not a parameter (doubled.weight)"
+    assert [n.meta["site"].name for n in sites(gm.graph)] == ["plain"]
+    (line,) = (text for text in printer.text(gm).splitlines() if f" %{node.name}: " in text)
+    assert line.endswith(f"  # site {skipped.name}: {skipped.reason}")
+
+
 @pytest.mark.parametrize(
     ("field", "value", "adapted"),
     [

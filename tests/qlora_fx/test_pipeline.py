@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from conftest import Toy, batch, captured, tiny_llama
 from expecttest import assert_expected_inline
 from qlora_fx.capture.skeleton import Skeleton
 from qlora_fx.compiler import invariants, pipeline, printer
+from qlora_fx.compiler.compile import decide
 from qlora_fx.config import Config, Quantization, default_lora
 from qlora_fx.errors import GraphError
-from qlora_fx.passes.graph.nodes import aten, call, sites
+from qlora_fx.passes.graph.nodes import aten, call, mark, sites
+from qlora_fx.passes.graph.site import Layout, Site, Skipped
 from torch import fx, nn
 
 
@@ -129,8 +132,6 @@ def forget_a_verdict(gm: fx.GraphModule) -> None:
 
 
 def give_no_reason(gm: fx.GraphModule) -> None:
-    from dataclasses import replace
-
     node = next(n for n in sites(gm.graph) if n.meta["site"].reason)
     node.meta["site"] = replace(node.meta["site"], reason="")
 
@@ -316,3 +317,16 @@ def test_blocks_that_feed_each_other_in_a_circle_stay_flat(config: Config) -> No
 
     gm = pipeline.run(captured(Crossed()).gm, config).gm
     assert not list(gm.graph.find_nodes(op="call_module"))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_a_weight_that_is_read_both_ways_the_site_counts(order: tuple[int, int]) -> None:
+    site = Site("up", "up.weight", "linear", Layout((6, 8), (0, 1), (6, 8)), adapt=True, flops=2)
+    found = (Skipped("up", "up.weight", "mul", "unrecognised", flops=1), site)
+    graph = fx.Graph()
+    at = graph.placeholder("x")
+    for i in order:
+        at = graph.call_function(torch.relu, (at,))
+        mark(at, found[i])
+    graph.output(at)
+    assert decide(fx.GraphModule(nn.Module(), graph)) == {"up": replace(site, flops=3)}
