@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .graph.nodes import aten, identifier, placeholders
+from ..config import Config
+from .graph.body import Body
+from .graph.nodes import placeholders
 
 INDEXED = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
-
-INPUT_META = frozenset({"val", "stored", "stored_dtype", "format", "trainable"})
-"""What an input of a body keeps of the node it stands for; marks such as ``site`` stay with that node."""
-OF_FLAT_GRAPH = frozenset({"storage"})
-"""Marks that hold nodes of the graph, and have no meaning in another one."""
 
 
 @dataclass
@@ -30,7 +25,7 @@ class Segment:
     nodes: list[fx.Node] = field(default_factory=list)
 
 
-def outline(gm: fx.GraphModule, *, config: Any) -> PassResult:
+def outline(gm: fx.GraphModule, *, config: Config) -> PassResult:
     """Split the graph at the model's repeated blocks and call each distinct body where it stood.
 
     Blocks are found by ``nn_module_stack`` (the outermost ``...<list>.<index>``). Two blocks share a body
@@ -83,21 +78,16 @@ def split(graph: fx.Graph) -> list[Segment]:
             continue
         block = block_of(node)
         if block:
-            own = 2 * order[block] + 1
-            if any(i > own for i in inputs):
+            level[node] = 2 * order[block] + 1
+            if any(i > level[node] for i in inputs):
                 return []
-            level[node] = own
         else:
             level[node] = max(((i + 1) // 2 * 2 for i in inputs), default=0)
     for node in reversed(graph.nodes):
-        listed = isinstance(node.meta.get("val"), (tuple, list)) or node.target is operator.getitem
-        if (
-            node in level
-            and not block_of(node)
-            and from_storage(node)
-            and node.users
-            and not listed
-        ):
+        if node not in level or block_of(node) or not node.users:
+            continue
+        is_list = isinstance(node.meta["val"], (tuple, list)) or node.target is operator.getitem
+        if from_storage(node) and not is_list:
             level[node] = min(level.get(user, level[node]) for user in node.users)
     names = {2 * i + 1: block for block, i in order.items()}
     segments: dict[int, Segment] = {}
@@ -122,19 +112,19 @@ def build(gm: fx.GraphModule, segments: list[Segment]) -> fx.GraphModule:
         env[node] = outer.create_node("placeholder", node.target, name=node.name)
         env[node].meta = dict(node.meta)
     output = next(n for n in gm.graph.nodes if n.op == "output")
-    bodies: dict[Any, str] = {}
-    parts = [Body(segment) for segment in segments]
-    read = {n for part in parts for n in part.inputs if part.env[n].users}
+    names: dict[Any, str] = {}
+    bodies = [Body(segment.nodes, segment.block) for segment in segments]
+    read = {n for body in bodies for n in body.inputs if body.env[n].users}
     read |= set(output.all_input_nodes)
-    for position, (segment, body) in enumerate(zip(segments, parts, strict=True)):
+    for position, (segment, body) in enumerate(zip(segments, bodies, strict=True)):
         body.finish([n for n in segment.nodes if n in read])
         if not body.outputs:
             continue
         key = body.key()
-        if key not in bodies:
-            bodies[key] = body_name(segment, position, len(segments), set(bodies.values()))
-            root.add_module(bodies[key], fx.GraphModule(nn.Module(), body.graph, bodies[key]))
-        emit_call(outer, bodies[key], body, segment, env)
+        if key not in names:
+            names[key] = body_name(segment, position, len(segments), set(names.values()))
+            root.add_module(names[key], fx.GraphModule(nn.Module(), body.graph, names[key]))
+        emit_call(outer, names[key], body, segment, env)
     outer.output(fx.map_arg(output.args[0], lambda n: env[n]))
     result = fx.GraphModule(root, outer, type(gm).__name__)
     result.meta = dict(gm.meta)
@@ -178,127 +168,3 @@ def emit_call(
         item = outer.create_node("call_function", operator.getitem, (call, i), name=node.name)
         item.meta.update(val=node.meta["val"], module=segment.block)
         env[node] = item
-
-
-class Body:
-    """A segment as a graph of its own; its inputs are what it reads from outside, in order of use.
-
-    Symbolic sizes are read again from the body's own tensor inputs rather than passed, so that the body
-    depends on tensors only.
-    """
-
-    def __init__(self, segment: Segment) -> None:
-        self.prefix = segment.block
-        self.graph = fx.Graph()
-        self.inputs: list[fx.Node] = []
-        self.outputs: list[fx.Node] = []
-        self.env: dict[fx.Node, fx.Node] = {}
-        inside = set(segment.nodes)
-        needed = [n for n in segment.nodes if not isinstance(n.meta["val"], torch.SymInt)]
-        for node in needed:
-            for arg in node.all_input_nodes:
-                self.collect(arg, inside)
-        for node in needed:
-            self.copy(node)
-
-    def finish(self, outputs: list[fx.Node]) -> None:
-        """Return ``outputs``, nodes of the segment, and drop what they do not need."""
-        self.outputs = outputs
-        values = tuple(self.env[n] for n in outputs)
-        self.graph.output(values[0] if len(values) == 1 else values)
-        self.graph.eliminate_dead_code()
-        self.drop_unused_inputs()
-
-    def collect(self, node: fx.Node, inside: set[fx.Node]) -> None:
-        """Make ``node`` an input if it comes from outside; symbolic numbers are followed to a tensor."""
-        if isinstance(node.meta["val"], torch.SymInt):
-            for arg in node.all_input_nodes:
-                if not has_symbol(self.inputs, node):
-                    self.collect(arg, inside)
-            return
-        if node in inside or node in self.env:
-            return
-        self.inputs.append(node)
-        new = self.graph.create_node(
-            "placeholder", self.local(node.name), name=self.local(node.name)
-        )
-        new.meta = {k: v for k, v in node.meta.items() if k in INPUT_META}
-        if "stored" in node.meta:
-            new.meta["body"] = node.meta["stored"].removeprefix(f"{self.prefix}.")
-        self.env[node] = new
-
-    def copy(self, node: fx.Node) -> fx.Node:
-        args = fx.map_arg(node.args, self.translate)
-        kwargs = fx.map_arg(dict(node.kwargs), self.translate)
-        new = self.graph.create_node(node.op, node.target, args, kwargs, name=self.local(node.name))
-        new.meta = {k: v for k, v in node.meta.items() if k not in OF_FLAT_GRAPH}
-        self.env[node] = new
-        return new
-
-    def translate(self, node: fx.Node) -> Any:
-        if node in self.env:
-            return self.env[node]
-        assert isinstance(node.meta["val"], torch.SymInt), node
-        expr = node.meta["val"].node.expr
-        for outer in self.inputs:
-            inner = self.env[outer]
-            for dim, size in enumerate(getattr(inner.meta["val"], "shape", ())):
-                if isinstance(size, torch.SymInt) and size.node.expr == expr:
-                    new = self.graph.create_node(
-                        "call_function", aten.sym_size.int, (inner, dim), name="size"
-                    )
-                    new.meta = {**node.meta, "module": self.prefix}
-                    self.env[node] = new
-                    return new
-        return self.copy(node)
-
-    def drop_unused_inputs(self) -> None:
-        kept = []
-        for outer in self.inputs:
-            inner = self.env[outer]
-            if inner.users:
-                kept.append(outer)
-            else:
-                self.graph.erase_node(inner)
-        self.inputs = kept
-
-    def local(self, name: str) -> str:
-        prefix = self.prefix.replace(".", "_")
-        return identifier(name.removeprefix(f"{prefix}_")) if prefix else name
-
-    def key(self) -> Any:
-        """Equal for two bodies that compute the same from inputs of the same types."""
-        index = {node: i for i, node in enumerate(self.graph.nodes)}
-
-        rows = []
-        for node in self.graph.nodes:
-            args = str(fx.map_arg((node.args, dict(node.kwargs)), lambda n: f"%{index[n]}"))
-            role = (node.meta.get("body"), node.meta.get("trainable"))
-            rows.append(
-                (
-                    node.op,
-                    str(node.target) if node.op == "call_function" else "",
-                    args,
-                    role if node.op == "placeholder" else None,
-                    signature(node.meta.get("val")),
-                )
-            )
-        return tuple(rows)
-
-
-def has_symbol(inputs: Iterable[fx.Node], number: fx.Node) -> bool:
-    expr = number.meta["val"].node.expr
-    return any(
-        isinstance(size, torch.SymInt) and size.node.expr == expr
-        for n in inputs
-        if isinstance(n.meta["val"], torch.Tensor)
-        for size in n.meta["val"].shape
-    )
-
-
-def signature(val: Any) -> Any:
-    if isinstance(val, torch.Tensor):
-        return (val.dtype, tuple(map(str, val.shape)), tuple(map(str, val.stride())))
-    if isinstance(val, (tuple, list)):
-        return tuple(map(signature, val))
-    return str(val)

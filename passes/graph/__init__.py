@@ -1,7 +1,8 @@
 """What all passes share.
 
 nodes    how nodes are made, how stored tensors enter, what a node is
-site     a verdict, and how a weight is read
+site     verdicts, and how a weight is read
 weights  which parameter a weight argument reads, and how
 flops    of a product, at the example's sizes
+body     some nodes as a graph of their own
 """
