@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from ..config import Config
 from .adapters import ADAPTER_DTYPE, ROLES, Product, adapter_of
 from .graph.nodes import (
     GROUPED,
@@ -23,7 +24,7 @@ from .graph.site import Site
 from .thaw import TRAINED
 
 
-def adapt(gm: fx.GraphModule, *, config: Any) -> PassResult:
+def adapt(gm: fx.GraphModule, *, config: Config) -> PassResult:
     """Join an adapter to the result of each site: for LoRA add ``scaling * (dropout(x) A^T) B^T`` (arXiv:2106.09685).
 
     Which nodes those are is the adapter's to say (adapters/).
@@ -64,7 +65,7 @@ def result_of(linear: fx.Node) -> fx.Node:
     return linear
 
 
-def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: Any) -> None:
+def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: Config) -> None:
     site: Site = linear.meta["site"]
     view = linear.meta.get("weight_read") or weight_view(linear.args[1])
     assert view is not None
@@ -87,6 +88,6 @@ def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: A
     replace_other_uses(result, adapted)
 
 
-def ends_of(node: fx.Node) -> Any:
+def ends_of(node: fx.Node) -> fx.Node | None:
     """Where each expert's rows end; None for an ordinary linear."""
     return arguments(node)["ends"] if node.target in GROUPED else None

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from ..config import Config
 from .graph.nodes import Emitter, arguments, aten, cast, ops
 from .loss_head import trains
 
@@ -24,7 +25,7 @@ SHORT = 8
 """Widest window of a depthwise convolution that is written out as a sum; state-space models have 3 or 4."""
 
 
-def convolutions(gm: fx.GraphModule, *, config: Any) -> PassResult:
+def convolutions(gm: fx.GraphModule, *, config: Config) -> PassResult:
     """Write short depthwise convolutions out as sums; keep all others whole.
 
     Inductor fuses the sum, forward and backward, with what stands around it: a depthwise convolution is pointwise

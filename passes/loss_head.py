@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from ..config import Config
 from .graph.nodes import CASTS, Emitter, arguments, aten, cast, ops, parameter_behind
 from .graph.site import Site
 from .schemes import storage_of
@@ -35,7 +36,7 @@ class Chain:
     softcap: float = 0.0
 
 
-def loss_head(gm: fx.GraphModule, *, config: Any) -> PassResult:
+def loss_head(gm: fx.GraphModule, *, config: Config) -> PassResult:
     """Where nobody asked for logits, ``linear -> float -> cross_entropy`` becomes one chunked operator.
 
     See runtime/loss.py. The output that held the logits becomes None; they are computed when asked for
@@ -72,7 +73,7 @@ def loss_head(gm: fx.GraphModule, *, config: Any) -> PassResult:
     return PassResult(gm, modified)
 
 
-def chain_to_head(loss: fx.Node, config: Any) -> Chain | None:
+def chain_to_head(loss: fx.Node, config: Config) -> Chain | None:
     """The way from a loss back to a frozen head; None if another reader needs the logits, or it is another loss."""
     given = arguments(loss)
     logits, labels = given["self"], given["target"]
@@ -140,7 +141,7 @@ def understand(chain: Chain) -> bool:
     return bent == bool(chain.softcap)
 
 
-def rewrite(graph: fx.Graph, loss: fx.Node, chain: Chain, config: Any) -> None:
+def rewrite(graph: fx.Graph, loss: fx.Node, chain: Chain, config: Config) -> None:
     head = chain.head
     site: Site = head.meta["site"]
     given = arguments(loss)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from ..config import Config
 from .graph.nodes import CASTS, aten
 from .graph.weights import matrix_view
 from .linears.einsum import contract, spelling
@@ -27,7 +27,7 @@ ASSERTIONS = frozenset(
 FULL_SLICE_END = 2**63 - 1
 
 
-def normalize(gm: fx.GraphModule, *, config: Any) -> PassResult:
+def normalize(gm: fx.GraphModule, *, config: Config) -> PassResult:
     """Rewrite each product with a weight to ``linear`` or ``grouped_linear``; remove assertions and no-ops.
 
     Known spellings are in spellings.py and experts.py. A weight argument that is a view of a parameter gets

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
@@ -112,7 +112,7 @@ def build(gm: fx.GraphModule, segments: list[Segment]) -> fx.GraphModule:
         env[node] = outer.create_node("placeholder", node.target, name=node.name)
         env[node].meta = dict(node.meta)
     output = next(n for n in gm.graph.nodes if n.op == "output")
-    names: dict[Any, str] = {}
+    names: dict[Hashable, str] = {}
     bodies = [Body(segment.nodes, segment.block) for segment in segments]
     read = {n for body in bodies for n in body.inputs if body.env[n].users}
     read |= set(output.all_input_nodes)

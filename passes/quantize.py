@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from ..config import Config
 from .graph.nodes import (
     CANONICAL,
     GROUPED,
@@ -26,7 +27,7 @@ from .graph.site import Site
 from .schemes import Emission, emission_of, stored_parts, weight_node
 
 
-def quantize(gm: fx.GraphModule, *, config: Any) -> PassResult:
+def quantize(gm: fx.GraphModule, *, config: Config) -> PassResult:
     """Replace the dense weight of each selected site by its storage and the nodes that make it dense again.
 
     Which nodes those are is the scheme's to say (schemes/). The matmul stays an ordinary ``aten.linear`` on the dequantized weight. See Note [Where the gradient
@@ -78,7 +79,7 @@ def reads_storage(node: fx.Node) -> bool:
 
 
 def quantize_site(
-    graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, emission: Emission, config: Any
+    graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, emission: Emission, config: Config
 ) -> None:
     """Rewrite one ``linear`` or ``grouped_linear``; inputs and result are cast where dtypes differ."""
     site: Site = linear.meta["site"]
@@ -116,7 +117,7 @@ def quantize_site(
 
 
 def quantize_lookup(
-    graph: fx.Graph, node: fx.Node, inputs: StoredInputs, emission: Emission, config: Any
+    graph: fx.Graph, node: fx.Node, inputs: StoredInputs, emission: Emission, config: Config
 ) -> None:
     """Make only those rows of an embedding dense that are looked up.
 

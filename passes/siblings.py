@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from ..config import Config
 from .graph.nodes import CASTS, Emitter, aten, cast
 
 
-def siblings(gm: fx.GraphModule, *, config: Any) -> PassResult:
+def siblings(gm: fx.GraphModule, *, config: Config) -> PassResult:
     """Stack ``lora_A`` of linears with one input (q, k and v; gate and up): one product where there were several.
 
     The backward gains more: one product for the gradient of all ``lora_A``, and one for that of the input,
@@ -32,7 +34,7 @@ def siblings(gm: fx.GraphModule, *, config: Any) -> PassResult:
         %k_lora_a_part: f32[B, S, 2] = aten.slice(%q_lora_a_all, -1, 2, 4)
     """
     graph = gm.graph
-    families: dict[Any, list[fx.Node]] = {}
+    families: dict[tuple[fx.Node, torch.dtype], list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=aten.linear.default):
         if "lora_a" not in node.meta:
             continue
@@ -46,10 +48,11 @@ def siblings(gm: fx.GraphModule, *, config: Any) -> PassResult:
     return PassResult(gm, bool(found))
 
 
-def uncast(node: Any) -> Any:
+def uncast(node: Any) -> fx.Node:
     while node.op == "call_function" and node.target in CASTS:
         node = node.args[0]
-    return node
+    found: fx.Node = node
+    return found
 
 
 def stack(graph: fx.Graph, family: list[fx.Node]) -> None:

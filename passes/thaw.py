@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from ..config import Config
 from ..errors import ConfigError
 from .graph.nodes import StoredInputs, identifier, placeholders, sites
 
@@ -17,7 +17,7 @@ TRAINED = "trained"
 """Before the last part of a trained copy's store key: ``lm_head.trained.weight``."""
 
 
-def thaw(gm: fx.GraphModule, *, config: Any) -> PassResult:
+def thaw(gm: fx.GraphModule, *, config: Config) -> PassResult:
     """Let readers of a tensor that trains read a copy of their own, float32, which requires grad.
 
     The tensor itself stays in the store as it was: that is the base, without the adapter.

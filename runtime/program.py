@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch.utils import _pytree as pytree
 
@@ -45,7 +46,7 @@ class Program:
         self.out_spec = out_spec
         self.device = inputs[0][1].device
         self.calls = 0
-        self.prepare: Callable[[Mapping[Any, int]], None] | None = None
+        self.prepare: Callable[[Mapping[sympy.Expr, int]], None] | None = None
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Run on the call's arguments.
@@ -64,9 +65,9 @@ class Program:
             outputs = self.run(*self.stored, *tensors)
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
-    def fit(self, values: Mapping[str, Any]) -> tuple[list[torch.Tensor], dict[Any, int]]:
+    def fit(self, values: Mapping[str, Any]) -> tuple[list[torch.Tensor], dict[sympy.Expr, int]]:
         """The call's tensors in the graph's order, and its free sizes."""
-        sizes: dict[Any, tuple[int, str]] = {}
+        sizes: dict[sympy.Expr, tuple[int, str]] = {}
         tensors = []
         for name, expected in self.inputs:
             tensor = values[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import fx
@@ -52,7 +52,7 @@ class Product:
     view: WeightView
     x: fx.Node
     result: fx.Node
-    ends: Any
+    ends: fx.Node | None
     dropout: float
 
 

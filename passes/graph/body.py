@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ class Body:
         prefix = self.prefix.replace(".", "_")
         return identifier(name.removeprefix(f"{prefix}_")) if prefix else name
 
-    def key(self) -> Any:
+    def key(self) -> Hashable:
         """Equal for two bodies that compute the same from inputs of the same types."""
         index = {node: i for i, node in enumerate(self.graph.nodes)}
 

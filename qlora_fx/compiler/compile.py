@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from transformers import PreTrainedModel
 
 from ..capture.arguments import Call, Signature
 from ..capture.check_outputs import check_outputs
@@ -52,7 +53,7 @@ class Prepared:
 
 
 def prepare(
-    model: Any,
+    model: PreTrainedModel,
     request: Request,
     device: torch.device | None = None,
     *,
@@ -146,7 +147,7 @@ def decide(flat: fx.GraphModule) -> dict[str, Verdict]:
     return decided
 
 
-def embedding_keys(model: Any, getter: str, skeleton: Skeleton) -> frozenset[str]:
+def embedding_keys(model: PreTrainedModel, getter: str, skeleton: Skeleton) -> frozenset[str]:
     """Store keys of the tensors of the input or the output embedding; vision and speech models have none."""
     try:
         module = getattr(model, getter)()
@@ -158,7 +159,9 @@ def embedding_keys(model: Any, getter: str, skeleton: Skeleton) -> frozenset[str
     return frozenset(skeleton.keys[name] for name, t in named_tensors(model) if id(t) in wanted)
 
 
-def example_call(model: Any, skeleton: Skeleton, inputs: Mapping[str, Any] | None) -> Call:
+def example_call(
+    model: PreTrainedModel, skeleton: Skeleton, inputs: Mapping[str, Any] | None
+) -> Call:
     """The call to capture first: the user's example, or one made from the model's signature."""
     if inputs is None:
         inputs = example_inputs(model, skeleton.signature, skeleton.device)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from transformers import PreTrainedModel
 
 from ..compiler.compile import Prepared, prepare
 from ..compiler.recompute import Budget, Calls, Split, free_sizes
@@ -59,14 +60,14 @@ class Draft:
         timeline.append(Moment("optimizer", 0, 4 * UPDATE * min(PIECE, flat)))
         return Plan(base.skeleton.name, settings, held, timeline, split)
 
-    def timeline(self, split: Split, sizes: Mapping[Any, int]) -> list[Moment]:
+    def timeline(self, split: Split, sizes: Mapping[sympy.Expr, int]) -> list[Moment]:
         """Forward through the program's calls, and back."""
         known = {calls.name: calls for calls in split.bodies}
         numbers: dict[str, int] = {}
         steps: list[
             tuple[str, int, int, int]
         ] = []  # place, held, forward's and backward's working bytes
-        memo: dict[Any, tuple[int, int, int]] = {}
+        memo: dict[tuple[str, bool], tuple[int, int, int]] = {}
         for node in self.outer.graph.nodes:
             if node.op != "call_module":
                 continue
@@ -89,7 +90,7 @@ class Draft:
                 moments.append(Moment(f"backward {place}", held, back))
         return moments
 
-    def shared(self, sizes: Mapping[Any, int]) -> int:
+    def shared(self, sizes: Mapping[sympy.Expr, int]) -> int:
         """Bytes that several calls read, and live through the step: masks and rotary tables.
 
         What one call reads is counted with what that call saves.
@@ -103,7 +104,7 @@ def is_item(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
-def working(calls: Calls, recompute: bool, sizes: Mapping[Any, int]) -> tuple[int, int, int]:
+def working(calls: Calls, recompute: bool, sizes: Mapping[sympy.Expr, int]) -> tuple[int, int, int]:
     """Bytes that a call leaves for backward, and the most it has live in forward and in backward."""
     body = calls.body
     if not any(body.flowing):  # nothing below an adapter is split
@@ -113,7 +114,7 @@ def working(calls: Calls, recompute: bool, sizes: Mapping[Any, int]) -> tuple[in
     return (calls.inputs if recompute else calls.held), forward, backward
 
 
-def draft(model: Any, request: Request) -> Draft:
+def draft(model: PreTrainedModel, request: Request) -> Draft:
     """Trace a model without weights up to its split program. On a CPU, whatever it is planned for."""
     prepared = prepare(model, request, torch.device("cpu"))
     return Draft(prepared, lower(prepared.result.gm, backend="aot_eager"))

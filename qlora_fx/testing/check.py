@@ -221,7 +221,7 @@ def compare(
 
 
 def step(
-    run: Any, batch: Mapping[str, Any]
+    run: QLoRAModel | Oracle, batch: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Outputs by place and gradients by adapter name of one forward and backward of a model or an oracle."""
     if isinstance(run, Oracle):
