@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -55,33 +55,33 @@ def convolutions(gm: fx.GraphModule, *, config: Config) -> PassResult:
 
 
 def rewrite(graph: fx.Graph, node: fx.Node) -> bool:
-    given = arguments(node)
-    x, weight = given["input"], given["weight"]
+    args = arguments(node)
+    x, weight = args["input"], args["weight"]
     sizes = weight.meta["val"].dim() - 2
-    if given.get("transposed") or x.meta["val"].dim() != sizes + 2:
+    if args.get("transposed") or x.meta["val"].dim() != sizes + 2:
         return False  # an unbatched input
-    if any(trains(given[name]) for name in ("weight", "bias")):
+    if any(trains(args[name]) for name in ("weight", "bias")):
         return False  # the operator has no gradient for them
-    stride, dilation = (per_size(given[name], sizes) for name in ("stride", "dilation"))
+    stride, dilation = (per_size(args[name], sizes) for name in ("stride", "dilation"))
     emit = Emitter(graph, node)
     with graph.inserting_before(node):
-        padding = given["padding"]
+        padding = args["padding"]
         if isinstance(padding, str):
             x, padding = padded_by_name(emit, x, weight, padding, dilation)
         padding = per_size(padding, sizes)
-        if is_short(x, weight, stride, dilation, given["groups"]):
-            new = as_sum(graph, emit, x, weight, given["bias"], padding[0])
+        if is_short(x, weight, stride, dilation, args["groups"]):
+            new = as_sum(graph, emit, x, weight, args["bias"], padding[0])
         else:
-            options = (stride, padding, dilation, given["groups"])
-            new = emit(ops.convolution.default, x, weight, given["bias"], *options, suffix="whole")
+            options = (stride, padding, dilation, args["groups"])
+            new = emit(ops.convolution.default, x, weight, args["bias"], *options, suffix="whole")
     if "skipped" in node.meta:  # its row in explain
         new.meta["skipped"] = node.meta["skipped"]
     node.replace_all_uses_with(new)
     return True
 
 
-def per_size(given: Any, sizes: int) -> list[int]:
-    values = [given] if isinstance(given, int) else list(given)
+def per_size(value: int | Sequence[int], sizes: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
     return values * sizes if len(values) == 1 else values
 
 

@@ -75,11 +75,11 @@ def loss_head(gm: fx.GraphModule, *, config: Config) -> PassResult:
 
 def chain_to_head(loss: fx.Node, config: Config) -> Chain | None:
     """The way from a loss back to a frozen head; None if another reader needs the logits, or it is another loss."""
-    given = arguments(loss)
-    logits, labels = given["self"], given["target"]
-    if given["weight"] is not None or given["label_smoothing"]:
+    args = arguments(loss)
+    logits, labels = args["self"], args["target"]
+    if args["weight"] is not None or args["label_smoothing"]:
         return None
-    if given["reduction"] not in (MEAN, SUM):
+    if args["reduction"] not in (MEAN, SUM):
         return None
     if logits.meta["val"].dim() != 2 or labels.meta["val"].dim() != 1:
         return None
@@ -111,25 +111,25 @@ def trains(weight: Any) -> bool:
 
 def understand(chain: Chain) -> bool:
     """Read slices, scale and softcap off the chain; False for anything else."""
-    viewed = False
+    is_flat = False
     cap = 0.0  # what the logits were divided by before tanh
-    bent = False
+    past_tanh = False
     for node in chain.nodes:
         if node.target in KEEPS_ROWS:
-            viewed |= node.target not in CASTS and node.meta["val"].dim() == 2
+            is_flat |= node.target not in CASTS and node.meta["val"].dim() == 2
         elif node.target is aten.slice.Tensor:
-            if viewed or node.args[1] in (-1, node.meta["val"].dim() - 1):
+            if is_flat or node.args[1] in (-1, node.meta["val"].dim() - 1):
                 return False
             chain.slices.append(node)
         elif node.target is aten.tanh.default:
-            if bent or not cap:
+            if past_tanh or not cap:
                 return False
-            chain.scale, bent = chain.scale * cap, True
+            chain.scale, past_tanh = chain.scale * cap, True
         elif node.target in (aten.mul.Tensor, aten.div.Tensor):
             by = node.args[1]
             if not isinstance(by, (int, float)) or not by:
                 return False
-            if bent:
+            if past_tanh:
                 if node.target is not aten.mul.Tensor or chain.softcap or by != cap:
                     return False
                 chain.softcap = float(by)
@@ -138,38 +138,38 @@ def understand(chain: Chain) -> bool:
                 cap = by if node.target is aten.div.Tensor else 0.0
         else:
             return False
-    return bent == bool(chain.softcap)
+    return past_tanh == bool(chain.softcap)
 
 
 def rewrite(graph: fx.Graph, loss: fx.Node, chain: Chain, config: Config) -> None:
     head = chain.head
     site: Site = head.meta["site"]
-    given = arguments(loss)
+    args = arguments(loss)
     x, weight, *bias = head.args
     then = Emitter(graph, head)
     with graph.inserting_before(loss):
         rows: Any = x
-        for cut in chain.slices:
-            rows = then(aten.slice.Tensor, rows, *cut.args[1:], suffix="positions")
+        for step in chain.slices:
+            rows = then(aten.slice.Tensor, rows, *step.args[1:], suffix="positions")
         rows = then(aten.reshape.default, rows, [-1, site.in_features], suffix="rows")
         storage, blocksize, quant_type = storage_of(weight)
         triple = then(
             ops.linear_cross_entropy.default,
-            *(rows, storage, bias[0] if bias else None, given["target"], given["ignore_index"]),
+            *(rows, storage, bias[0] if bias else None, args["target"], args["ignore_index"]),
             *(chain.scale, chain.softcap, list(site.shape), blocksize, quant_type, True),
             suffix="loss",
         )
         triple.meta["site"] = site
         result = then(operator.getitem, triple, 0, suffix="total")
-        if given["reduction"] == MEAN:
+        if args["reduction"] == MEAN:
             count = then(operator.getitem, triple, 1, suffix="count")
             result = then(aten.div.Tensor, result, count, suffix="mean")
         result = cast(graph, result, loss.meta["val"].dtype, f"{head.name}_mean_cast")
     loss.replace_all_uses_with(result)
-    gone = {chain.head, *chain.nodes}
+    old = {chain.head, *chain.nodes}
     output = next(iter(graph.find_nodes(op="output")))
     results: Any = output.args[0]
-    output.args = (tuple(None if value in gone else value for value in results),)
+    output.args = (tuple(None if value in old else value for value in results),)
     graph.erase_node(loss)
     for node in (*chain.nodes[::-1], chain.head):
         graph.erase_node(node)

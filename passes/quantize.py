@@ -30,8 +30,8 @@ from .schemes import Emission, emission_of, stored_parts, weight_node
 def quantize(gm: fx.GraphModule, *, config: Config) -> PassResult:
     """Replace the dense weight of each selected site by its storage and the nodes that make it dense again.
 
-    Which nodes those are is the scheme's to say (schemes/). The matmul stays an ordinary ``aten.linear`` on the dequantized weight. See Note [Where the gradient
-    rule lives] in lower.py for why it is not one opaque op.
+    Which nodes those are is the scheme's to say (schemes/). The matmul stays an ordinary ``aten.linear`` on the
+    dequantized weight. See Note [Where the gradient rule lives] in lower.py for why it is not one opaque op.
 
     Before::
 

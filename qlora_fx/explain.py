@@ -92,17 +92,17 @@ class Explanation:
         )
         body = [
             (
-                group.name,
+                name,
                 row.op,
                 "x".join(map(str, row.shape)),
-                f"{100 * row.flops_share * group.count:.1f} %",
+                f"{100 * row.flops_share * count:.1f} %",
                 "yes" if row.quantized else "no",
                 "yes" if row.adapted else "no",
-                size(row.bytes_before * group.count),
-                size(row.bytes_after * group.count),
+                size(row.bytes_before * count),
+                size(row.bytes_after * count),
                 row.reason,
             )
-            for group, row in grouped(self.rows)
+            for name, count, row in by_layer(self.rows)
         ]
         widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
         lines = [
@@ -119,29 +119,27 @@ class Explanation:
         return "\n".join([self.title, *self.notes, "", *lines, "", summary])
 
 
-@dataclass(frozen=True)
-class Group:
-    name: str
-    count: int
+def by_layer(rows: list[Row]) -> Iterator[tuple[str, int, Row]]:
+    """Rows that differ only in layer numbers, as one line: ``model.layers.{0..29}.mlp.up_proj``.
 
-
-def grouped(rows: list[Row]) -> Iterator[tuple[Group, Row]]:
-    """Rows that differ only in layer numbers, as one line: ``model.layers.{0..29}.mlp.up_proj``."""
-    groups: dict[Any, list[Row]] = {}
+    Yields:
+        the line's name, how many rows it stands for, and the first of them.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         pattern = tuple("*" if part.isdigit() else part for part in row.name.split("."))
         key = (pattern, row.op, row.shape, row.quantized, row.adapted, row.reason, row.bytes_after)
         groups.setdefault(key, []).append(row)
     for (pattern, *_), members in groups.items():
         if len(members) == 1:
-            yield Group(members[0].name, 1), members[0]
+            yield members[0].name, 1, members[0]
             continue
-        parts = [m.name.split(".") for m in members]
-        shown = [
-            part if part != "*" else numbers(sorted({int(p[i]) for p in parts}))
+        paths = [row.name.split(".") for row in members]
+        name = [
+            part if part != "*" else numbers(sorted({int(path[i]) for path in paths}))
             for i, part in enumerate(pattern)
         ]
-        yield Group(".".join(shown), len(members)), members[0]
+        yield ".".join(name), len(members), members[0]
 
 
 def numbers(values: list[int]) -> str:

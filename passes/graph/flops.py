@@ -26,8 +26,8 @@ def numel(node: Any) -> int:
 def flops(node: fx.Node) -> int:
     """Multiplications and additions of a product, 2 per weight and row, at the capture's example sizes."""
     if node.target in CANONICAL:
-        out, inn = (hint(s) for s in args_of(node)[1].meta["val"].shape[-2:])
-        return 2 * numel(node.args[0]) // max(inn, 1) * out * inn
+        out_size, in_size = (hint(s) for s in args_of(node)[1].meta["val"].shape[-2:])
+        return 2 * numel(node.args[0]) // max(in_size, 1) * out_size * in_size
     if "conv" in spelling(node):
         size = [hint(s) for s in args_of(node)[1].meta["val"].shape]
         return 2 * numel(node) * math.prod(size[1:])

@@ -68,7 +68,7 @@ def fake_value(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
     """
     mode = fake_mode(graph)
     known: dict[Any, Any] = vars(mode).setdefault("_qlora_fx_known", {})
-    key = (target, str(fx.map_arg((args, kwargs), described)))
+    key = (target, str(fx.map_arg((args, kwargs), description)))
     found = known.get(key)
     if found is None:
         # The dispatcher in Python: PyTorch's C++ would ask for sizes as numbers, and so fix free ones.
@@ -78,12 +78,12 @@ def fake_value(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
     return found
 
 
-def described(node: fx.Node) -> str:
+def description(node: fx.Node) -> str:
     """What a fake kernel can see of a node's value."""
-    return str(pytree.tree_map(seen, node.meta["val"]))
+    return str(pytree.tree_map(value_description, node.meta["val"]))
 
 
-def seen(val: Any) -> str:
+def value_description(val: Any) -> str:
     if isinstance(val, torch.Tensor):
         return f"{val.dtype} {tuple(val.shape)} {val.stride()} {val.device}"
     return str(val)

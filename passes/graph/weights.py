@@ -95,27 +95,28 @@ def matrix_view(node: fx.Node, *, transposed: bool = False) -> WeightView | None
             layout = Layout(layout.view, layout.permute[::-1], layout.shape[::-1])
     if layout is not None:
         return WeightView(key, layout)
-    out, inn = map(int, view.shape)
+    height, width = map(int, view.shape)
+    size = height * width
     (by_out, by_in), offset = map(int, view.stride()), int(view.storage_offset())
     n = math.prod(raw)
-    by_row = by_in == 1 and by_out == inn
-    by_column = by_out == 1 and by_in >= out
-    if len(raw) == 3 and offset % (out * inn) == 0 and n == raw[0] * out * inn:
-        if by_row and raw[1:] == (out, inn):
-            return WeightView(key, Layout(raw, (0, 1, 2), raw), expert=offset // (out * inn))
-        if by_column and raw[1:] == (inn, out):
-            stack = Layout(raw, (0, 2, 1), (raw[0], out, inn))
-            return WeightView(key, stack, expert=offset // (out * inn))
-    if by_column and by_in == out and n % (out * inn) == 0 and offset % (out * inn) == 0:
-        count = n // (out * inn)  # matrices under each other, read one by one
-        stack = Layout((count, inn, out), (0, 2, 1), (count, out, inn))
-        return WeightView(key, stack, expert=offset // (out * inn))
-    if by_row and n % inn == 0 and offset % inn == 0:
-        whole = (n // inn, inn)
+    by_row = by_in == 1 and by_out == width
+    by_column = by_out == 1 and by_in >= height
+    if len(raw) == 3 and offset % size == 0 and n == raw[0] * size:
+        if by_row and raw[1:] == (height, width):
+            return WeightView(key, Layout(raw, (0, 1, 2), raw), expert=offset // size)
+        if by_column and raw[1:] == (width, height):
+            stack = Layout(raw, (0, 2, 1), (raw[0], height, width))
+            return WeightView(key, stack, expert=offset // size)
+    if by_column and by_in == height and n % size == 0 and offset % size == 0:
+        count = n // size  # matrices under each other, read one by one
+        stack = Layout((count, width, height), (0, 2, 1), (count, height, width))
+        return WeightView(key, stack, expert=offset // size)
+    if by_row and n % width == 0 and offset % width == 0:
+        whole = (n // width, width)
         return WeightView(
-            key, Layout(whole, (0, 1), whole), rows=(offset // inn, offset // inn + out)
+            key, Layout(whole, (0, 1), whole), rows=(offset // width, offset // width + height)
         )
-    if by_column and n == by_in * inn and offset + out <= by_in:
-        fused = Layout((inn, by_in), (1, 0), (by_in, inn))
-        return WeightView(key, fused, rows=(offset, offset + out))
+    if by_column and n == by_in * width and offset + height <= by_in:
+        fused = Layout((width, by_in), (1, 0), (by_in, width))
+        return WeightView(key, fused, rows=(offset, offset + height))
     return None

@@ -45,7 +45,7 @@ def spelling(node: fx.Node) -> str:
 
 
 @dataclass
-class Split:
+class Roles:
     """Letters by role: of a stack (in all three), summed over, of the result from ``x``, from the weight."""
 
     stack: str
@@ -54,27 +54,27 @@ class Split:
     out: str
 
 
-def splits(product: Product) -> Split | None:
+def roles_of(product: Product) -> Roles | None:
     """The letters' roles; None where one is summed in one factor alone, or nothing is summed over."""
     xs, ws, out = product.sum
     sizes = product.weight.meta["val"].shape
     ws_real = [c for c in ws if c in xs + out or sizes[ws.index(c)] != 1]
     if any(c not in ws + out for c in xs) or any(c not in xs + out for c in ws_real):
         return None
-    split = Split(
+    roles = Roles(
         "".join(c for c in out if c in xs and c in ws),
         "".join(c for c in xs if c in ws and c not in out),
         "".join(c for c in out if c in xs and c not in ws),
         "".join(c for c in out if c in ws and c not in xs),
     )
-    return split if split.summed else None
+    return roles if roles.summed else None
 
 
-def part_of(product: Product, split: Split) -> WeightView | None:
+def part_of(product: Product, roles: Roles) -> WeightView | None:
     """What a product reads that takes only some rows of a parameter, or one expert of a stack."""
-    if dims(product.weight) != 2 or split.stack or len(split.out) != 1:
+    if dims(product.weight) != 2 or roles.stack or len(roles.out) != 1:
         return None
-    return matrix_view(product.weight, transposed=product.sum[1] != split.out + split.summed)
+    return matrix_view(product.weight, transposed=product.sum[1] != roles.out + roles.summed)
 
 
 def contract(graph: fx.Graph, node: fx.Node, product: Product, name: str) -> fx.Node:
@@ -82,46 +82,46 @@ def contract(graph: fx.Graph, node: fx.Node, product: Product, name: str) -> fx.
 
     The caller sets the insertion point.
     """
-    split = splits(product)
-    assert split is not None
+    roles = roles_of(product)
+    assert roles is not None
     xs, ws, out = product.sum
     build = Builder(graph, node, name)
     size = build.sizes(product)
 
-    groups = [split.stack, split.out, split.summed]
+    groups = [roles.stack, roles.out, roles.summed]
     letters = "".join(groups)
     sizes = dict(zip(ws, map(int, product.weight.meta["val"].shape), strict=True))
     matrix = [math.prod(sizes[c] for c in g) for g in groups]
     whole = whole_view(product.weight)
     if whole is None:
-        weight = build.part(product, split)
+        weight = build.part(product, roles)
     else:
         unit = [c for c in ws if c not in letters]  # size 1: the window of a 1x1 convolution
         order = tuple(whole.permute[ws.index(c)] for c in (*letters, *unit))
-        layout = Layout(whole.view, order, tuple(matrix if split.stack else matrix[1:]))
+        layout = Layout(whole.view, order, tuple(matrix if roles.stack else matrix[1:]))
         weight = build.weight(product.weight, layout)
 
-    x = build.arrange(product.x, xs, split.stack + split.rows + split.summed)
-    rows = [size(c) for c in split.stack + split.rows]
-    one = len(split.out) == 1
-    if split.stack:
-        count = [size(c) for c in split.rows]
+    x = build.arrange(product.x, xs, roles.stack + roles.rows + roles.summed)
+    rows = [size(c) for c in roles.stack + roles.rows]
+    one = len(roles.out) == 1
+    if roles.stack:
+        count = [size(c) for c in roles.rows]
         x = build.then(aten.reshape.default, x, [-1, matrix[2]], suffix="rows")
         ends = build.ends(matrix[0], count)
         y = build.main(ops.grouped_linear.default, x, weight, ends)
     else:
-        if len(split.summed) != 1:
+        if len(roles.summed) != 1:
             x = build.then(aten.reshape.default, x, [*rows, matrix[2]], suffix="rows")
-        inner_bias = product.bias if one and fits(product, split) else None
+        inner_bias = product.bias if one and fits(product, roles) else None
         args = (x, weight) if inner_bias is None else (x, weight, inner_bias)
         y = build.main(aten.linear.default, *args)
-    if split.stack or not one:
+    if roles.stack or not one:
         y = build.then(
-            aten.reshape.default, y, [*rows, *(sizes[c] for c in split.out)], suffix="unfold"
+            aten.reshape.default, y, [*rows, *(sizes[c] for c in roles.out)], suffix="unfold"
         )
-    y = build.arrange(y, split.stack + split.rows + split.out, out)
+    y = build.arrange(y, roles.stack + roles.rows + roles.out, out)
     alpha, beta = product.scale
-    if split.stack or not (one and fits(product, split)):
+    if roles.stack or not (one and fits(product, roles)):
         if alpha != 1:
             y = build.then(aten.mul.Tensor, y, alpha, suffix="alpha")
         if product.bias is not None and beta != 0:
@@ -132,11 +132,11 @@ def contract(graph: fx.Graph, node: fx.Node, product: Product, name: str) -> fx.
     return y
 
 
-def fits(product: Product, split: Split) -> bool:
+def fits(product: Product, roles: Roles) -> bool:
     """True if the bias is one number per output feature, as ``linear`` takes it, and nothing is scaled."""
     if product.scale != (1, 1):
         return False
-    return product.bias is None or (dims(product.bias) == 1 and len(split.out) == 1)
+    return product.bias is None or (dims(product.bias) == 1 and len(roles.out) == 1)
 
 
 class Builder:
@@ -202,12 +202,12 @@ class Builder:
         at.meta["weight_view"] = WeightView(root.meta["stored"], layout)
         return at
 
-    def part(self, product: Product, split: Split) -> fx.Node:
+    def part(self, product: Product, roles: Roles) -> fx.Node:
         """The weight argument itself, transposed if need be, tagged with the part that it reads."""
-        view = part_of(product, split)
+        view = part_of(product, roles)
         assert view is not None
         weight = product.weight
-        if product.sum[1] != split.out + split.summed:
+        if product.sum[1] != roles.out + roles.summed:
             weight = self.then(aten.t.default, weight, suffix="weight_t")
         weight.meta["weight_view"] = view
         return weight

@@ -1,4 +1,4 @@
-"""The ways to write a product with a weight, each read as an Einstein sum; contract.py builds the canonical form."""
+"""The ways to write a product with a weight, each read as an Einstein sum; einsum.py builds the canonical form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx
 
 from ..graph.nodes import args_of, aten
 from ..graph.weights import dims, is_weight, whole_view
-from .einsum import Product, part_of, splits
+from .einsum import Product, part_of, roles_of
 
 
 def recognise(node: fx.Node) -> Product | None:
@@ -22,10 +22,10 @@ def recognise(node: fx.Node) -> Product | None:
     product = reader(node)
     if product is None:
         return None
-    split = splits(product)
-    if split is None:
+    roles = roles_of(product)
+    if roles is None:
         return None
-    if whole_view(product.weight) is None and part_of(product, split) is None:
+    if whole_view(product.weight) is None and part_of(product, roles) is None:
         return None
     return product
 

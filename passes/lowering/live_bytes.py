@@ -34,22 +34,22 @@ class Event:
     moment: sympy.Expr
 
 
-def events(graph: fx.Graph, given: Iterable[fx.Node]) -> list[Event]:
+def events(graph: fx.Graph, transient: Iterable[fx.Node]) -> list[Event]:
     """The changes of what is live while ``graph`` runs.
 
     Args:
-        given: placeholders that are live at the start because of this graph, and freed after their last reader
+        transient: placeholders that are live at the start because of this graph, and freed after their last reader
             (what the forward saved, and the gradients that come in). Other placeholders are parameters.
     """
     output: Any = next(iter(graph.find_nodes(op="output")))
-    given = set(given)
+    transient = set(transient)
     reads: dict[fx.Node, frozenset[fx.Node]] = {}  # buffers that a node's value is read from
     last: dict[fx.Node, fx.Node] = {}
     made: dict[fx.Node, sympy.Expr] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
-            reads[node] = frozenset({node}) if node in given else frozenset()
-            if node in given:
+            reads[node] = frozenset({node}) if node in transient else frozenset()
+            if node in transient:
                 made[node] = size_of(node)
             continue
         through = frozenset(b for n in node.all_input_nodes for b in reads.get(n, ()))

@@ -81,10 +81,10 @@ def loss_flops(node: fx.Node) -> sympy.Expr:
 
 
 def loss_workspace(node: fx.Node) -> sympy.Expr:
-    given = arguments(node)
-    x, head = given["x"].meta["val"], given["weight"][0].meta["val"]
-    dense = not given["quant_type"] and head.dtype == x.dtype
-    shape = (expression(x.shape[0]), *given["shape"], x.dtype.itemsize)
+    args = arguments(node)
+    x, head = args["x"].meta["val"], args["weight"][0].meta["val"]
+    dense = not args["quant_type"] and head.dtype == x.dtype
+    shape = (expression(x.shape[0]), *args["shape"], x.dtype.itemsize)
     return workspace(*shape, dense=dense, smaller=sympy.Min)  # type: ignore[no-any-return]
 
 

@@ -19,6 +19,7 @@ numbers are always kept, for drawn again they would be others.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import sympy
@@ -40,8 +41,8 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
 
     Args:
         held: positions of inputs that are parameters or storage, which live anyway.
-        own: positions of inputs that are activations, which are held because of this body. Other inputs (masks,
-            rotary tables) live through the step anyway.
+        activations: positions of inputs that are held because of this body. Other inputs (masks, rotary tables)
+            live through the step anyway.
         recompute: keep nothing but the inputs and what was drawn at random.
 
     Attributes:
@@ -56,12 +57,12 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
     def __init__(
         self,
         held: frozenset[int],
-        own: frozenset[int] = frozenset(),
+        activations: frozenset[int] = frozenset(),
         *,
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.held, self.own = held, own
+        self.held, self.activations = held, activations
         self.recompute = recompute
         self.saved: list[fx.Node] = []
         self.inputs: list[fx.Node] = []
@@ -81,24 +82,24 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
         self.saved = [n for n in outputs[kwargs["num_fwd_outputs"] :] if isinstance(n, fx.Node)]
         self.inputs = list(forward.graph.find_nodes(op="placeholder"))
         self.flops = tuple(self.captured(flops_of(g.graph)) for g in (forward, backward))
-        given = ((), self.given(backward.graph))
-        forth, back = (
-            [
-                Event(e.node, self.captured(e.bytes), self.captured(e.moment))
-                for e in events(g.graph, known)
-            ]
-            for g, known in zip((forward, backward), given, strict=True)
-        )
-        self.live = (forth, back)
+        transient = self.transient(backward.graph)
+        self.live = (self.events(forward.graph, ()), self.events(backward.graph, transient))
         return forward, backward
 
     def captured(self, formula: Any) -> sympy.Expr:
         """A formula over sizes in the symbols of the capture."""
         return sympy.sympify(formula).xreplace(self.symbols)
 
-    def given(self, backward: fx.Graph) -> list[fx.Node]:
-        """What comes into the backward and goes with it: saved values that are its own, and gradients."""
-        others = {n.name for i, n in enumerate(self.inputs) if i not in self.own}
+    def events(self, graph: fx.Graph, transient: Iterable[fx.Node]) -> list[Event]:
+        """``live_bytes.events`` in the symbols of the capture."""
+        return [
+            Event(e.node, self.captured(e.bytes), self.captured(e.moment))
+            for e in events(graph, transient)
+        ]
+
+    def transient(self, backward: fx.Graph) -> list[fx.Node]:
+        """What comes into the backward and goes with it: saved values that are the body's, and gradients."""
+        others = {n.name for i, n in enumerate(self.inputs) if i not in self.activations}
         return [n for n in backward.find_nodes(op="placeholder") if n.name not in others]
 
     def uuid(self) -> Any:
@@ -183,12 +184,12 @@ def activations(partition: Partition, flowing: tuple[bool, ...]) -> list[tuple[s
         partition: after the body was compiled.
         flowing: which inputs of the body are activations of its own, as the output of the block before.
     """
-    own = {n for n, flows in zip(partition.inputs, flowing, strict=False) if flows}
+    inputs = {n for n, flows in zip(partition.inputs, flowing, strict=False) if flows}
     found: dict[fx.Node, sympy.Expr] = {}
     for node in partition.saved:
-        base = viewed(node)
+        base = base_of(node)
         val = base.meta["val"]
-        if isinstance(val, torch.Tensor) and (base.op != "placeholder" or base in own):
+        if isinstance(val, torch.Tensor) and (base.op != "placeholder" or base in inputs):
             found[base] = partition.captured(elements(val) * val.element_size())
     return [(node.name, size) for node, size in found.items()]
 
@@ -199,7 +200,7 @@ def flops_of(graph: fx.Graph) -> sympy.Expr:
     return sum((operator_of(node).flops(node) for node in calls), ZERO)
 
 
-def viewed(node: fx.Node) -> fx.Node:
+def base_of(node: fx.Node) -> fx.Node:
     """The node whose memory a view shows."""
     views = VIEWS_AND_CASTS - CASTS - COPIES
     while node.target in views and isinstance(node.meta.get("val"), torch.Tensor):

@@ -106,23 +106,23 @@ def weight_node(
     weight = emission.dense(parts, list(site.shape[-2:]), dtype, then)
     weight.meta["storage"] = Storage(parts, emission)
     if view.expert is None and view.layout != site.layout:
-        weight = relaid(weight, site.layout, view.layout, then)
+        weight = change_layout(weight, site.layout, view.layout, then)
     if view.rows is not None:
         weight = then(aten.slice.Tensor, weight, 0, *view.rows, suffix="dequant_rows")
     return weight
 
 
-def relaid(weight: fx.Node, stored: Layout, wanted: Layout, then: Emitter) -> fx.Node:
+def change_layout(weight: fx.Node, old: Layout, new: Layout, then: Emitter) -> fx.Node:
     """A weight stored for one reader as another reads it (a tied autoencoder's ``W`` and ``W.T``)."""
-    if stored.view == wanted.view and stored.permute == wanted.permute[::-1] == (0, 1):
+    if old.view == new.view and old.permute == new.permute[::-1] == (0, 1):
         return then(aten.t.default, weight, suffix="dequant_t")
-    back = [stored.permute.index(i) for i in range(len(stored.permute))]
+    back = [old.permute.index(i) for i in range(len(old.permute))]
     steps = [
-        (aten.reshape.default, [stored.view[i] for i in stored.permute]),
+        (aten.reshape.default, [old.view[i] for i in old.permute]),
         (aten.permute.default, back),
-        (aten.reshape.default, list(wanted.view)),
-        (aten.permute.default, list(wanted.permute)),
-        (aten.reshape.default, list(wanted.shape)),
+        (aten.reshape.default, list(new.view)),
+        (aten.permute.default, list(new.permute)),
+        (aten.reshape.default, list(new.shape)),
     ]
     for target, arg in steps:
         weight = then(target, weight, arg, suffix="dequant_relaid")

@@ -81,8 +81,8 @@ def check_target(target: str, found: list[Verdict], holders: Mapping[str, str]) 
             "Accepted: linears, convolutions of width 1, and expert weights; qlora_fx.explain lists them"
         )
     if cannot:
-        listed = ", ".join(f"{n} ({r})" for n, r in cannot.items())
-        return f"target_modules entry {target!r} also names what cannot be adapted: {listed}"
+        names = ", ".join(f"{n} ({r})" for n, r in cannot.items())
+        return f"target_modules entry {target!r} also names what cannot be adapted: {names}"
     if not hit:
         hints = near([target], [v.name for v in found])
         return f"target_modules entry {target!r} matches no linear of this model.{hints}"
@@ -92,8 +92,8 @@ def check_target(target: str, found: list[Verdict], holders: Mapping[str, str]) 
 def near(targets: str | Collection[str] | None, names: list[str]) -> str:
     """A hint with the names closest to what was asked for."""
     leaves = sorted({n.rsplit(".", 1)[-1] for n in names})
-    wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
-    ends = [target.rsplit(".", 1)[-1] for target in wanted]
+    entries = [targets] if isinstance(targets, str) else sorted(targets or [])
+    ends = [target.rsplit(".", 1)[-1] for target in entries]
     close = {name for end in ends for name in difflib.get_close_matches(end, leaves, 3, 0.4)}
     hint = f" Near names: {', '.join(sorted(close))}." if close else ""
     return f"{hint} Linears of this model: {', '.join(leaves)}; or 'all-linear'"
