@@ -38,7 +38,7 @@ class Base:
     Attributes:
         skeleton: its Python, keys and signature.
         config: what was asked of the passes.
-        verdicts: on each linear, by name, in the order of the graph.
+        verdicts: the verdict on each operation with a weight, by name, in the order of the graph.
         store: its weights and, once there are any, its adapters.
         trained: the tensor that each copy that trains beside the adapters is of, by store key of the copy.
         origin: where the weights were loaded from; None for a model that was transformed in memory.
