@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from ..compiler.request import check_lora
+from ..compiler.check_lora import check_lora
 from ..config import Config
 from ..errors import AdapterError, ConfigError
 from ..passes.adapters import Adapter
