@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from ..runtime.attention_kernels import devices
 from .graph.nodes import Emitter, arguments, aten, call, ops
 
 COMPARISONS = frozenset(
@@ -28,8 +29,9 @@ def attention(gm: fx.GraphModule, *, config: Any) -> PassResult:
 
     A captured model builds a mask of ``[sequence, sequence]`` and its kernel reads all of it. What the batch
     made of it is seen by ``mask_kind`` once per call: exactly causal, or anything else (padding, a window), of
-    which the tiles that hide everything are skipped. Keys that a model repeats for its query heads are taken as they were before. On a GPU
-    PyTorch's kernels are kept: seeing the mask would wait for the device.
+    which the tiles that hide everything are skipped. Keys that a model repeats for its query heads are taken as
+    they were before. Where no kernel of ours is for the device, PyTorch's are kept. On a GPU that is so: seeing
+    the mask would wait for the device.
 
     Before::
 
@@ -54,10 +56,10 @@ def attention(gm: fx.GraphModule, *, config: Any) -> PassResult:
 
 
 def rewrite(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, fx.Node]) -> bool:
-    given = arguments(node)
-    q, mask, scale = given["query"], given["attn_mask"], given["scale"]
-    k, v = before_repeat(given["key"], q), before_repeat(given["value"], q)
-    if given["dropout_p"] or not may_be_causal(q, k, v, mask, given["is_causal"]):
+    args = arguments(node)
+    q, mask, scale = args["query"], args["attn_mask"], args["scale"]
+    k, v = before_repeat(args["key"], q), before_repeat(args["value"], q)
+    if args["dropout_p"] or not may_be_causal(q, k, v, mask, args["is_causal"]):
         return False
     if scale is None:
         scale = float(int(q.meta["val"].shape[-1]) ** -0.5)
@@ -65,19 +67,19 @@ def rewrite(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, fx.Node]) -> bo
         with graph.inserting_after(mask):
             name = f"{mask.name}_kind"
             kinds[mask] = call(graph, ops.mask_kind.default, (mask,), name=name, like=mask)
-    then = Emitter(graph, node)
+    emit = Emitter(graph, node)
     with graph.inserting_before(node):
-        pair = then(ops.attention.default, q, k, v, mask, kinds.get(mask), scale, suffix="causal")
-        result = then(operator.getitem, pair, 0, suffix="result")
+        pair = emit(ops.attention.default, q, k, v, mask, kinds.get(mask), scale, suffix="causal")
+        result = emit(operator.getitem, pair, 0, suffix="result")
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     return True
 
 
 def may_be_causal(q: Any, k: Any, v: Any, mask: Any, is_causal: bool) -> bool:
-    """True where every query stands for one key, and the mask compares positions."""
+    """True where a kernel is for the device, every query stands for one key, and the mask compares positions."""
     values = [n.meta["val"] for n in (q, k, v)]
-    if any(t.dim() != 4 or t.device.type != "cpu" for t in values):
+    if any(t.dim() != 4 or t.device.type not in devices() for t in values):
         return False
     if str(values[0].shape[2]) != str(values[1].shape[2]):
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -18,19 +18,18 @@ from .checkpoints.save import write_quantized
 from .compiler.compile import Prepared
 from .compiler.programs import Programs
 from .compiler.request import check_memory_budget
-from .errors import ConfigError, ModelError
 from .explain import Explanation, explain
 from .generate import with_forward
 from .memory.saved_activations import Activations, saved_activations
 from .merging.merge import MergeReport, merge
-from .optimizer import adapter_optimizer, check_groups
+from .optimizer import AdapterOptimizers
 from .passes.adapt import is_adapter_key
 from .runtime import adapter_files
-from .runtime.optimizer import Flat
 from .units import parse_size
+from .weights.store_module import StoreModule
 
 
-class QLoRAModel(nn.Module):
+class QLoRAModel(StoreModule):
     """A transformed model.
 
     Call it with the model's own arguments; it returns the model's own output class. Each new set of
@@ -48,39 +47,18 @@ class QLoRAModel(nn.Module):
     """
 
     def __init__(self, prepared: Prepared) -> None:
-        super().__init__()
         base = prepared.base
+        super().__init__(base)
         add_adapters(base)
-        self.base = base
         self.programs = Programs(base, prepared.request.backend, prepared.request.memory_budget)
         signature = prepared.call.signature(training=True)
         self.programs.add(signature, prepared.capture, prepared.result)
         self._compute = prepared.compute
         self._adapter_enabled = True
-        self._flat: Flat | None = None
-        # The store's tensors are this module's own parameters and buffers.
-        for members in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[members] = base.store.root.__dict__[members]
+        self._optimizers = AdapterOptimizers()
+        self.read_store()
 
     # -- the model it stands for ------------------------------------------------------------------
-
-    @property
-    def config(self) -> Any:
-        """The Hugging Face config."""
-        return self.base.skeleton.model.config
-
-    @property
-    def generation_config(self) -> Any:
-        return self.base.skeleton.model.generation_config
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of activations and logits."""
-        return self.base.activation_dtype
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -172,20 +150,17 @@ class QLoRAModel(nn.Module):
             lr: learning rate. QLoRA uses 2e-4 up to 13B parameters, 1e-4 above.
             optimizer: ``PagedAdamW32bit``, ``PagedAdamW8bit``, ``PagedLion``, or another paged one by name.
             weight_decay: decoupled weight decay; 0 as in QLoRA.
-            params: parameters or group dicts, each of them an adapter parameter. Default: all of them as
-                views of one buffer, updated in pieces of 1M elements, so that a step is a few calls and the
-                state is large enough to be paged; ``optimizer.param_groups[0]["params"]`` are the pieces.
+            params: adapter parameters, or group dicts of them. Default: all as views of one buffer, updated in
+                pieces of 1M elements, large enough to be paged; ``param_groups[0]["params"]`` are the pieces.
             options: passed on to bitsandbytes (``betas``, ``eps``, ...).
 
         Raises:
             ConfigError: unknown optimizer, or a parameter that is no adapter of this model.
         """
-        if params is not None:
-            groups = check_groups(params, dict(self.adapter_parameters()))
-            return adapter_optimizer(groups, optimizer, lr, weight_decay, options)
-        if self._flat is None:
-            self._flat = Flat(p for _, p in self.adapter_parameters())
-        return adapter_optimizer(self._flat, optimizer, lr, weight_decay, options)
+        adapters = dict(self.adapter_parameters())
+        return self._optimizers.make(
+            adapters, params, optimizer, lr=lr, weight_decay=weight_decay, options=options
+        )
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -195,39 +170,6 @@ class QLoRAModel(nn.Module):
             yield
         finally:
             self._adapter_enabled = before
-
-    def _apply(self, fn: Any, recurse: bool = True) -> QLoRAModel:
-        """``.to``, ``.half``, ``.cuda``: allowed where they change nothing, else refused."""
-        for name, tensor in self.base.store.items():
-            new = fn(tensor)
-            if new.device != tensor.device or new.dtype != tensor.dtype:
-                raise ConfigError(
-                    f"{name} cannot move from {tensor.dtype} on {tensor.device} to {new.dtype} on {new.device}: "
-                    "the captured graph is for that dtype and device. Move the model, then transform it"
-                )
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> QLoRAModel:
-        """Accepts the device and dtype the model already has; refuses others (see ``_apply``)."""
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and torch.device(device).type != self.device.type:
-            raise ConfigError(
-                f"cannot move from {self.device} to {device}: move the model, then transform it"
-            )
-        if dtype is not None and dtype != self.dtype:
-            raise ConfigError(
-                f"cannot cast from {self.dtype} to {dtype}: pass compute_dtype= to transform"
-            )
-        return self
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        """``copy.deepcopy``, ``pickle`` and ``torch.save`` of the model: its compiled graphs cannot be copied."""
-        raise ModelError(
-            "a QLoRAModel cannot be copied or pickled: its compiled graphs read one set of tensors. To keep it, "
-            "save_pretrained(folder) writes the adapter and save_quantized(folder) the base, which "
-            "qlora_fx.from_pretrained loads; for a second model, transform a copy of the dense one. As a reference "
-            "without its adapter, the same model serves: with qmodel.disable_adapter()"
-        )
 
     # -- adapters ---------------------------------------------------------------------------------
 
@@ -273,10 +215,9 @@ class QLoRAModel(nn.Module):
     ) -> None:
         """Write the base in 4 bits: an ordinary transformers + bitsandbytes checkpoint, without the adapter.
 
-        Where bitsandbytes' format cannot say what the model holds (experts or embeddings in 4 bits), a format
-        that only qlora_fx loads is written, and a warning says so (``qlora_fx.checkpoints.save`` describes it). A tokenizer
-        in the folder that the model came from is copied. The folder appears whole or not at all; files of
-        others in it stay.
+        Where bitsandbytes' format cannot say what the model holds (experts or embeddings in 4 bits), only qlora_fx
+        loads what is written, and a warning says so (``qlora_fx.checkpoints.save``). The tokenizer that lies
+        beside the original is copied. The folder appears whole or not at all; files of others in it stay.
 
         Args:
             folder: a new folder, or one that is written over.
@@ -298,15 +239,13 @@ class QLoRAModel(nn.Module):
     ) -> MergeReport:
         """Write an ordinary checkpoint with the adapter merged into the weights.
 
-        Measures first (logged at level info on the logger ``qlora_fx``, and returned): for each weight the relative
-        error beside what was trained, and how far the logits of the merged model are from this one's. Then writes
-        tensor by tensor. The folder appears whole or not at all.
+        Measures first (returned, and logged on ``qlora_fx`` at level info): each weight's relative error beside what
+        was trained, and how far the logits move. Then writes tensor by tensor; the folder appears whole or not at all.
 
         Args:
             folder: a new folder, or one that is written over; None only measures.
             mode: "dequantized": the values that 4 bits stand for, plus the adapter: what was trained. "base16": the
-                original weights plus the adapter: nearer to the original model, not what was trained.
-                "requantized": the first in 4 bits again, saved as ``save_quantized`` does.
+                original weights plus the adapter. "requantized": the first in 4 bits again, as ``save_quantized``.
             base: the original checkpoint for "base16". Default: where this model was loaded from.
             sample: text (with the tokenizer beside the checkpoint), a dict of the model's arguments, or False for
                 none. Default: a paragraph, or random tokens where there is no tokenizer.
@@ -331,22 +270,9 @@ class QLoRAModel(nn.Module):
     # -- generation -------------------------------------------------------------------------------
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate`` over this model, without a key/value cache.
-
-        Runs in eval mode under ``no_grad`` and puts the mode back. Each new token computes the whole prefix
-        again.
-        """
+        """transformers' ``generate`` in eval mode, without a key/value cache: a token computes its whole prefix again."""
         kwargs["use_cache"] = False
         model = self.base.skeleton.model
         generator = with_forward(model, self, device=self.device, dtype=self.dtype)
         with self._evaluating(), torch.no_grad():
             return generator.generate(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        was_training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(was_training)

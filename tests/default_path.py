@@ -23,8 +23,8 @@ import torch
 from families import Family, build
 from peft import PeftModel
 from qlora_fx.testing import compare, randomize_adapter, relative_error
-from qlora_fx.testing.check import leaves
 from qlora_fx.testing.reference import dense_weights
+from qlora_fx.testing.step import leaves
 
 STEPS = ("transform", "train", "budget", "shape", "eval", "train again", "peft", "checkpoint")
 

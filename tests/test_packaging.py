@@ -16,22 +16,27 @@ PACKAGES = {
 }
 
 
-def test_every_subpackage_is_listed() -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    found = {"qlora_fx"}
+def subpackages() -> dict[str, Path]:
+    """The folder of every package and subpackage, by its full name."""
+    found: dict[str, Path] = {}
     for name, folder in PACKAGES.items():
         for init in folder.rglob("__init__.py"):
             relative = init.parent.relative_to(folder)
             if not any(part in ("passes", "runtime") for part in relative.parts):
-                found.add(".".join((name, *relative.parts)))
-    assert set(settings["packages"]) == found
+                found[".".join((name, *relative.parts))] = init.parent
+    return found
+
+
+def test_every_subpackage_is_listed() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(settings["packages"]) == subpackages().keys()
     assert {k: ROOT / v for k, v in settings["package-dir"].items()} == PACKAGES
     assert (ROOT / "qlora_fx" / "py.typed").exists()
 
 
 def test_every_file_that_is_no_python_is_packaged() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    for name, folder in PACKAGES.items():
+    for name, folder in subpackages().items():
         others = {
             p.name for p in folder.iterdir() if p.is_file() and p.suffix not in (".py", ".pyc")
         }

@@ -28,7 +28,7 @@ ROLES = frozenset(role for adapter in ADAPTERS.values() for role in adapter.role
 
 
 def adapter_kind(lora: LoraConfig) -> str:
-    """Which of ``ADAPTERS`` a config asks for; compiler/request.py refuses configs that ask for another."""
+    """Which of ``ADAPTERS`` a config asks for; compiler/check_lora.py refuses configs that ask for another."""
     return "lora"
 
 

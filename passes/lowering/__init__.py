@@ -1,6 +1,7 @@
 """From a body to code.
 
 compiled_body  a body, compiled as it is called
+example        with which arguments, and for which sizes the result is right
 partition      what its forward keeps for its backward
 live_bytes     what is live while it runs
 operators      FLOPs, workspace and gradients of the operators that are taken whole

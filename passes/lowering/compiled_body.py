@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import sympy
 import torch
 from torch import fx, nn
-from torch._dynamo.source import ConstantSource
 from torch._functorch import config as functorch
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 
+from .example import Example
 from .operators import operator_of
 from .partition import Partition
 from .warm_up import warm_up
@@ -44,14 +41,6 @@ class Variant(NamedTuple):
 
     run: Callable[..., Any]
     holds: Callable[[tuple[int, ...]], bool] | None
-
-
-# Note [Guards of the compiler]
-# AOTAutograd and Inductor may decide something by the sizes that they are shown (a convolution's backward in
-# Inductor fixes the length of a row), and note a guard with their ShapeEnv. Dynamo would check it; here nobody does.
-# So each compilation gets a ShapeEnv of its own, whose symbols have the sizes of the call at hand as hints; the
-# guards that were added are kept and checked before each call, and a call that they refuse is compiled anew.
-# A shared ShapeEnv would also let one body's decision fix the sizes of all others.
 
 
 class CompiledBody(nn.Module):
@@ -89,7 +78,7 @@ class CompiledBody(nn.Module):
         self.recomputed = 0
         self.flowing: tuple[bool, ...] = ()
         self.usual: tuple[bool, ...] = ()
-        self.told = False
+        self.warned = False
 
     def forward(self, *values: Any) -> Any:
         args, (*foreign, call) = values[: len(self.inputs)], values[len(self.inputs) :]
@@ -138,7 +127,7 @@ class CompiledBody(nn.Module):
                     with functorch.patch(force_non_lazy_backward_lowering=True):
                         run: Any = compile_fx(example.gm, example.args, config_patches=patches)
                 except InductorError as error:
-                    self.tell(error)
+                    self.warn_once(error)
                 else:
                     return Variant(run, example.guards())
         example = self.example(key, sizes)
@@ -150,9 +139,9 @@ class CompiledBody(nn.Module):
         gm = tuple_output(self.body, len(self.symbols))
         if not key.needs_grad:
             skip_gradients(gm.graph)
-        held = frozenset(i for i, n in enumerate(self.inputs) if "stored" in n.meta)
-        own = frozenset(i for i, needed in enumerate(key.needs_grad) if needed) - held
-        partition = Partition(held, own, recompute=key.recompute)
+        stored = frozenset(i for i, n in enumerate(self.inputs) if "stored" in n.meta)
+        differentiated = frozenset(i for i, needs in enumerate(key.needs_grad) if needs)
+        partition = Partition(stored, differentiated - stored, recompute=key.recompute)
         vals = [n.meta["val"] for n in self.inputs]
         return Example(gm, vals, key.needs_grad, self.symbols, sizes, partition)
 
@@ -170,105 +159,15 @@ class CompiledBody(nn.Module):
             partition = self.partitions[key] = example.partition
         return partition
 
-    def tell(self, error: Exception) -> None:
-        """Warn once that Inductor refused."""
-        if not self.told:
-            self.told = True
+    def warn_once(self, error: Exception) -> None:
+        """Say that Inductor refused."""
+        if not self.warned:
+            self.warned = True
             warnings.warn(
                 f"Inductor cannot compile {type(self.body).__name__} ({str(error).partition(chr(10))[0]}); it "
                 "runs on PyTorch's own kernels, as with backend='aot_eager'",
                 stacklevel=3,
             )
-
-
-class FreeStrides(ShapeEnv):
-    """Keeps the strides that Inductor gives to what a forward saves as formulas.
-
-    AOTAutograd shows them to the backward as numbers, which are right for one size and guarded by nothing.
-    """
-
-    def evaluate_symexpr(self, code: str) -> Any:
-        return self.deserialize_symexpr(code)
-
-
-class Example:
-    """Arguments for one compilation: fake tensors whose sizes are symbols of a ShapeEnv of their own.
-
-    Args:
-        gm: the graph; takes the tensors and then one integer per symbol.
-        vals: the capture's fake value of each tensor.
-        needs_grad: by tensor; empty: none does.
-        symbols: the capture's free sizes, in the order in which they are passed.
-        sizes: what they are in the call at hand; empty: as in the capture.
-        partition: of the graph; its formulas get the capture's symbols back.
-    """
-
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        vals: Sequence[Any],
-        needs_grad: Sequence[bool],
-        symbols: Sequence[sympy.Symbol],
-        sizes: Sequence[int],
-        partition: Partition,
-    ) -> None:
-        self.gm, self.partition = gm, partition
-        self.env = FreeStrides()
-        self.mode = FakeTensorMode(shape_env=self.env)
-        captured: ShapeEnv = vals[0].fake_mode.shape_env
-        self.free: list[torch.SymInt] = []
-        new: dict[sympy.Expr, sympy.Expr] = {}
-        hints: dict[sympy.Expr, sympy.Integer] = {}
-        for i, symbol in enumerate(symbols):
-            by_data = free_unbacked_symbols(symbol)
-            hint = sizes[i] if sizes else USUAL_ROWS if by_data else hint_of(captured, symbol)
-            # The capture knows sizes of 2 and more only; what holds for them holds for 1.
-            hint = hint if by_data else max(hint, 2)
-            source = ConstantSource(f"size_{i}")
-            expr = self.env.create_symbol(
-                hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=bool(by_data)
-            )
-            self.free.append(
-                cast(torch.SymInt, self.env.create_symintnode(expr, hint=hint, source=source))
-            )
-            new[symbol], hints[symbol] = expr, sympy.Integer(hint)
-
-        def size(old: Any) -> Any:
-            if not isinstance(old, torch.SymInt):
-                return old
-            expr = old.node.expr
-            return self.env.create_symintnode(expr.xreplace(new), hint=int(expr.xreplace(hints)))
-
-        self.args: list[Any] = []
-        with self.mode:
-            for i, val in enumerate(vals):
-                shape, strides = map(size, val.shape), map(size, val.stride())
-                tensor = torch.empty_strided(
-                    tuple(shape), tuple(strides), dtype=val.dtype, device=val.device
-                )
-                self.args.append(tensor.requires_grad_(bool(needs_grad) and needs_grad[i]))
-        self.args += self.free
-        partition.symbols = {n: o for o, n in new.items() if isinstance(n, sympy.Symbol)}
-
-    def guards(self) -> Callable[[tuple[int, ...]], bool] | None:
-        """What the compiler relied on, as a test of sizes; None where it relied on nothing."""
-        fixed = any(not size.node.expr.is_symbol for size in self.free)
-        if not self.env.guards and not fixed:
-            return None
-        # Also sizes that became plain numbers are compared: ignore_static would leave them out.
-        text = self.env.produce_guards_expression(self.free, ignore_static=False)
-        if text is None:
-            return None
-        env = self.env
-        return lambda sizes: env.evaluate_guards_expression(text, [max(s, 2) for s in sizes])
-
-
-USUAL_ROWS = 5
-"""A size that the data decide, where no call is at hand."""
-
-
-def hint_of(env: ShapeEnv, symbol: sympy.Symbol) -> int:
-    return int(env.backed_var_to_val[symbol])
 
 
 def aot_eager(example: Example) -> Callable[..., Any]:

@@ -6,13 +6,13 @@ import threading
 
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-from ...runtime.attention import library
+from ...runtime import attention_kernels
 
 
 class WarmUp:
     """Lets Inductor find out what this CPU can do, which takes 10 s of test compilations, while a model is captured.
 
-    The attention kernel, which is the same for every model, is compiled meanwhile too.
+    Attention kernels, which are the same for every model, are compiled meanwhile too.
 
     The work is in compiler processes; Python's lock is free meanwhile.
     """
@@ -27,7 +27,7 @@ class WarmUp:
 
     def run(self) -> None:
         pick_vec_isa()
-        library()
+        attention_kernels.prepare("cpu")
 
 
 warm_up = WarmUp()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from ..compiler.request import check_lora
+from ..compiler.check_lora import check_lora
 from ..config import Config
 from ..errors import AdapterError, ConfigError
 from ..passes.adapters import Adapter

@@ -1,6 +1,7 @@
 """From a model and a request to programs that run.
 
 request     the arguments of ``transform``, ``from_pretrained`` and ``plan``, checked
+check_lora  which ``LoraConfig`` can be honoured
 compile     capture, pipeline, decisions; needs no weights
 pipeline    the list of passes
 invariants  what each pass establishes

@@ -1,63 +1,30 @@
 """What the user asked for: the arguments of ``transform``, ``from_pretrained`` and ``plan``, checked once for all.
 
-Every field of ``peft.LoraConfig`` and ``transformers.BitsAndBytesConfig`` is honoured or refused by name; nothing is
-ignored.
+Every field of ``peft.LoraConfig`` (``check_lora.py``) and ``transformers.BitsAndBytesConfig`` is honoured or refused by
+name; nothing is ignored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-from ..config import DEFAULT_RANK, DENSE, ROLES, Quantization, default_lora
+from ..config import DENSE, ROLES, Quantization
 from ..errors import ConfigError
 from ..passes.lower import BACKENDS
 from ..runtime.fastest_dtype import ComputeDtype, fastest
 from ..units import SIZES, parse_size
+from .check_lora import check_lora
 from .pipeline import OPTIONAL
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BIASES = ("none", "lora_only", "all")
 STORAGE_DTYPES = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32)
-HONOURED = frozenset(
-    [
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "target_parameters",
-        "rank_pattern",
-        "alpha_pattern",
-        "layers_to_transform",
-        "layers_pattern",
-        "init_lora_weights",
-        "bias",
-        "modules_to_save",
-    ]
-)
-# Bookkeeping of PEFT's that changes nothing in the adapter; kept when the adapter is saved.
-CARRIED = frozenset(
-    [
-        "task_type",
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "fan_in_fan_out",
-        "runtime_config",
-        "qalora_group_size",
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -174,47 +141,6 @@ def check_compute_dtype(dtype: Any) -> torch.dtype | str:
         raise ConfigError(f"compute_dtype={dtype!r}; accepted: 'auto', {names}")
     result: torch.dtype = dtype
     return result
-
-
-def check_lora(lora: LoraConfig | None) -> LoraConfig:
-    """The user's ``LoraConfig`` if every field of it can be honoured.
-
-    Raises:
-        ConfigError: naming the field, its value, and what is accepted.
-    """
-    if lora is None:
-        return default_lora()
-    if not isinstance(lora, LoraConfig):
-        raise ConfigError(
-            f"lora={lora!r} is a {type(lora).__name__}; accepted: a peft.LoraConfig, or None for "
-            f'LoraConfig(r={DEFAULT_RANK}, lora_alpha={DEFAULT_RANK}, target_modules="all-linear")'
-        )
-    for f in fields(lora):
-        if f.name in HONOURED | CARRIED:
-            continue
-        value = getattr(lora, f.name)
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
-        if value != default and value not in (None, False) and value != {}:
-            raise ConfigError(
-                f"LoraConfig.{f.name}={value!r} is not supported; accepted: {default!r} (its default). "
-                f"Supported fields: {', '.join(sorted(HONOURED))}"
-            )
-    if lora.init_lora_weights not in (True, False, "gaussian"):
-        raise ConfigError(
-            f"LoraConfig.init_lora_weights={lora.init_lora_weights!r} is not supported; "
-            "accepted: True, False, 'gaussian'"
-        )
-    if lora.bias not in BIASES:
-        raise ConfigError(
-            f"LoraConfig.bias={lora.bias!r}; accepted: {', '.join(map(repr, BIASES))}"
-        )
-    for name, rank in {"r": lora.r, **(lora.rank_pattern or {})}.items():
-        if not isinstance(rank, int) or rank < 1:
-            where = "LoraConfig.r" if name == "r" else f"LoraConfig.rank_pattern[{name!r}]"
-            raise ConfigError(f"{where}={rank!r}; accepted: an integer of at least 1")
-    if not 0.0 <= lora.lora_dropout < 1.0:
-        raise ConfigError(f"LoraConfig.lora_dropout={lora.lora_dropout!r}; accepted: 0 <= p < 1")
-    return lora
 
 
 def check_quantization(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +21,8 @@ from ..model import QLoRAModel
 from ..passes.graph.nodes import is_packed
 from ..transform import transform
 from .reference import Float64, Oracle, dense_weights, relative_error
+from .report import Line, Report
+from .step import gradient_errors, gradients, leaves, loss_of, step
 
 __all__ = [
     "Float64",
@@ -36,81 +37,6 @@ __all__ = [
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative error accepted, by compute dtype, unless float32 eager PyTorch itself is worse."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """Errors of one site's gradients: of ``lora_A``, of ``lora_B``, and float32 eager PyTorch's worst."""
-
-    name: str
-    lora_a: float
-    lora_b: float
-    eager: float
-    norm: float
-
-    @property
-    def worst(self) -> float:
-        return max(self.lora_a, self.lora_b)
-
-
-@dataclass
-class Report:
-    """What ``check`` found. Printable.
-
-    Attributes:
-        passed: all errors are within ``tolerance``.
-        outputs: relative error of each floating-point output, by place.
-        eager_outputs: the same of float32 eager PyTorch.
-        sites: one line per adapted site, worst first.
-        stages: worst relative error after each stage that was run, in order; empty if none was.
-        culprit: the first stage whose error is above the tolerance; empty if all are within it.
-    """
-
-    model: str
-    tolerance: float
-    outputs: dict[str, float]
-    eager_outputs: dict[str, float]
-    sites: list[Line]
-    stages: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def worst_output(self) -> float:
-        return max(self.outputs.values(), default=0.0)
-
-    @property
-    def worst_gradient(self) -> float:
-        return max((line.worst for line in self.sites), default=0.0)
-
-    @property
-    def passed(self) -> bool:
-        return max(self.worst_output, self.worst_gradient) <= self.tolerance
-
-    @property
-    def culprit(self) -> str:
-        return next((s for s, error in self.stages.items() if not error <= self.tolerance), "")
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.model}: {'passed' if self.passed else 'FAILED'}, relative errors against float64, "
-            f"tolerance {self.tolerance:.0e}"
-        ]
-        for name, error in self.outputs.items():
-            lines.append(f"  output {name}: {error:.1e} (eager {self.eager_outputs[name]:.1e})")
-        lines.append(
-            f"  gradients of {len(self.sites)} sites, worst {self.worst_gradient:.1e}; the worst five:"
-        )
-        width = max((len(line.name) for line in self.sites[:5]), default=0)
-        for line in self.sites[:5]:
-            lines.append(
-                f"    {line.name:{width}}  lora_A {line.lora_a:.1e}  lora_B {line.lora_b:.1e}  "
-                f"(eager {line.eager:.1e}, norm {line.norm:.1e})"
-            )
-        if self.stages:
-            lines.append("  worst error after each stage:")
-            for stage, error in self.stages.items():
-                mark = "  <- introduced here" if stage == self.culprit else ""
-                lines.append(f"    {stage:9} {error:.1e}{mark}")
-        return "\n".join(lines)
 
 
 def check(
@@ -215,62 +141,9 @@ def compare(
         lines.append(Line(key, errors[trained], 0.0, eager_errors[trained], norm))
     lines.sort(key=lambda line: -line.worst)
     if tolerance is None:
-        own = max([*eager_outputs.values(), *(line.eager for line in lines)], default=0.0)
-        tolerance = max(TOLERANCE[qmodel.compute_dtype], 4 * own)
+        eager_error = max([*eager_outputs.values(), *(line.eager for line in lines)], default=0.0)
+        tolerance = max(TOLERANCE[qmodel.compute_dtype], 4 * eager_error)
     return Report(type(model).__name__, tolerance, outputs, eager_outputs, lines)
-
-
-def step(
-    run: QLoRAModel | Oracle, batch: Mapping[str, Any]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Outputs by place and gradients by adapter name of one forward and backward of a model or an oracle."""
-    if isinstance(run, Oracle):
-        output = run(batch)
-        adapters: dict[str, nn.Parameter] = run.adapters
-    else:
-        output = run(**batch)
-        adapters = dict(run.adapter_parameters())
-    found = leaves(output)
-    return found, gradients(scalar(output, found), adapters)
-
-
-def gradients(loss: torch.Tensor, adapters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The gradient of each adapter, zero where it has none."""
-    values = torch.autograd.grad(loss, list(adapters.values()), allow_unused=True)
-    pairs = zip(adapters.items(), values, strict=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}
-
-
-def gradient_errors(
-    grads: Mapping[str, torch.Tensor], true: Mapping[str, torch.Tensor]
-) -> dict[str, float]:
-    """Relative to each gradient's own norm, or to a millionth of the largest one where that is larger."""
-    floor = 1e-6 * max((float(g.norm()) for g in true.values()), default=0.0)
-    distances = {key: float((grads[key].double() - g).norm()) for key, g in true.items()}
-    return {k: d / max(float(true[k].norm()), floor) if d else 0.0 for k, d in distances.items()}
-
-
-def leaves(output: Any) -> dict[str, torch.Tensor]:
-    """The floating-point tensors of an output, by place."""
-    pairs, _ = pytree.tree_flatten_with_path(output)
-    return {
-        pytree.keystr(path).strip(".[]'\""): leaf
-        for path, leaf in pairs
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-    }
-
-
-def scalar(output: Any, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else None
-    if isinstance(loss, torch.Tensor):
-        return loss
-    generator = torch.Generator().manual_seed(2)
-    total = []
-    for leaf in found.values():
-        if leaf.requires_grad:
-            weights = torch.randn(leaf.shape, generator=generator).to(leaf)
-            total.append((leaf * weights).mean())
-    return torch.stack(total).sum()
 
 
 def bisect(model: nn.Module, qmodel: QLoRAModel, batch: Mapping[str, Any]) -> dict[str, float]:
@@ -294,8 +167,8 @@ def bisect(model: nn.Module, qmodel: QLoRAModel, batch: Mapping[str, Any]) -> di
             return capture.constants[key]
         held = is_packed(node) or key not in originals
         value = base.store[key] if held else dense.get(key, originals[key])
-        wanted = node.meta["val"].dtype
-        return value if value.dtype == wanted else value.detach().to(wanted)
+        dtype = node.meta["val"].dtype
+        return value if value.dtype == dtype else value.detach().to(dtype)
 
     def observe(capture: Capture, stage: str, gm: fx.GraphModule) -> None:
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
@@ -307,11 +180,11 @@ def bisect(model: nn.Module, qmodel: QLoRAModel, batch: Mapping[str, Any]) -> di
         found = leaves(output)
         adapted = any(n.meta.get("trainable") for n in placeholders)
         true = full if adapted else plain
-        there = [k for k in true if k in found]
-        worst = max((relative_error(found[k], true[k]) for k in there), default=0.0)
+        both = [k for k in true if k in found]
+        worst = max((relative_error(found[k], true[k]) for k in both), default=0.0)
         if adapted:
             adapters = dict(qmodel.adapter_parameters())
-            grads = gradients(scalar(output, found), adapters)
+            grads = gradients(loss_of(output, found), adapters)
             worst = max([worst, *gradient_errors(grads, true_grads).values()])
         errors[stage] = worst
 

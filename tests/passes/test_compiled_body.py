@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import captured
 from qlora_fx.passes.lowering import compiled_body
-from qlora_fx.passes.lowering.compiled_body import CompiledBody, Example, aot_eager
+from qlora_fx.passes.lowering.compiled_body import CompiledBody, aot_eager
+from qlora_fx.passes.lowering.example import Example
 
 
 def run(body: CompiledBody, rows: int) -> torch.Tensor:

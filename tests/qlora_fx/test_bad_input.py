@@ -17,14 +17,8 @@ import torch
 from qlora_fx import CaptureError, ConfigError, GraphError, InputError, ModelError
 from conftest import Toy, batch, tiny_llama
 from peft import LoraConfig, get_peft_model
-from qlora_fx.compiler.request import (
-    CARRIED,
-    HONOURED,
-    Request,
-    check_compute_dtype,
-    check_lora,
-    check_quantization,
-)
+from qlora_fx.compiler.check_lora import CARRIED, HONOURED, check_lora
+from qlora_fx.compiler.request import Request, check_compute_dtype, check_quantization
 from qlora_fx.units import parse_size
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""Causal attention on CPUs: values and gradients against float64, for every kind of mask and size."""
+"""Attention on CPUs: values and gradients against float64, for every kind of mask and size, by the kernel that should."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from qlora_fx.runtime import attention as module
-from qlora_fx.runtime.attention import ANY, CAUSAL, attention, compiled, library, mask_kind
-from qlora_fx.testing.check import relative_error
+from qlora_fx.errors import GraphError
+from qlora_fx.runtime import attention_kernels
+from qlora_fx.runtime.attention import attention, mask_kind
+from qlora_fx.runtime.attention_kernels import ANY, CAUSAL, KERNELS, Mask, MaskKind, onednn
+from qlora_fx.runtime.attention_kernels.onednn import OneDnn
+from qlora_fx.runtime.attention_kernels.pytorch import PyTorch
+from qlora_fx.testing.reference import relative_error
 from torch import Tensor
 
 SIZES = [(2, 1), (1, 5), (2, 128), (1, 131), (1, 600)]
 """Batch and sequence: one token, within a tile, whole tiles, over their edge, more tiles than are held at a time."""
 HEADS = [(16, 32), (80, 80), (8, 4)]
 """Sizes of keys and values; the last pair is PyTorch's kernel."""
+CAUSAL_MASK = Mask.of(None, None)
 
 
 def tensors(
@@ -62,10 +67,10 @@ def test_values_and_gradients_are_the_definitions(
     batch: int, rows: int, kind: str, heads: tuple[int, int]
 ) -> None:
     inputs = tensors(batch, rows, heads)
-    given = None if kind == "none" else masks(batch, rows)[kind]
+    mask = None if kind == "none" else masks(batch, rows)[kind]
     seen = masks(batch, rows)["causal" if kind == "none" else kind]
-    number = None if given is None else mask_kind(given)
-    got = with_gradients(lambda q, k, v: attention(q, k, v, given, number, 0.3)[0], inputs)
+    code = None if mask is None else mask_kind(mask)
+    got = with_gradients(lambda q, k, v: attention(q, k, v, mask, code, 0.3)[0], inputs)
     true_inputs = [t.detach().double().requires_grad_() for t in inputs]
     true = with_gradients(lambda q, k, v: by_definition(q, k, v, seen), true_inputs)
     for g, t in zip(got, true, strict=True):
@@ -86,7 +91,7 @@ def test_a_mask_that_looks_ahead_is_honoured() -> None:
 
 def test_the_kind_of_a_mask() -> None:
     for name, mask in masks(2, 9).items():
-        assert int(mask_kind(mask)) == (CAUSAL if name == "causal" else ANY)
+        assert int(mask_kind(mask)) == (CAUSAL.code if name == "causal" else ANY)
     assert int(mask_kind(torch.ones(1, 1, 4, 5, dtype=torch.bool))) == ANY
     assert int(mask_kind(torch.zeros(1, 1, 4, 4))) == ANY, "an additive mask may hold a bias"
 
@@ -145,27 +150,141 @@ def test_every_kind_of_cpu_computes_the_same_and_uses_the_compiled_kernel_where_
             assert line["capability"] == capability.upper()
 
 
-def test_the_compiled_kernel_runs_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = tensors(1, 5)
-    out, lse = (t.detach() for t in attention(q, k, v, None, None, 0.3))
-    results = {"out": torch.zeros_like(out), "lse": torch.zeros_like(lse)}
-    if library() is not None and compiled("forward", q, k, v, None, 0.3, **results):
-        torch.testing.assert_close(results["out"], out, rtol=0, atol=0)
-    assert not compiled("forward", q.half(), k.half(), v.half(), None, 0.3, **results)
-    assert not compiled("forward", *(t[..., :8] for t in (q, k, v)), None, 0.3, **results)
+def test_the_compiled_kernel_takes_what_it_can_and_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k, v = (t.detach() for t in tensors(1, 5))
+    kernel = OneDnn()
+    if kernel.takes(q, k, v, CAUSAL_MASK, 0.3):
+        results = kernel.forward(q, k, v, CAUSAL_MASK, 0.3)
+        for result, usual in zip(results, attention(q, k, v, None, None, 0.3), strict=True):
+            torch.testing.assert_close(result, usual, rtol=0, atol=0)
+    assert not kernel.takes(q.half(), k.half(), v.half(), CAUSAL_MASK, 0.3)
+    assert not kernel.takes(q[..., :8], k[..., :8], v[..., :8], CAUSAL_MASK, 0.3)
+    assert not kernel.takes(q[:0], k[:0], v[:0], CAUSAL_MASK, 0.3)
+    assert not kernel.takes(q, k, v, CAUSAL_MASK, -0.3)
     # Without oneDNN there are no such products; PyTorch's kernel gives the same.
     low = tensors(1, 70, (32, 32), torch.bfloat16)
-    usual = attention(*low, None, None, 0.3)
+    usual_low = attention(*low, None, None, 0.3)
     torch._C._set_mkldnn_enabled(False)
     try:
+        assert not kernel.takes(*low, CAUSAL_MASK, 0.3)
         without = attention(*low, None, None, 0.3)
     finally:
         torch._C._set_mkldnn_enabled(True)
-    monkeypatch.setattr(module, "library", lambda: None)
+    monkeypatch.setattr(onednn, "library", lambda: None)
     uncompiled = attention(*low, None, None, 0.3)
-    for one, two, three in zip(usual, without, uncompiled, strict=True):
+    for one, two, three in zip(usual_low, without, uncompiled, strict=True):
         torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(one, three, rtol=2e-2, atol=2e-2)
+
+
+# -- the list of kernels ---------------------------------------------------------------------------
+
+
+class Noted(PyTorch):
+    """A kernel that takes some dtypes only, and notes what it is asked and what it computes."""
+
+    name = "noted"
+
+    def __init__(self, *dtypes: torch.dtype) -> None:
+        self.dtypes = dtypes
+        self.calls: list[str] = []
+
+    def takes(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> bool:
+        self.calls.append("asked")
+        return q.dtype in self.dtypes
+
+    def forward(self, *args: Any) -> Any:
+        self.calls.append("forward")
+        return super().forward(*args)
+
+    def backward(self, *args: Any) -> Any:
+        self.calls.append("backward")
+        return super().backward(*args)
+
+
+def test_the_first_kernel_that_takes_the_tensors_computes_both_directions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    declines, takes = Noted(torch.float16), Noted(torch.float32)
+    inputs = tensors(2, 9)
+    usual = with_gradients(lambda q, k, v: attention(q, k, v, None, None, 0.3)[0], inputs)
+    monkeypatch.setattr(attention_kernels, "KERNELS", (declines, takes, *KERNELS))
+    noted = with_gradients(lambda q, k, v: attention(q, k, v, None, None, 0.3)[0], inputs)
+    assert declines.calls == ["asked", "asked"]
+    assert takes.calls == ["asked", "forward", "asked", "backward"]
+    for one, other in zip(usual, noted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_a_kernel_for_another_device_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = Noted(torch.float32)
+    elsewhere.device = "cuda"
+    monkeypatch.setattr(attention_kernels, "KERNELS", (elsewhere, *KERNELS))
+    assert attention_kernels.devices() == {"cpu", "cuda"}
+    attention(*tensors(1, 5), None, None, 0.3)
+    assert elsewhere.calls == []
+
+
+@pytest.mark.parametrize("device", sorted(attention_kernels.devices()))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_last_kernel_of_a_device_takes_everything(device: str, dtype: torch.dtype) -> None:
+    last = [kernel for kernel in KERNELS if kernel.device == device][-1]
+    for heads in ((7, 3), (16, 32)):
+        q, k, v = (t.detach() for t in tensors(2, 9, heads, dtype))
+        for mask in (CAUSAL_MASK, Mask(masks(2, 9)["padded"], 99)):
+            for scale in (0.3, -1.0):
+                assert last.takes(q, k, v, mask, scale)
+            assert last.takes(q[:0], k[:0], v[:0], mask, 0.3)
+
+
+def test_without_a_kernel_for_its_device_a_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (t.detach() for t in tensors(1, 5))
+    monkeypatch.setattr(attention_kernels, "KERNELS", (Noted(torch.float16),))
+    with pytest.raises(GraphError, match=r"no attention kernel takes .*; there are noted \(cpu\)"):
+        attention_kernels.kernel_for(q, k, v, CAUSAL_MASK, 0.3)
+
+
+@pytest.mark.parametrize("kind", ["causal", "padded", "window"])
+def test_one_kernels_backward_reads_what_anothers_forward_returned(kind: str) -> None:
+    """Settings may change between the two: any kernel that takes the tensors must do."""
+    q, k, v = (t.detach() for t in tensors(2, 70))
+    tensor = masks(2, 70)[kind]
+    mask = Mask.of(tensor, mask_kind(tensor))
+    able = [kernel for kernel in KERNELS if kernel.takes(q, k, v, mask, 0.3)]
+    grad = torch.randn(2, 6, 70, 32, generator=torch.Generator().manual_seed(9))
+    true_inputs = [t.double().requires_grad_() for t in (q, k, v)]
+    true_out = by_definition(*true_inputs, tensor)
+    true = torch.autograd.grad((true_out * grad.double()).sum(), true_inputs)
+    for one in able:
+        out, lse = one.forward(q, k, v, mask, 0.3)
+        for other in able:
+            gradients = other.backward(grad, q, k, v, out, lse, mask, 0.3)
+            for g, t in zip(gradients, true, strict=True):
+                assert g.is_contiguous()
+                torch.testing.assert_close(g.double(), t, rtol=1e-4, atol=2e-5)
+
+
+def test_a_kernel_may_know_a_kind_of_mask_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of the kind are found for it; a kernel that does not know the kind reads the mask."""
+    kinds: list[int] = []
+
+    class Windows(Noted):
+        mask_kinds = (MaskKind(7, lambda mask: not bool(mask[..., -1, 0].any())), CAUSAL)
+
+        def takes(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> bool:
+            kinds.append(mask.kind)
+            return False
+
+    monkeypatch.setattr(attention_kernels, "KERNELS", (Windows(), *KERNELS))
+    found = {name: int(mask_kind(mask)) for name, mask in masks(1, 9).items()}
+    assert found == {"causal": CAUSAL.code, "padded": 7, "window": 7}
+    inputs = tensors(1, 9)
+    window = masks(1, 9)["window"]
+    out, _ = attention(*inputs, window, mask_kind(window), 0.3)
+    assert kinds == [7]
+    torch.testing.assert_close(out, by_definition(*inputs, window), rtol=1e-4, atol=2e-5)
 
 
 def test_bfloat16_is_about_as_good_as_pytorchs_kernel() -> None:

@@ -50,7 +50,7 @@ struct Buffer {
 
 }  // namespace
 
-// Mirrors Arguments in attention.py. Strides are in elements; the last dimension is contiguous.
+// Mirrors Arguments in onednn.py. Strides are in elements; the last dimension is contiguous.
 struct Arguments {
   int64_t batch, heads, key_heads, rows, size, value_size;
   int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3], grad_strides[3];
@@ -547,12 +547,12 @@ void backward(const Arguments& a) {
   }
 }
 
-enum Status { DONE, NO_MEMORY, NO_PRODUCTS };
+enum Status { DONE, NO_MEMORY };
 
 // Whether this CPU has the products, and oneDNN is switched on: an exception inside of a parallel region would end
-// the process, so one small product is tried before each.
+// the process, so one small product is tried before each call.
 template <typename T>
-bool supported() {
+bool has_products() {
   try {
     Buffer<T> a(16 * 16), b(16 * TILE);
     Buffer<float> c(16 * 16);
@@ -566,9 +566,7 @@ bool supported() {
   }
 }
 
-template <typename T>
 int guarded(void (*run)(const Arguments&), const Arguments* a) {
-  if (!supported<T>()) return NO_PRODUCTS;
   try {
     run(*a);
     return DONE;
@@ -580,12 +578,10 @@ int guarded(void (*run)(const Arguments&), const Arguments* a) {
 }  // namespace
 
 extern "C" {
-int forward_float32(const Arguments* a) { return guarded<float>(forward<float>, a); }
-int forward_bfloat16(const Arguments* a) {
-  return guarded<at::BFloat16>(forward<at::BFloat16>, a);
-}
-int backward_float32(const Arguments* a) { return guarded<float>(backward<float>, a); }
-int backward_bfloat16(const Arguments* a) {
-  return guarded<at::BFloat16>(backward<at::BFloat16>, a);
-}
+int has_products_float32() { return has_products<float>(); }
+int has_products_bfloat16() { return has_products<at::BFloat16>(); }
+int forward_float32(const Arguments* a) { return guarded(forward<float>, a); }
+int forward_bfloat16(const Arguments* a) { return guarded(forward<at::BFloat16>, a); }
+int backward_float32(const Arguments* a) { return guarded(backward<float>, a); }
+int backward_bfloat16(const Arguments* a) { return guarded(backward<at::BFloat16>, a); }
 }

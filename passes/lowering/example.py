@@ -1,0 +1,111 @@
+"""Arguments for one compilation of a body, and what the compiler relied on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
+
+from .partition import Partition
+
+# Note [Guards of the compiler]
+# AOTAutograd and Inductor may decide something by the sizes that they are shown (a convolution's backward in
+# Inductor fixes the length of a row), and note a guard with their ShapeEnv. Dynamo would check it; here nobody does.
+# So each compilation gets a ShapeEnv of its own, whose symbols have the sizes of the call at hand as hints; the
+# guards that were added are kept and checked before each call, and a call that they refuse is compiled anew.
+# A shared ShapeEnv would also let one body's decision fix the sizes of all others.
+
+USUAL_ROWS = 5
+"""A size that the data decide, where no call is at hand."""
+
+
+class FreeStrides(ShapeEnv):
+    """Keeps the strides that Inductor gives to what a forward saves as formulas.
+
+    AOTAutograd shows them to the backward as numbers, which are right for one size and guarded by nothing.
+    """
+
+    def evaluate_symexpr(self, code: str) -> Any:
+        return self.deserialize_symexpr(code)
+
+
+class Example:
+    """Arguments for one compilation: fake tensors whose sizes are symbols of a ShapeEnv of their own.
+
+    Args:
+        gm: the graph; takes the tensors and then one integer per symbol.
+        vals: the capture's fake value of each tensor.
+        needs_grad: by tensor; empty: none does.
+        symbols: the capture's free sizes, in the order in which they are passed.
+        sizes: what they are in the call at hand; empty: as in the capture.
+        partition: of the graph; its formulas get the capture's symbols back.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        vals: Sequence[Any],
+        needs_grad: Sequence[bool],
+        symbols: Sequence[sympy.Symbol],
+        sizes: Sequence[int],
+        partition: Partition,
+    ) -> None:
+        self.gm, self.partition = gm, partition
+        self.env = FreeStrides()
+        self.mode = FakeTensorMode(shape_env=self.env)
+        captured: ShapeEnv = vals[0].fake_mode.shape_env
+        self.free: list[torch.SymInt] = []
+        new: dict[sympy.Expr, sympy.Expr] = {}
+        hints: dict[sympy.Expr, sympy.Integer] = {}
+        for i, symbol in enumerate(symbols):
+            by_data = free_unbacked_symbols(symbol)
+            hint = sizes[i] if sizes else USUAL_ROWS if by_data else hint_of(captured, symbol)
+            # The capture knows sizes of 2 and more only; what holds for them holds for 1.
+            hint = hint if by_data else max(hint, 2)
+            source = ConstantSource(f"size_{i}")
+            expr = self.env.create_symbol(
+                hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=bool(by_data)
+            )
+            self.free.append(
+                cast(torch.SymInt, self.env.create_symintnode(expr, hint=hint, source=source))
+            )
+            new[symbol], hints[symbol] = expr, sympy.Integer(hint)
+
+        def size(old: Any) -> Any:
+            if not isinstance(old, torch.SymInt):
+                return old
+            expr = old.node.expr
+            return self.env.create_symintnode(expr.xreplace(new), hint=int(expr.xreplace(hints)))
+
+        self.args: list[Any] = []
+        with self.mode:
+            for i, val in enumerate(vals):
+                shape, strides = map(size, val.shape), map(size, val.stride())
+                tensor = torch.empty_strided(
+                    tuple(shape), tuple(strides), dtype=val.dtype, device=val.device
+                )
+                self.args.append(tensor.requires_grad_(bool(needs_grad) and needs_grad[i]))
+        self.args += self.free
+        partition.symbols = {n: o for o, n in new.items() if isinstance(n, sympy.Symbol)}
+
+    def guards(self) -> Callable[[tuple[int, ...]], bool] | None:
+        """What the compiler relied on, as a test of sizes; None where it relied on nothing."""
+        fixed = any(not size.node.expr.is_symbol for size in self.free)
+        if not self.env.guards and not fixed:
+            return None
+        # Also sizes that became plain numbers are compared: ignore_static would leave them out.
+        text = self.env.produce_guards_expression(self.free, ignore_static=False)
+        if text is None:
+            return None
+        env = self.env
+        return lambda sizes: env.evaluate_guards_expression(text, [max(s, 2) for s in sizes])
+
+
+def hint_of(env: ShapeEnv, symbol: sympy.Symbol) -> int:
+    return int(env.backed_var_to_val[symbol])

@@ -1,0 +1,72 @@
+"""How attention is computed. ``qlora_fx::attention`` asks the kernels one after the other.
+
+kernel   what every kernel can do, what is known of masks
+onednn   compiled for this machine: oneDNN's block products, without what a mask hides
+pytorch  PyTorch's kernel, for all that the others decline
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...errors import GraphError
+from .kernel import ANY, CAUSAL, Kernel, Mask, MaskKind
+from .onednn import OneDnn
+from .pytorch import PyTorch
+
+__all__ = [
+    "ANY",
+    "CAUSAL",
+    "KERNELS",
+    "Kernel",
+    "Mask",
+    "MaskKind",
+    "devices",
+    "kernel_for",
+    "mask_kind_of",
+    "prepare",
+]
+
+KERNELS: tuple[Kernel, ...] = (OneDnn(), PyTorch())
+"""The first that takes a call's tensors computes it. The last one of each device takes everything there."""
+
+
+def kernel_for(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Kernel:
+    """The kernel that computes a call.
+
+    Raises:
+        GraphError: there is none for its device.
+    """
+    for kernel in KERNELS:
+        if kernel.device == q.device.type and kernel.takes(q, k, v, mask, scale):
+            return kernel
+    known = ", ".join(f"{kernel.name} ({kernel.device})" for kernel in KERNELS)
+    raise GraphError(
+        f"no attention kernel takes {q.dtype} {list(q.shape)} on {q.device}; there are {known}"
+    )
+
+
+def devices() -> frozenset[str]:
+    """Types of devices on which every call has a kernel.
+
+    This is all that a pass can ask: sizes are free while it runs, and what a mask holds is seen in the call.
+    """
+    return frozenset(kernel.device for kernel in KERNELS)
+
+
+def mask_kind_of(mask: Tensor) -> int:
+    """The code of a mask's kind, of those that kernels on its device make use of; else ``ANY``."""
+    kinds = {
+        kind.code: kind
+        for kernel in KERNELS
+        if kernel.device == mask.device.type
+        for kind in kernel.mask_kinds
+    }
+    return next((code for code in sorted(kinds) if kinds[code].includes(mask)), ANY)
+
+
+def prepare(device: str) -> None:
+    """Let the kernels of a type of device do beforehand what takes seconds once."""
+    for kernel in KERNELS:
+        if kernel.device == device:
+            kernel.prepare()
