@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..errors import ConfigError
+from ..transformers_internals import check_target_module_exists
 from .graph.flops import flops
 from .graph.nodes import CANONICAL, VIEWS_AND_CASTS, aten, placeholders, sites, weight_view
 from .graph.site import Site, WeightView, is_flipped

@@ -1,4 +1,4 @@
-"""The layout: subpackages listed, imports one way, text of the project free of leftovers."""
+"""The layout: subpackages listed, imports one way, private names of libraries in one place."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LAYERS = (
     ("passes",),
     ("runtime",),
     ("config", "units"),
-    ("errors",),
+    ("errors", "transformers_internals"),
 )
 """Rooms from the top down; imports go down only, or stay in a room (ARCHITECTURE.md)."""
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
@@ -94,6 +94,20 @@ def imported(module: str) -> set[str]:
     return found
 
 
+def libraries(module: str) -> set[str]:
+    """Modules of other projects that a module imports, wherever in it."""
+    return {
+        name
+        for node in ast.walk(ast.parse(MODULES[module].read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0)
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [a.name for a in node.names]
+        )
+    }
+
+
 def test_every_room_has_its_place() -> None:
     assert {room(m) for m in MODULES} == RANK.keys()
 
@@ -131,3 +145,9 @@ def test_runtime_knows_nothing_of_fx() -> None:
                 for name in [getattr(node, "module", None) or "", *(a.name for a in node.names)]
             }
             assert not any(name.startswith("torch.fx") for name in names), module
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"qlora_fx.transformers_internals"}))
+def test_private_modules_of_transformers_and_peft_are_imported_in_one_place(module: str) -> None:
+    private = {n for n in libraries(module) if n.startswith(("transformers.", "peft."))}
+    assert not private, f"{module} imports {private}; accepted: what transformers_internals.py has"

@@ -7,9 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
-
 from ...errors import ConfigError
+from ...transformers_internals import check_target_module_exists
 from ..graph.site import Site
 
 

@@ -21,14 +21,15 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from ..errors import CaptureError
+from ..transformers_internals import experts_implementation, set_experts_implementation
 from .arguments import Call, bind_call, is_encoder_decoder, vocabulary_size
 from .check_call import check_call
 from .dynamic_shapes import automatic_dims, example, is_about_dims, resized, shared_dims
 from .export import capture_error, export, quiet
-from .export_patches import always, hard_models, nothing
+from .export_patches import Patches, always, ways
 from .flat_graph import Flattener
 from .known_arguments import KnownArguments
 
@@ -135,8 +136,8 @@ class Skeleton:
             config: Any = getattr(module, "config", None)
             if getattr(config, "use_cache", False):
                 config.use_cache = False  # for models that take no such argument
-            if getattr(config, "_experts_implementation", None) in UNTRACEABLE_EXPERTS:
-                config._experts_implementation = "grouped_mm"  # the same numbers
+            if experts_implementation(config) in UNTRACEABLE_EXPERTS:
+                set_experts_implementation(config, "grouped_mm")  # the same numbers
         return model  # type: ignore[no-any-return]
 
     def capture(self, inputs: Mapping[str, Any], *, training: bool, dtype: torch.dtype) -> Capture:
@@ -152,7 +153,7 @@ class Skeleton:
             CaptureError: naming the line of the model that stopped the trace.
         """
         errors: list[Exception] = []
-        for patches in (nothing, hard_models):
+        for patches in ways():
             for dims in (shared_dims, automatic_dims):
                 try:
                     program = self.export(inputs, training, dtype, dims, patches)
@@ -171,7 +172,7 @@ class Skeleton:
         training: bool,
         dtype: torch.dtype,
         dims: Callable[..., dict[str, Any]],
-        patches: Callable[[nn.Module], Any],
+        patches: Patches,
     ) -> ExportedProgram:
         """One attempt, with one choice of free sizes and with or without patches."""
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
