@@ -1,8 +1,8 @@
 """What qlora_fx uses of transformers and PEFT that is not their public API, all of it and only here.
 
 Either library may change it in any release. ``tests/test_transformers_contract.py`` checks each name with what is
-relied on and says who uses it. Readers of GGUF files and the patches for export are imported when they are needed:
-they bring much with them.
+relied on and says who uses it; ``tested_versions.py`` has the releases with which that passed. Readers of GGUF files
+and the patches for export are imported when they are needed: they bring much with them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
-"""The layout: subpackages listed, imports one way, private names of libraries in one place."""
+"""The layout: subpackages listed, imports one way and only of what is needed, libraries as tested."""
 
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
+from qlora_fx import tested_versions
+from qlora_fx.tested_versions import TESTED, minor, warn_if_untested
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
@@ -51,7 +55,7 @@ LAYERS = (
     ("passes",),
     ("runtime",),
     ("config", "units"),
-    ("errors", "transformers_internals"),
+    ("errors", "tested_versions", "transformers_internals"),
 )
 """Rooms from the top down; imports go down only, or stay in a room (ARCHITECTURE.md)."""
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
@@ -151,3 +155,28 @@ def test_runtime_knows_nothing_of_fx() -> None:
 def test_private_modules_of_transformers_and_peft_are_imported_in_one_place(module: str) -> None:
     private = {n for n in libraries(module) if n.startswith(("transformers.", "peft."))}
     assert not private, f"{module} imports {private}; accepted: what transformers_internals.py has"
+
+
+def test_dependencies_are_bounded_by_what_was_tested() -> None:
+    lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    readme = (ROOT / "README.md").read_text()
+    for library, (oldest, newest) in TESTED.items():
+        (line,) = (d for d in lines if d.startswith(f"{library}>="))
+        lowest, below = line.removeprefix(f"{library}>=").split(",<")
+        assert lowest == oldest
+        assert minor(oldest) <= minor(newest) < minor(below)
+        assert f"{library} {newest}" in readme
+    (torch,) = (d for d in lines if d.startswith("torch"))
+    assert re.fullmatch(r"torch>=[\d.]+", torch), "never pinned or bounded above"
+
+
+def test_a_library_newer_than_the_tests_is_named_and_what_is_installed_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_untested()
+    monkeypatch.setattr(tested_versions, "version", lambda name: "5.24.0.dev0")
+    monkeypatch.setattr(tested_versions, "TESTED", {"transformers": ("5.17", "5.23")})
+    with pytest.warns(UserWarning, match=r"tested with transformers 5.17 to 5.23; 5.24.0.dev0 is"):
+        warn_if_untested()
