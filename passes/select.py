@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..config import Config
 from ..errors import ConfigError
+from ..transformers_internals import check_target_module_exists
 from .graph.flops import flops
 from .graph.nodes import (
     CANONICAL,

@@ -7,6 +7,10 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: "gemm_4bit_forward" not in str(record.msg)
 )
 
+from .tested_versions import warn_if_untested  # noqa: E402
+
+warn_if_untested()  # before what may fail because of it
+
 from . import testing  # noqa: E402
 from .errors import (  # noqa: E402
     AdapterError,

@@ -1,4 +1,4 @@
-"""What the passes need to know. A leaf; ``compiler/request.py`` makes it from the user's arguments."""
+"""What the passes need to know; ``compiler/request.py`` makes it from the user's arguments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
+
+from .transformers_internals import get_pattern_key
 
 ROLES = ("head", "embeddings", "routers")
 """What stays dense unless ``also_quantize`` names it."""

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
+from transformers import BitsAndBytesConfig, Conv1D
 
 from .capture.skeleton import Skeleton
 from .checkpoints.four_bit import merge_settings

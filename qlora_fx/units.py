@@ -26,7 +26,7 @@ def parse_size(size: Any, argument: str, *, accepted: str = SIZES) -> int:
     if isinstance(size, int) and not isinstance(size, bool):
         found = size
     elif isinstance(size, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(i?)b?\s*", size.lower())
+        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*([kmgt])(i?)b?\s*", size.lower())
         if match is not None:
             power = 1 + PREFIXES.index(match[2])
             found = int(float(match[1]) * (1024 if match[3] else 1000) ** power)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from ..errors import CheckpointError
 from .safetensors_reader import CODES
@@ -131,28 +132,22 @@ class FolderWriter:
     ) -> None:
         """Say which tensors will come; lay out the shards and write their headers.
 
-        A file holds at most ``max_shard_size`` bytes of tensors, or one larger tensor. Of several files there is
-        an index, as transformers writes it.
+        Files and index are huggingface_hub's, as in ``save_pretrained``: a file holds at most ``max_shard_size``
+        bytes of tensors, or one larger tensor; of several files there is an index.
         """
-        shards: list[list[Spec]] = [[]]
-        for spec in specs:
-            held = sum(s.nbytes for s in shards[-1])
-            if shards[-1] and held + spec.nbytes > max_shard_size:
-                shards.append([])
-            shards[-1].append(spec)
-        stem = single.removesuffix(".safetensors")
-        weight_map: dict[str, str] = {}
-        for i, shard in enumerate(shards, 1):
-            name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else single
-            weight_map |= dict.fromkeys([s.name for s in shard], name)
+        announced = {spec.name: spec for spec in specs}
+        split = split_state_dict_into_shards_factory(
+            announced,
+            get_storage_size=lambda spec: spec.nbytes,
+            filename_pattern=single.removesuffix(".safetensors") + "{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        for file, names in split.filename_to_tensors.items():
             with self.reporting("written"):
-                self.begin(name, shard)
-        if len(shards) > 1:
-            total = sum(s.nbytes for shard in shards for s in shard)
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
+                self.begin(file, [announced[name] for name in names])
+        if split.is_sharded:
+            weight_map = dict(sorted(split.tensor_to_filename.items()))
+            index = {"metadata": split.metadata, "weight_map": weight_map}
             self.text(f"{single}.index.json", json.dumps(index, indent=2) + "\n")
 
     def begin(self, name: str, shard: list[Spec]) -> None:

@@ -1,12 +1,18 @@
-"""The layout: subpackages listed, imports one way, text of the project free of leftovers."""
+"""The layout: subpackages listed, imports one way and only of what is needed, libraries as tested."""
 
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
+import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
+from qlora_fx import tested_versions
+from qlora_fx.tested_versions import TESTED, minor, warn_if_untested
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
@@ -56,7 +62,7 @@ LAYERS = (
     ("passes",),
     ("runtime",),
     ("config", "units"),
-    ("errors",),
+    ("errors", "tested_versions", "transformers_internals"),
 )
 """Rooms from the top down; imports go down only, or stay in a room (ARCHITECTURE.md)."""
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
@@ -99,6 +105,20 @@ def imported(module: str) -> set[str]:
     return found
 
 
+def libraries(module: str) -> set[str]:
+    """Modules of other projects that a module imports, wherever in it."""
+    return {
+        name
+        for node in ast.walk(ast.parse(MODULES[module].read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0)
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [a.name for a in node.names]
+        )
+    }
+
+
 def test_every_room_has_its_place() -> None:
     assert {room(m) for m in MODULES} == RANK.keys()
 
@@ -136,3 +156,57 @@ def test_runtime_knows_nothing_of_fx() -> None:
                 for name in [getattr(node, "module", None) or "", *(a.name for a in node.names)]
             }
             assert not any(name.startswith("torch.fx") for name in names), module
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"qlora_fx.transformers_internals"}))
+def test_private_modules_of_transformers_and_peft_are_imported_in_one_place(module: str) -> None:
+    private = {n for n in libraries(module) if n.startswith(("transformers.", "peft."))}
+    assert not private, f"{module} imports {private}; accepted: what transformers_internals.py has"
+
+
+NEEDED_LATER = (
+    "gguf",
+    "transformers.modeling_gguf_pytorch_utils",
+    "transformers.exporters.exporter_dynamo",
+    "matplotlib",
+    "datasets",
+    "pandas",
+)
+"""Large, and used by few calls. accelerate is not among them: PEFT imports it."""
+
+
+def test_importing_brings_no_library_that_only_few_calls_need() -> None:
+    code = (
+        "import sys, bitsandbytes, peft, torch, transformers.modeling_utils\n"
+        "theirs = set(sys.modules)\n"
+        "import qlora_fx\n"
+        "print(*(set(sys.modules) - theirs))"
+    )
+    brought = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert "qlora_fx" in brought
+    assert not set(NEEDED_LATER).intersection(brought)
+
+
+def test_dependencies_are_bounded_by_what_was_tested() -> None:
+    lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    readme = (ROOT / "README.md").read_text()
+    for library, (oldest, newest) in TESTED.items():
+        (line,) = (d for d in lines if d.startswith(f"{library}>="))
+        lowest, below = line.removeprefix(f"{library}>=").split(",<")
+        assert lowest == oldest
+        assert minor(oldest) <= minor(newest) < minor(below)
+        assert f"{library} {newest}" in readme
+    (torch,) = (d for d in lines if d.startswith("torch"))
+    assert re.fullmatch(r"torch>=[\d.]+", torch), "never pinned or bounded above"
+
+
+def test_a_library_newer_than_the_tests_is_named_and_what_is_installed_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_untested()
+    monkeypatch.setattr(tested_versions, "version", lambda name: "5.24.0.dev0")
+    monkeypatch.setattr(tested_versions, "TESTED", {"transformers": ("5.17", "5.23")})
+    with pytest.warns(UserWarning, match=r"tested with transformers 5.17 to 5.23; 5.24.0.dev0 is"):
+        warn_if_untested()

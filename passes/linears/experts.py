@@ -46,7 +46,7 @@ def grouped(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node | None:
 def grouped_targets() -> frozenset[Any]:
     found = {aten._grouped_mm.default}
     try:
-        import transformers.integrations.moe  # noqa: F401 (registers the operator)
+        from ...transformers_internals import moe  # noqa: F401 (registers the operator)
 
         found.add(torch.ops.transformers.grouped_mm_fallback.default)
     except (ImportError, AttributeError):

@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Collection, Mapping
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 
 from ...config import Config
 from ...errors import ConfigError
+from ...transformers_internals import check_target_module_exists
 from ..graph.site import Site, Skipped, Verdict
 
 

@@ -17,6 +17,7 @@ from ..config import Config
 from ..errors import AdapterError, ConfigError
 from ..passes.adapters import Adapter
 from ..passes.graph.site import Site
+from ..transformers_internals import fused_expert_names
 from ..weights.base import Base
 from .trained import trained_names
 
@@ -109,10 +110,11 @@ def saved_config(base: Base) -> dict[str, Any]:
     saved = copy.deepcopy(base.config.lora)
     saved.inference_mode = True
     saved.base_model_name_or_path = (
-        saved.base_model_name_or_path or getattr(config, "_name_or_path", None) or None
+        saved.base_model_name_or_path or getattr(config, "name_or_path", None) or None
     )
     adapted = [s for s in sites.values() if s.adapt]
-    claimed = renamed_targets(config)
+    # Note [Targets that PEFT renames]
+    claimed = fused_expert_names(getattr(config, "model_type", None))
     by_parameter = {s.weight for s in adapted if s.kind == "parameter"}
     by_parameter |= {
         s.weight for s in adapted if s.kind == "linear" and s.name.rpartition(".")[2] in claimed
@@ -147,17 +149,6 @@ def saved_config(base: Base) -> dict[str, Any]:
 # gate_up_proj, also where the names are those of shared experts or of layers without experts, which it then leaves
 # out. Named as target_parameters (shared_experts.gate_proj.weight) the same modules are adapted as they are: the
 # tensors, their names and their shapes are those of the module's own adapter.
-
-
-def renamed_targets(config: Any) -> frozenset[str]:
-    """Leaf names that PEFT takes for fused experts of this model. Note [Targets that PEFT renames]."""
-    try:
-        from peft.utils import transformers_weight_conversion as conversion
-
-        base = conversion._MODEL_TO_CONVERSION_PATTERN.get(getattr(config, "model_type", None))
-        return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(base, ()))
-    except (ImportError, AttributeError):
-        return frozenset()
 
 
 def target_names(

@@ -8,6 +8,7 @@ check_outputs    whether what is asked for is returned
 check_model      which models are accepted
 example_inputs   a call where the user gives none
 dynamic_shapes   which sizes are free
+export           one call of torch.export
 export_patches   ways past what torch.export cannot follow
 flat_graph       from the exported program to our graph
 """

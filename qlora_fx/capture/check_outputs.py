@@ -10,6 +10,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError
+from ..transformers_internals import attention_implementation
 from .skeleton import Capture
 
 OPTIONAL = ("output_attentions", "output_hidden_states", "output_router_logits")
@@ -38,7 +39,7 @@ def check_outputs(capture: Capture, values: Mapping[str, Any], model: Any) -> No
         fields = [value for name, value in output.items() if name.endswith(wanted)]
         if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(fields)):
             continue
-        attention = getattr(model.config, "_attn_implementation", None)
+        attention = attention_implementation(model.config)
         why = f" with attn_implementation={attention!r}" if wanted == "attentions" else ""
         more = (
             ", or a model that was loaded with attn_implementation='eager'"

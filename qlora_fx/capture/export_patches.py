@@ -1,13 +1,14 @@
 """Ways past Python that torch.export cannot follow, or follows badly. All are undone after a capture.
 
-``always`` holds for every capture; ``hard_models`` is tried when a plain one fails.
+``always`` holds for every capture; ``hard_models`` is tried when a plain one fails (``ways``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -15,28 +16,37 @@ import torch
 import torch._dynamo._trace_wrapped_higher_order_op as masks
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import masking_utils
 
 from ..errors import CaptureError
 from ..runtime.recurrence import LIKE, as_operator
+from ..transformers_internals import broadcast_indices, export_patches, masks_expanded_by
+
+Patches = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
+
+
+def ways() -> Iterator[Patches]:
+    """What a capture is tried with, in order: the model as it is, then ``hard_models``.
+
+    Raises:
+        ImportError: transformers' patches are not where they were. Between two tries, whose errors are collected,
+            it is not taken for an error of the model.
+    """
+    yield nothing
+    yield functools.partial(hard_models, export_patches())
 
 
 @contextlib.contextmanager
-def hard_models(model: nn.Module) -> Iterator[None]:
+def hard_models(
+    patches: Callable[[], contextlib.AbstractContextManager[None]], model: nn.Module
+) -> Iterator[None]:
     """transformers' own export patches, loops over the experts that were hit, and losses that look at their labels.
 
-    The patches are those of ``transformers.exporters.exporter_dynamo``; they replace data-dependent loops and
-    casts of some models by equivalents, and route attention through its math form.
+    Args:
+        patches: those of ``transformers.exporters.exporter_dynamo``; they replace data-dependent loops and casts of
+            some models by equivalents, and route attention through its math form.
     """
-    with contextlib.ExitStack() as stack:
-        from transformers.exporters import exporter_dynamo
-        from transformers.exporters.utils import apply_patches
-
-        assert exporter_dynamo is not None  # importing it registers the patches
-        stack.enter_context(apply_patches("dynamo"))
+    with patches(), casts_that_change_nothing(), AllExperts():
         name_the_loss(model)
-        stack.enter_context(casts_that_change_nothing())
-        stack.enter_context(AllExperts())
         yield
 
 
@@ -99,14 +109,13 @@ def masks_by_broadcasting() -> Iterator[None]:
 
     def expansion(function: Any) -> Any:
         def mask(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
-            indices = masking_utils._non_vmap_expansion_sdpa(batch, head, query, key)
-            result: torch.Tensor = function(*indices)
+            result: torch.Tensor = function(*broadcast_indices(batch, head, query, key))
             return result.expand(batch.shape[0], head.shape[0], query.shape[0], key.shape[0])
 
         return mask
 
     with (
-        mock.patch.object(masking_utils, "_vmap_expansion_sdpa", expansion),
+        masks_expanded_by(expansion),
         mock.patch.object(masks, "mod_index", torch.ops.aten.index),
     ):
         yield

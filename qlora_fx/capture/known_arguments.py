@@ -14,10 +14,9 @@ from types import CodeType
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
-from transformers.utils.generic import TransformersKwargs
 
 from ..errors import InputError
+from ..transformers_internals import FORWARD_KEYWORDS
 
 LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 """Keywords of transformers' loss functions."""
@@ -49,8 +48,7 @@ class KnownArguments:
         self.has_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         self.extra: tuple[str, ...] = ()
         if self.has_kwargs:
-            declared = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
-            declared |= {*LOSS, *FLAGS, *keyword_names(type(model).forward)}
+            declared = {*FORWARD_KEYWORDS, *LOSS, *FLAGS, *keyword_names(type(model).forward)}
             self.extra = tuple(sorted(declared - set(self.named)))
 
     def check(self, name: str) -> None:

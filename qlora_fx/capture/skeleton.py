@@ -7,12 +7,8 @@ The graph that leaves this stage holds no tensor: parameters, buffers and consta
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
-import io
-import os
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,13 +21,15 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from ..errors import CaptureError
+from ..transformers_internals import experts_implementation, set_experts_implementation
 from .arguments import Call, bind_call, is_encoder_decoder, vocabulary_size
 from .check_call import check_call
 from .dynamic_shapes import automatic_dims, example, is_about_dims, resized, shared_dims
-from .export_patches import always, hard_models, nothing
+from .export import capture_error, export, quiet
+from .export_patches import Patches, always, ways
 from .flat_graph import Flattener
 from .known_arguments import KnownArguments
 
@@ -138,8 +136,8 @@ class Skeleton:
             config: Any = getattr(module, "config", None)
             if getattr(config, "use_cache", False):
                 config.use_cache = False  # for models that take no such argument
-            if getattr(config, "_experts_implementation", None) in UNTRACEABLE_EXPERTS:
-                config._experts_implementation = "grouped_mm"  # the same numbers
+            if experts_implementation(config) in UNTRACEABLE_EXPERTS:
+                set_experts_implementation(config, "grouped_mm")  # the same numbers
         return model  # type: ignore[no-any-return]
 
     def capture(self, inputs: Mapping[str, Any], *, training: bool, dtype: torch.dtype) -> Capture:
@@ -155,7 +153,7 @@ class Skeleton:
             CaptureError: naming the line of the model that stopped the trace.
         """
         errors: list[Exception] = []
-        for patches in (nothing, hard_models):
+        for patches in ways():
             for dims in (shared_dims, automatic_dims):
                 try:
                     program = self.export(inputs, training, dtype, dims, patches)
@@ -174,17 +172,16 @@ class Skeleton:
         training: bool,
         dtype: torch.dtype,
         dims: Callable[..., dict[str, Any]],
-        patches: Callable[[nn.Module], Any],
+        patches: Patches,
     ) -> ExportedProgram:
         """One attempt, with one choice of free sizes and with or without patches."""
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         model = self.fake(mode, dtype).train(training)
         with mode:
             examples = {k: example(v) for k, v in resized(inputs, self.encoder_decoder).items()}
-        take_exactly(model, list(examples))
         spec = dims(examples, self.encoder_decoder)
         with mode, quiet(), always(model), patches(model):
-            return torch.export.export(model, (), examples, dynamic_shapes=spec, strict=False)
+            return export(model, examples, spec)
 
     def finish(self, program: ExportedProgram) -> Capture:
         """Flatten the exported program into our form."""
@@ -279,50 +276,3 @@ def holders(model: nn.Module) -> dict[str, str]:
 def transposed_stacks(model: nn.Module) -> frozenset[str]:
     """Modules whose expert weights are ``[experts, in, out]``, as transformers marks them for PEFT."""
     return frozenset(p for p, m in model.named_modules() if getattr(m, "is_transposed", False))
-
-
-def take_exactly(model: Any, names: list[str]) -> None:
-    """Give the copy that is traced a forward of just these arguments.
-
-    torch.export 2.13 mistakes the place of arguments that go into the model's ``**kwargs``.
-    """
-    original = model.forward
-
-    def forward(**kwargs: Any) -> Any:
-        return original(**kwargs)
-
-    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    model.forward = forward
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep export's advice to its own developers, and the graphs it prints, out of the user's terminal."""
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
-        warnings.filterwarnings("ignore", message=".*lru_cache.*")
-        yield
-
-
-def capture_error(model: Any, error: Exception, inputs: Mapping[str, Any]) -> CaptureError:
-    """Name the line of the user's model that stopped the capture, and what to try."""
-    ours = (os.path.dirname(torch.__file__), os.path.dirname(os.path.abspath(__file__)))
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if not f.filename.startswith(ours) and not f.filename.startswith("<")
-    ]
-    where = ""
-    if frames:
-        f = frames[-1]
-        where = f'\n  File "{f.filename}", line {f.lineno}, in {f.name}\n    {f.line}'
-    first_line = next((line for line in str(error).splitlines() if line.strip()), "")
-    return CaptureError(
-        f"{type(model).__name__} could not be captured by torch.export with arguments "
-        f"({', '.join(inputs)}).{where}\n  {type(error).__name__}: {first_line}\n"
-        "  Data-dependent Python (`if tensor.sum() > 0`, `.item()`, `.tolist()`) cannot be captured: use "
-        "torch.where or torch.cond there, or pass example_inputs= that take another path. "
-        "The model is unchanged."
-    )

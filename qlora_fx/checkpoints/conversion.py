@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from ..transformers_internals import (
     Chunk,
     Concatenate,
     MergeModulelist,
@@ -24,10 +24,11 @@ from transformers.core_model_loading import (
     Transpose,
     WeightConverter,
     WeightRenaming,
-    apply_converters,
-    apply_renamings,
+    conversions_used,
     dot_natural_key,
+    get_model_conversion_mapping,
     rename_source_key,
+    set_conversions_used,
 )
 
 Read = Callable[[str], torch.Tensor]
@@ -121,7 +122,7 @@ class Group:
                 transform.add_tensor(self.first, name, pattern, lambda name=name: read(name))
         made = transform.convert(self.first, model=model, config=model.config)
         return {
-            apply_renamings(name, self.renamings): value[0] if isinstance(value, list) else value
+            renamed(name, self.renamings): value[0] if isinstance(value, list) else value
             for name, value in made.items()
         }
 
@@ -157,17 +158,17 @@ def plan(
         transform = WeightRenaming(name, new) if pattern is None else by_pattern[pattern]
         group = groups.setdefault(new, Group(new, transform))
         group.sources.append((name, pattern or name))
-    model._weight_conversions = [m for m in mapping if m.was_used()]
+    set_conversions_used(model, [m for m in mapping if m.was_used()])
     return list(groups.values()), unexpected
 
 
 def plan_back(model: Any, names: Iterable[str]) -> list[Group]:
     """How parameters ``names`` of the model become a checkpoint as ``save_pretrained`` would name it.
 
-    The reverse of the conversions that loading used (``model._weight_conversions``), or, for a model that
-    was not loaded, of the model's own without legacy ones.
+    The reverse of the conversions that loading used, or, for a model that was not loaded, of the model's own
+    without legacy ones.
     """
-    conversions = getattr(model, "_weight_conversions", None)
+    conversions = conversions_used(model)
     if conversions is None:
         conversions = [
             c
@@ -180,9 +181,9 @@ def plan_back(model: Any, names: Iterable[str]) -> list[Group]:
     by_pattern = {p: c for c in converters for p in c.source_patterns}
     groups: dict[str, Group] = {}
     for name in sorted(names, key=dot_natural_key):
-        new, pattern = apply_converters(name, converters)
+        new, pattern = rename_source_key(name, [], converters)
         if pattern is None:
-            new = apply_renamings(name, renamings)
+            new = renamed(name, renamings)
             transform = WeightRenaming(name, new)
         else:
             transform = by_pattern[pattern]
@@ -191,6 +192,12 @@ def plan_back(model: Any, names: Iterable[str]) -> list[Group]:
         if pattern is not None:
             group.renamings = renamings
     return list(groups.values())
+
+
+def renamed(name: str, renamings: list[Any]) -> str:
+    """The name after all renamings."""
+    new: str = rename_source_key(name, renamings, [])[0]
+    return new
 
 
 def results(

@@ -9,12 +9,16 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
-from transformers.core_model_loading import build_glob_alternation
-from transformers.utils.generic import ContextManagers
-from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..capture.skeleton import named_tensors
 from ..errors import CheckpointError, ConfigError
+from ..transformers_internals import (
+    build_on_meta,
+    is_model_class,
+    kept_dtypes,
+    model_mapping,
+    tie_and_initialize,
+)
 from .locate import Source
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,21 +46,21 @@ def find_class(config: PretrainedConfig, model_class: Any) -> Any:
         ConfigError: it is no class of transformers'.
     """
     if model_class is not None:
-        mapping = getattr(model_class, "_model_mapping", None)
+        mapping = model_mapping(model_class)
         if mapping is not None:
             if type(config) not in mapping:
                 raise ConfigError(
                     f"{model_class.__name__} has no model for a {type(config).__name__}"
                 )
             return mapping[type(config)]
-        if not hasattr(model_class, "_from_config"):
+        if not is_model_class(model_class):
             raise ConfigError(
                 f"model_class={model_class!r}; accepted: a model class of transformers, or an Auto class"
             )
         return model_class
     names = list(getattr(config, "architectures", None) or [])
     if not names:
-        mapping = transformers.AutoModelForCausalLM._model_mapping
+        mapping = model_mapping(transformers.AutoModelForCausalLM)
         if type(config) in mapping:
             return mapping[type(config)]
     found = getattr(transformers, names[0], None) if names else None
@@ -94,15 +98,11 @@ def build(
     config: PretrainedConfig, kind: Any, dtype: torch.dtype, source: Source | None = None
 ) -> Any:
     """The model on the meta device, not tied, each parameter in the dtype it will have."""
-    with ContextManagers(kind.get_init_context(dtype, False, False, None)):
-        model = kind(config)
-    wanted = model._get_dtype_plan(dtype)
-    if wanted:
-        pattern, by_group, _ = build_glob_alternation(list(wanted))
-        for name, tensor in list(named_tensors(model)):
-            match = pattern.search(name)
-            if match is not None and tensor.is_floating_point():
-                put(model, name, tensor.to(wanted[by_group[match.lastgroup]]))
+    model = build_on_meta(kind, config, dtype)
+    tensors = dict(named_tensors(model))
+    for name, wanted in kept_dtypes(model, dtype, tensors).items():
+        if tensors[name].is_floating_point():
+            put(model, name, tensors[name].to(wanted))
     saved = source.folder / "generation_config.json" if source is not None else None
     if saved is not None and saved.is_file() and hasattr(model, "generation_config"):
         model.generation_config = GenerationConfig.from_pretrained(saved.parent)
@@ -129,18 +129,7 @@ def complete(
     Returns:
         The names that are missing, and those that are unexpected, by the model's own rules.
     """
-    info = LoadStateDictInfo(set(missing), set(unexpected), set(), [], {}, set())
-    for name, tensor in named_tensors(model):
-        if name not in missing:
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    model.mark_tied_weights_as_initialized(info)
-    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-    optional = set(info.missing_keys)
-    model._adjust_missing_and_unexpected_keys(info)
-    optional -= info.missing_keys
-    if info.missing_keys:
-        return info.missing_keys, info.unexpected_keys
-    model._move_missing_keys_from_meta_to_device(optional, {"": device}, None, None)
-    model._initialize_missing_keys(False)
+    loaded = [tensor for name, tensor in named_tensors(model) if name not in missing]
+    found = tie_and_initialize(model, loaded, missing, unexpected, device)
     model.eval()
-    return info.missing_keys, info.unexpected_keys
+    return found

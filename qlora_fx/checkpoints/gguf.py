@@ -13,10 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GgufConfig, modeling_gguf_pytorch_utils
-from transformers.core_model_loading import WeightRenaming
+from transformers import GgufConfig
 
 from ..errors import CheckpointError, ConfigError
+from ..transformers_internals import (
+    WeightRenaming,
+    gguf_conversions,
+    gguf_quantizer,
+    lazy_gguf_tensor,
+    older_gguf_reader,
+)
 from .conversion import Group, plan
 
 
@@ -27,13 +33,13 @@ def open_file(path: Path) -> LazyFile | TensorwiseFile:
         CheckpointError: it is no GGUF file, or damaged.
         ConfigError: the package ``gguf`` is needed and missing.
     """
-    from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
-
-    quantizer: Any = GgufHfQuantizer(GgufConfig(dequantize=True, gguf_file=path.name))
+    quantizer = gguf_quantizer(GgufConfig(dequantize=True, gguf_file=path.name))
     try:
         quantizer.read_header(str(path))
         return LazyFile(path, quantizer) if quantizer.supported else TensorwiseFile(path)
     except ImportError as error:
+        if error.name != "gguf":
+            raise  # a name of transformers' that is not there is no missing package
         raise ConfigError(
             f"{path.name} needs the package gguf: pip install 'gguf>=0.17'"
         ) from error
@@ -49,9 +55,7 @@ class LazyFile:
     """transformers' lazy reader: its tensors are read here by file offset, not through its memory map."""
 
     def __init__(self, path: Path, quantizer: Any) -> None:
-        from transformers.integrations.gguf.reader import LazyGgufTensor
-
-        self.path, self.lazy, self.quantizer = path, LazyGgufTensor, quantizer
+        self.path, self.lazy, self.quantizer = path, lazy_gguf_tensor(), quantizer
         header = quantizer.header
         self.infos = {info.name: info for info in header.tensors}
         self.start = header.data_start
@@ -74,7 +78,7 @@ class LazyFile:
         self.quantizer.preprocess_model(model)
         lazy = self.quantizer.get_state_dict(str(self.path), model)
         self.shapes = {name: tensor.shape for name, tensor in lazy.items()}
-        return plan(model, list(self.infos), self.quantizer.update_weight_conversions([], model))
+        return plan(model, list(self.infos), gguf_conversions(self.quantizer, model))
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor as transformers hands it to its conversions: values, or blocks as bytes."""
@@ -90,14 +94,12 @@ class TensorwiseFile:
     def __init__(self, path: Path) -> None:
         from gguf import GGUFReader
 
-        self.path = path
+        self.path, self.older = path, older_gguf_reader()
         self.reader: Any = GGUFReader(str(path))
         self.tensors = {t.name: t for t in self.reader.tensors}
         for t in self.reader.tensors:
             check_end(path, t.name, int(t.data_offset) + int(t.n_bytes))
-        self.architecture = modeling_gguf_pytorch_utils.read_field(
-            self.reader, "general.architecture"
-        )[0]
+        self.architecture = self.older.read_field(self.reader, "general.architecture")[0]
         self.dtype = torch.float32
         self.processor: Any = None
         self.names: dict[str, str] = {}
@@ -108,16 +110,14 @@ class TensorwiseFile:
 
     def plan(self, model: Any, dtype: torch.dtype) -> tuple[list[Group], list[str]]:
         """The same with the older reader's map of names."""
-        kind = modeling_gguf_pytorch_utils.TENSOR_PROCESSORS.get(
-            self.architecture, modeling_gguf_pytorch_utils.TensorProcessor
-        )
-        parsed = modeling_gguf_pytorch_utils.load_gguf_checkpoint(str(self.path))
+        kind = self.older.TENSOR_PROCESSORS.get(self.architecture, self.older.TensorProcessor)
+        parsed = self.older.load_gguf_checkpoint(str(self.path))
         self.processor = kind(config=parsed["config"])
-        self.names = modeling_gguf_pytorch_utils.get_gguf_hf_weights_map(model, self.processor)
+        self.names = self.older.get_gguf_hf_weights_map(model, self.processor)
         found = {name: self.names[name] for name in self.tensors if name in self.names}
         unexpected = [name for name in self.tensors if name not in found]
         if any("_exps" in name or "_exp." in name for name in unexpected):
-            self.whole = modeling_gguf_pytorch_utils.load_gguf_checkpoint(
+            self.whole = self.older.load_gguf_checkpoint(
                 str(self.path), return_tensors=True, model_to_load=model, torch_dtype=dtype
             )["tensors"]
             found, unexpected = {name: name for name in self.whole}, []

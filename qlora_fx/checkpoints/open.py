@@ -16,6 +16,7 @@ import torch
 
 from ..errors import CheckpointError, ConfigError
 from ..runtime.safetensors_reader import Shards
+from ..transformers_internals import set_conversions_used
 from .conversion import Group, plan, results
 from .empty_model import build, choose_dtype, complete, find_class, read_config
 from .four_bit import StoredWeight, StoredWeights, find_stored
@@ -95,7 +96,7 @@ def open_checkpoint(
         mapping: list[Any] | None = [] if any(w.own for w in settings.weights.values()) else None
         groups, unexpected = plan(model, names, mapping)
         if mapping is not None:
-            model._weight_conversions = None  # what is saved from it has the names of its class
+            set_conversions_used(model, None)  # what is saved from it has the names of its class
         checkpoint = Checkpoint(source, model, shards, settings=settings)
         produced = check_groups(checkpoint, groups)
         drop_equal_duplicates(checkpoint, groups, produced)
@@ -113,7 +114,7 @@ def open_gguf(source: Source, *, dtype: Any, kind: Any, device: torch.device) ->
     chosen = choose_dtype(config, gguf.dtype if dtype == "auto" else dtype, ())
     model = build(config, find_class(config, kind), chosen, source)
     groups, unexpected = gguf.plan(model, chosen)
-    model._weight_conversions = None  # what is saved has the model's own names, not the file's
+    set_conversions_used(model, None)  # what is saved has the model's own names, not the file's
     if unexpected:  # llama.cpp writes tensors that transformers computes (rope_freqs)
         warnings.warn(
             f"{source.gguf} has tensors that the model does not use: {', '.join(unexpected)}",

@@ -27,14 +27,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers import BitsAndBytesConfig, Conv1D
 
 from ..errors import ConfigError
 from ..runtime.checkpoint_writer import FolderWriter, Spec
 from ..runtime.schemes import PACKED, part_key
+from ..transformers_internals import names_not_saved, would_quantize
 from ..weights.base import Base
 from .conversion import plan_back
 from .four_bit import bitsandbytes_layout
@@ -91,7 +89,7 @@ def saved_names(base: Base) -> dict[str, str]:
     """Names of the model's saved parameters and buffers, with their store keys; a tied weight has one."""
     model, keys = base.skeleton.model, base.skeleton.keys
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    ignored = names_not_saved(model)
     chosen: dict[str, str] = {}
     for name in model.state_dict():
         if name not in ignored:
@@ -137,8 +135,7 @@ def bitsandbytes_config(
             )
     dense = [path for path in linears if path not in quantized]
     for skip in (None, dense):
-        skipped = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
-        if {p for p in linears if should_convert_module(p, skipped)} == quantized:
+        if would_quantize(model, linears, skip) == quantized:
             break
     else:
         obstacles.append("the list of dense modules cannot be said")

@@ -75,7 +75,7 @@ class Base:
         """The folder the model came from, if it is known and here."""
         if self.origin is not None:
             return self.origin.folder
-        named = getattr(self.skeleton.model.config, "_name_or_path", None) or ""
+        named = getattr(self.skeleton.model.config, "name_or_path", None) or ""
         return Path(named) if named and Path(named).is_dir() else None
 
     @property

@@ -323,6 +323,7 @@ def test_sizes_are_read_alike_everywhere(tmp_path: Path) -> None:
         ("1TB", 10**12),
         ("2tib", 2 << 40),
         ("1.5 kb", 1500),
+        (".5 GB", 5 * 10**8),
         (123, 123),
     ):
         assert parse_size(text, "fit") == size

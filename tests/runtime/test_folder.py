@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from qlora_fx.errors import CheckpointError
 from qlora_fx.runtime import checkpoint_writer as folder
 from qlora_fx.runtime.checkpoint_writer import FolderWriter, Spec
@@ -58,6 +60,27 @@ def test_shards_hold_at_most_their_size_or_one_tensor(tmp_path: Path) -> None:
     names = sorted(p.name for p in (tmp_path / "m").glob("*.safetensors"))
     assert names == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert set(load_file(tmp_path / "m" / names[0])) == {"a"}  # 48 bytes, more than 40
+
+
+@pytest.mark.parametrize("limit", [10, 16, 40, 54, 10**9])
+def test_shards_and_their_index_are_those_of_huggingface_hub(limit: int, tmp_path: Path) -> None:
+    write(tmp_path / "ours", 1, limit)
+    (tmp_path / "theirs").mkdir()
+    save_torch_state_dict(
+        {name: torch.full_like(tensor, 1) for name, tensor in TENSORS.items()},
+        tmp_path / "theirs",
+        max_shard_size=limit,
+    )
+    ours, theirs = (
+        sorted(p for p in (tmp_path / folder).iterdir() if p.name.startswith("model"))
+        for folder in ("ours", "theirs")
+    )
+    assert [p.name for p in ours] == [p.name for p in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        if one.suffix == ".json":
+            assert json.loads(one.read_text()) == json.loads(other.read_text())
+        else:
+            assert load_file(one).keys() == load_file(other).keys()
 
 
 # -- kills --------------------------------------------------------------------------------------------

@@ -1,0 +1,75 @@
+"""One call of torch.export: what it is given, what it prints, and what its failure says."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import os
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from ..errors import CaptureError
+
+
+def export(model: Any, examples: dict[str, Any], dims: dict[str, Any]) -> ExportedProgram:
+    """The program of ``model(**examples)``.
+
+    Args:
+        model: a copy that is only traced: its forward is replaced.
+        dims: which sizes are free, by argument.
+    """
+    take_exactly(model, list(examples))
+    return torch.export.export(model, (), examples, dynamic_shapes=dims, strict=False)
+
+
+def take_exactly(model: Any, names: list[str]) -> None:
+    """Give the copy that is traced a forward of just these arguments.
+
+    torch.export 2.13 mistakes the place of arguments that go into the model's ``**kwargs``.
+    """
+    original = model.forward
+
+    def forward(**kwargs: Any) -> Any:
+        return original(**kwargs)
+
+    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    model.forward = forward
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep export's advice to its own developers, and the graphs it prints, out of the user's terminal."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+        warnings.filterwarnings("ignore", message=".*lru_cache.*")
+        yield
+
+
+def capture_error(model: Any, error: Exception, inputs: Mapping[str, Any]) -> CaptureError:
+    """Name the line of the user's model that stopped the capture, and what to try."""
+    ours = (os.path.dirname(torch.__file__), os.path.dirname(os.path.abspath(__file__)))
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith(ours) and not f.filename.startswith("<")
+    ]
+    where = ""
+    if frames:
+        f = frames[-1]
+        where = f'\n  File "{f.filename}", line {f.lineno}, in {f.name}\n    {f.line}'
+    first_line = next((line for line in str(error).splitlines() if line.strip()), "")
+    return CaptureError(
+        f"{type(model).__name__} could not be captured by torch.export with arguments "
+        f"({', '.join(inputs)}).{where}\n  {type(error).__name__}: {first_line}\n"
+        "  Data-dependent Python (`if tensor.sum() > 0`, `.item()`, `.tolist()`) cannot be captured: use "
+        "torch.where or torch.cond there, or pass example_inputs= that take another path. "
+        "The model is unchanged."
+    )
