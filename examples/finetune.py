@@ -64,6 +64,12 @@ def arguments() -> argparse.Namespace:
         default=10,
         help="steps between checkpoints (default: %(default)s)",
     )
+    p.add_argument(
+        "--backend",
+        choices=("inductor", "aot_eager", "eager"),
+        default="inductor",
+        help="what runs the graph; the others start sooner and step slower (default: %(default)s)",
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     args = p.parse_args()
@@ -134,7 +140,7 @@ class Run:
         if torch.cuda.is_available():
             model = model.to("cuda")
         print(f"transforming {Path(self.source).name}", flush=True)
-        self.qmodel = qlora_fx.transform(model, lora)
+        self.qmodel = qlora_fx.transform(model, lora, backend=args.backend)
         del model
         print(qlora_fx.explain(self.qmodel), flush=True)
         self.optimizer = self.qmodel.paged_optimizer(lr=args.lr)

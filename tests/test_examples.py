@@ -202,8 +202,9 @@ def run(folder: Path, out: Path, *options: str) -> subprocess.CompletedProcess[s
     return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
 
 
-def test_the_whole_example_runs(small_model: Path, tmp_path: Path) -> None:
-    done = run(small_model, tmp_path)
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_whole_example_runs(backend: str, small_model: Path, tmp_path: Path) -> None:
+    done = run(small_model, tmp_path, "--backend", backend)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "logits agree" in done.stdout

@@ -157,6 +157,8 @@ class Skeleton:
             for dims in (shared_dims, automatic_dims):
                 try:
                     program = self.export(inputs, training, dtype, dims, patches)
+                except CaptureError:
+                    raise  # a refusal of ours: no other way would be right
                 except Exception as error:
                     errors.append(error)
                     if not is_about_dims(error):

@@ -12,6 +12,8 @@ CAPTURED_AGAIN: dict[str, str] = {
     "xlstm": LENGTH,
     "cpmant": WINDOWS,
     "canine": WINDOWS,
+    "funnel": WINDOWS,
+    "deberta": "the span of relative positions is cut at the sequence's length in Python",
     "llava": IMAGES,
     "idefics2": IMAGES,
     "idefics3": IMAGES,
@@ -52,6 +54,8 @@ NO_PEFT: dict[str, str] = {
     "xlnet": "PEFT has no adapter for weights that are multiplied as [in, heads, size] (said when it is saved)",
     "siglip": "PEFT has no adapter for the packed weights of nn.MultiheadAttention (said when it is saved)",
     "siglip2": "as siglip",
+    "funnel": "as xlnet (r_kernel)",
+    "laguna": "PEFT 0.21 does not load its own adapters of shared_experts: its renaming of shared_expert matches them",
     "dbrx": "PEFT's wrapper hides parameters that the experts read by name",
 }
 """The saved adapter is not compared in PEFT."""
@@ -64,6 +68,10 @@ SAID: dict[str, tuple[str, ...]] = {
     "aimv2": ("unrecognised product",),
     "siglip2": ("unrecognised product", "the weight is computed"),
     "siglip2_vision_model": ("unrecognised product", "the weight is computed"),
+    "deberta": ("the weight is computed",),
+    "funnel": ("the weight is computed", "PEFT has no adapter"),
+    "mobilebert": ("the weight is computed",),
+    "inkling2_text": ("unrecognised product",),
     "zamba": ("unrecognised product",),
 }
 """Parts of warnings that belong to a family."""

@@ -58,12 +58,7 @@ ALL_OF_IT = "embedding, head and biases"
     ("name", "backend"),
     [
         *((name, "aot_eager") for name in SETTINGS),
-        (ALL_OF_IT, "inductor"),
-        *(
-            pytest.param(name, "inductor", marks=pytest.mark.slow)
-            for name in SETTINGS
-            if name != ALL_OF_IT
-        ),
+        *(pytest.param(name, "inductor", marks=pytest.mark.slow) for name in SETTINGS),
     ],
 )
 def test_gradients_of_all_that_trains_are_right(name: str, backend: str) -> None:

@@ -79,10 +79,14 @@ def models(dtype: torch.dtype) -> Iterator[Any]:
         yield model.to(dtype)
 
 
-BACKENDS = ["inductor", pytest.param("eager", marks=pytest.mark.slow)]
+def backends(*default: str) -> list[Any]:
+    """All of them; those that are not named take minutes."""
+    slow = pytest.mark.slow
+    every = ("inductor", "aot_eager", "eager")
+    return [b if b in default else pytest.param(b, marks=slow) for b in every]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("inductor"))
 def test_errors_are_no_larger_than_the_references_in_float32(backend: str) -> None:
     batches = [batch(seed=i) for i in range(16)]
     assert_no_larger(
@@ -90,7 +94,7 @@ def test_errors_are_no_larger_than_the_references_in_float32(backend: str) -> No
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("aot_eager"))
 def test_errors_are_no_larger_than_the_references_in_bfloat16(backend: str) -> None:
     batches = [batch(seed=i) for i in range(16)]
     assert_no_larger(

@@ -107,6 +107,7 @@ def test_random_numbers_are_not_drawn_again() -> None:
     assert any(relative_error(other[n], g) > 0.1 for n, g in kept.items()), "dropout is active"
 
 
+@pytest.mark.slow
 def test_experts_can_be_recomputed() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -140,14 +141,14 @@ def test_without_a_budget_free_memory_decides(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_budget_that_cannot_be_met_is_said_once() -> None:
-    qmodel = transformed(2, memory_budget=1)
+    qmodel = transformed(memory_budget=1)
     with pytest.warns(UserWarning, match="are not enough for this batch") as caught:
         gradients(qmodel)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gradients(qmodel)
-    assert block(qmodel).recomputed == 2
+    assert block(qmodel).recomputed == 4
 
 
 def test_what_a_budget_may_be() -> None:
@@ -160,7 +161,7 @@ def test_what_a_budget_may_be() -> None:
     for wrong in (True, 0, -5, 1.5, -0.1, "6", "much", [1], float("nan")):
         with pytest.raises(ConfigError, match=r"memory_budget=.*accepted: bytes as an int"):
             check_memory_budget(wrong)
-    qmodel = transformed(2)
+    qmodel = transformed()
     with pytest.raises(ConfigError, match="accepted"):
         qmodel.memory_budget = "lots"
     assert qmodel.memory_budget is None

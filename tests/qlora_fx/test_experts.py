@@ -55,8 +55,11 @@ def test_every_form_of_experts_is_found_and_right(implementation: str) -> None:
     assert {f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"} <= {s.name for s in report.sites}
 
 
-def test_experts_are_right_when_compiled() -> None:
-    report = check(tiny_mixtral(), batch(), LoraConfig(**LORA), quiet=True)
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_experts_are_right_when_compiled(backend: str) -> None:
+    report = check(tiny_mixtral(), batch(), LoraConfig(**LORA), backend=backend, quiet=True)
     assert report.passed, str(report)
     norms = {line.name: line.norm for line in report.sites}
     assert norms[f"{EXPERTS}.down_proj"] > 0

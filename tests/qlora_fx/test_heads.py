@@ -34,7 +34,8 @@ def rows(qmodel: Any) -> dict[str, Any]:
     [
         (False, "eager"),
         (True, "eager"),
-        (True, "inductor"),
+        (True, "aot_eager"),
+        pytest.param(True, "inductor", marks=pytest.mark.slow),
         pytest.param(False, "inductor", marks=pytest.mark.slow),
     ],
 )

@@ -93,7 +93,8 @@ def test_any_batch_and_sequence_is_right_without_capturing_or_compiling_again(
 
 
 def test_other_arguments_are_captured_lazily_over_the_same_weights(adapted: Any) -> None:
-    model, qmodel, adapter = adapted
+    model, _, adapter = adapted
+    qmodel, _ = ours(model, adapter, LoraConfig(**LORA), backend="aot_eager")
     ids = batch()["input_ids"]
     held = sum(t.nbytes for _, t in qmodel.base.store.items())
     position = torch.arange(ids.shape[1])[None]
@@ -117,7 +118,9 @@ def test_other_arguments_are_captured_lazily_over_the_same_weights(adapted: Any)
 def test_eval_after_train_after_eval_is_right_each_time() -> None:
     model = tiny_llama()
     adapter = random_adapter(model, 4, scale=0.1)
-    qmodel, params = ours(model, adapter, LoraConfig(**LORA, lora_dropout=0.5))
+    qmodel, params = ours(
+        model, adapter, LoraConfig(**LORA, lora_dropout=0.5), backend="aot_eager"
+    )
     inputs = batch()
     right = true_logits(model, adapter, inputs)
     dense, true_params = truth(model, adapter, 2.0)
@@ -140,7 +143,7 @@ def test_dropout_draws_anew_each_step_and_scales_by_its_survivors() -> None:
     adapter = random_adapter(
         model, 4, scale=0.04
     )  # small: the network is near linear in its branches
-    qmodel, _ = ours(model, adapter, LoraConfig(**LORA, lora_dropout=0.3))
+    qmodel, _ = ours(model, adapter, LoraConfig(**LORA, lora_dropout=0.3), backend="aot_eager")
     inputs = batch()
     with torch.no_grad():
         draws = torch.stack([qmodel(**inputs, return_logits=True).logits for _ in range(200)])
@@ -174,7 +177,7 @@ def test_disabled_adapter_is_the_quantized_model(adapted: Any) -> None:
 def test_conv1d_is_quantized_and_adapted() -> None:
     model = tiny_gpt2()
     adapter = random_adapter(model, 4, scale=0.1)
-    qmodel, params = ours(model, adapter, LoraConfig(**LORA))
+    qmodel, params = ours(model, adapter, LoraConfig(**LORA), backend="aot_eager")
     assert {r.op for r in qlora_fx.explain(qmodel) if r.quantized} == {"addmm"}
     inputs = batch()
     logits, grads = step(qmodel, params, inputs)

@@ -24,7 +24,7 @@ LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4}
 
 
-def config(layers: int = 6, **changes: Any) -> LlamaConfig:
+def config(layers: int = 3, **changes: Any) -> LlamaConfig:
     settings = {"vocab_size": 900, "num_key_value_heads": 2, "head_dim": 32, **SIZES}
     return LlamaConfig(num_hidden_layers=layers, **(settings | changes))
 
@@ -111,7 +111,7 @@ def test_a_plan_reads_no_weight_and_takes_no_memory_for_one(monkeypatch: Any) ->
 
 
 def test_the_timeline_names_the_place_of_the_peak() -> None:
-    plan = qlora_fx.plan(config(3), LoraConfig(**LORA), batch_size=2, sequence_length=64)
+    plan = qlora_fx.plan(config(), LoraConfig(**LORA), batch_size=2, sequence_length=64)
     places = [moment.place for moment in plan.timeline]
     layers = [f"model.layers.{i}" for i in range(3)]
     assert [p for p in places if "layers" in p] == [
@@ -128,7 +128,7 @@ def test_the_timeline_names_the_place_of_the_peak() -> None:
 
 
 def test_the_plan_draws_itself(tmp_path: Path) -> None:
-    plan = qlora_fx.plan(config(2), LoraConfig(**LORA))
+    plan = qlora_fx.plan(config(), LoraConfig(**LORA))
     plan.plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
@@ -166,9 +166,9 @@ def drafted(lora: LoraConfig) -> Draft:
 
 
 def test_a_folder_with_a_config_alone_is_enough(tmp_path: Path) -> None:
-    config(2, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    config(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
     one = qlora_fx.plan(tmp_path, LoraConfig(**LORA))
-    other = qlora_fx.plan(config(2), LoraConfig(**LORA))
+    other = qlora_fx.plan(config(), LoraConfig(**LORA))
     assert one.peak == other.peak
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"model_type": "nothing"}))
@@ -188,9 +188,9 @@ def test_a_model_with_weights_can_be_planned_and_is_left_alone() -> None:
 
 
 def test_a_plan_does_not_depend_on_the_mode_it_is_made_in() -> None:
-    usual = qlora_fx.plan(config(2), LoraConfig(**LORA))
+    usual = qlora_fx.plan(config(), LoraConfig(**LORA))
     with torch.no_grad():
-        assert qlora_fx.plan(config(2), LoraConfig(**LORA)).peak == usual.peak
+        assert qlora_fx.plan(config(), LoraConfig(**LORA)).peak == usual.peak
     assert usual.activations > 0
 
 
@@ -215,10 +215,10 @@ def test_a_lower_rank_keeps_the_scaling() -> None:
 
 def test_storage_settings_are_planned_as_they_are_stored() -> None:
     single = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    plan = qlora_fx.plan(config(2), LoraConfig(**LORA), single, compute_dtype="bfloat16")
+    plan = qlora_fx.plan(config(), LoraConfig(**LORA), single, compute_dtype="bfloat16")
     assert 8 * plan.storage / plan.footprint.weights == pytest.approx(4.5, abs=1e-2)
-    head = qlora_fx.plan(config(2), LoraConfig(**LORA), also_quantize=["head"])
-    assert head.constants < qlora_fx.plan(config(2), LoraConfig(**LORA)).constants
+    head = qlora_fx.plan(config(), LoraConfig(**LORA), also_quantize=["head"])
+    assert head.constants < qlora_fx.plan(config(), LoraConfig(**LORA)).constants
 
 
 def test_optimizer_state_by_its_rules() -> None:
@@ -226,7 +226,7 @@ def test_optimizer_state_by_its_rules() -> None:
     assert state_bytes("PagedLion32bit", 1000) == 4000
     assert state_bytes("PagedAdamW8bit", 2560) == 2 * (2560 + 4 * 10) + 2 * 1024
     with pytest.raises(ConfigError, match=r"optimizer='SGD'; accepted: Paged"):
-        qlora_fx.plan(config(2), optimizer="SGD")
+        qlora_fx.plan(config(), optimizer="SGD")
 
 
 @pytest.mark.parametrize(
@@ -242,6 +242,6 @@ def test_optimizer_state_by_its_rules() -> None:
 )
 def test_what_is_wrong_is_quoted(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        qlora_fx.plan(config(2), **wrong)
+        qlora_fx.plan(config(), **wrong)
     with pytest.raises(ConfigError, match=r"source=3; accepted: a folder, a hub id"):
         qlora_fx.plan(3)
