@@ -55,9 +55,7 @@ def test_every_form_of_experts_is_found_and_right(implementation: str) -> None:
     assert {f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"} <= {s.name for s in report.sites}
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_experts_are_right_when_compiled(backend: str) -> None:
     report = check(tiny_mixtral(), batch(), LoraConfig(**LORA), backend=backend, quiet=True)
     assert report.passed, str(report)

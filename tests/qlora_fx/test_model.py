@@ -118,9 +118,7 @@ def test_other_arguments_are_captured_lazily_over_the_same_weights(adapted: Any)
 def test_eval_after_train_after_eval_is_right_each_time() -> None:
     model = tiny_llama()
     adapter = random_adapter(model, 4, scale=0.1)
-    qmodel, params = ours(
-        model, adapter, LoraConfig(**LORA, lora_dropout=0.5), backend="aot_eager"
-    )
+    qmodel, params = ours(model, adapter, LoraConfig(**LORA, lora_dropout=0.5), backend="aot_eager")
     inputs = batch()
     right = true_logits(model, adapter, inputs)
     dense, true_params = truth(model, adapter, 2.0)
