@@ -131,7 +131,11 @@ class Judge:
             reason = f"{COMPUTED} ({', '.join(read)})" if read else COMPUTED
             return Skipped(name, read[0] if read else "", op, reason, flops(node))
         place = self.places(node, view)
-        site = Site(place.name, view.key, op, view.layout, place.kind, flops=flops(node))
+        site = Site(
+            *(place.name, view.key, op, view.layout, place.kind),
+            module_runs=place.module_runs,
+            flops=flops(node),
+        )
         if self.decided is not None:
             return as_decided(site, self.decided)
         router = is_router(node, self.experts)

@@ -72,6 +72,8 @@ class Site:
         r, scaling, dropout: LoRA's rank, factor and dropout probability; meaningful if ``adapt``.
         swapped: PEFT's ``lora_A`` multiplies the parameter's last dimension, which is not the input here:
             the input meets ``lora_B`` first.
+        module_runs: False where another module reads the weight of this one (``nn.MultiheadAttention`` that of its
+            ``out_proj``): PEFT's adapter of the module would be there and have no effect.
         flops: of one forward, at the sizes of the capture's example.
     """
 
@@ -87,6 +89,7 @@ class Site:
     scaling: float = 1.0
     dropout: float = 0.0
     swapped: bool = False
+    module_runs: bool = True
     flops: int = 0
 
     @property

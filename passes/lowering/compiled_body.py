@@ -204,13 +204,13 @@ def symbols(inputs: Sequence[fx.Node]) -> list[tuple[torch.SymInt, tuple[int, in
 
 
 def hidden_symbols(body: fx.GraphModule) -> set[Any]:
-    """Free sizes of the body's inputs that none of them shows by itself."""
+    """Free sizes of the body's inputs, in shapes or strides, that none of them shows by itself."""
     inputs = list(body.graph.find_nodes(op="placeholder"))
     shown = {size.node.expr for size, _ in symbols(inputs)}
     used = {
         symbol
         for node in inputs
-        for size in node.meta["val"].shape
+        for size in (*node.meta["val"].shape, *node.meta["val"].stride())
         if isinstance(size, torch.SymInt)
         for symbol in size.node.expr.free_symbols
     }

@@ -13,11 +13,12 @@ from ..graph.site import WeightView
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight is. ``kind`` and ``swapped`` as in ``Site``."""
+    """Where a weight is. ``kind``, ``swapped`` and ``module_runs`` as in ``Site``."""
 
     name: str
     kind: str
     swapped: bool = False
+    module_runs: bool = True
 
 
 class Places:
@@ -51,7 +52,7 @@ class Places:
         if is_matrix and self.holders.get(owner) in ("linear", "conv"):
             if owner in self.running:  # the module runs by itself, this is someone else
                 return Place(f"{owner} (read by {path or node.name})", "reader")
-            return Place(owner, self.holders[owner])
+            return Place(owner, self.holders[owner], module_runs=False)
         name = view.key.removesuffix(".weight")
         raw = tuple(self.stored[view.key].meta["val"].shape)
         permute = view.layout.permute

@@ -139,6 +139,13 @@ def saved_config(base: Base) -> dict[str, Any]:
             "these tensors' places",
             stacklevel=3,
         )
+    unheard = [s.name for s in adapted if not s.module_runs]
+    if unheard:
+        warnings.warn(
+            f"in PEFT the adapters of {some(unheard)} have no effect: another module reads their weights. The saved "
+            "folder loads here as it was trained",
+            stacklevel=3,
+        )
     plain: dict[str, Any] = saved.to_dict()
     return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()}
 

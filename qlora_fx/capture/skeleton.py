@@ -244,6 +244,9 @@ def without_writes(program: ExportedProgram, model: str) -> set[str]:
             schema = getattr(user.target, "_schema", None)
             if schema is None or not schema.is_mutable or user.args[0] is not node:
                 continue
+            if str(weights.get(node.name)).endswith(".num_batches_tracked") and not user.users:
+                graph.erase_node(user)  # a count that only momentum=None reads
+                continue
             if node.name in weights:
                 raise CaptureError(
                     f"{model} changes {weights[node.name]} during forward ({schema.name}): each call of a captured graph "

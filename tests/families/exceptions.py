@@ -39,11 +39,13 @@ REFUSED: dict[str, str] = {
     "prophetnet": "assert torch.all(shifted_input_ids >= 0)",
     "qwen2_5_vl": "get_vision_window_index",
     "qwen4_exp_text": "if num_complete_blocks > 0",
+    "sew-d": "XSoftmax has a backward of its own",
     "yoso": "has a backward of its own",
 }
 """``transform`` raises a CaptureError; a part of its text."""
 
 MAMBA = "PEFT 0.21 refuses out_proj of Mamba models as a target"
+UNHEARD = "another module reads the weight of a linear, past PEFT's adapter (said when it is saved)"
 NO_PEFT: dict[str, str] = {
     "mamba": MAMBA,
     "mamba2": MAMBA,
@@ -52,8 +54,10 @@ NO_PEFT: dict[str, str] = {
     "nemotron_h": MAMBA,
     "deepseek_v4": "PEFT has no adapter for a linear in groups (o_a_proj)",
     "xlnet": "PEFT has no adapter for weights that are multiplied as [in, heads, size] (said when it is saved)",
-    "siglip": "PEFT has no adapter for the packed weights of nn.MultiheadAttention (said when it is saved)",
-    "siglip2": "as siglip",
+    "aria": UNHEARD,
+    "siglip": UNHEARD,
+    "siglip2": UNHEARD,
+    "wavlm": UNHEARD,
     "funnel": "as xlnet (r_kernel)",
     "laguna": "PEFT 0.21 does not load its own adapters of shared_experts: its renaming of shared_expert matches them",
     "dbrx": "PEFT's wrapper hides parameters that the experts read by name",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import captured
 from qlora_fx.passes.lowering import compiled_body
-from qlora_fx.passes.lowering.compiled_body import CompiledBody, aot_eager
+from qlora_fx.passes.lowering.compiled_body import CompiledBody, aot_eager, hidden_symbols
 from qlora_fx.passes.lowering.example import Example
 
 
@@ -90,3 +90,25 @@ def test_strides_that_a_forward_saves_are_formulas_for_the_backward() -> None:
     example: Example = body.example(compiled_body.Key(()), (4, 3))
     symbol = str(example.free[0].node.expr)
     assert isinstance(example.env.evaluate_symexpr(f"8*{symbol}"), torch.SymInt)
+
+
+def test_a_size_that_only_a_stride_shows_is_passed_along() -> None:
+    """One place of ``[B, S, 8]``, a view: ``[B, 8]`` with the strides ``(8 S, 1)``."""
+
+    class Rows(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"y": self.up(x[:, 0])}
+
+    gm = captured(Rows(), {"x": torch.zeros(2, 6, 8)}).gm
+    select = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.select.int)
+    body = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    rows = body.graph.placeholder("rows")
+    rows.meta["val"] = select.meta["val"]
+    body.graph.output(rows)
+    x = next(n for n in gm.graph.find_nodes(op="placeholder") if "input" in n.meta)
+    length = x.meta["val"].shape[1].node.expr
+    assert length in hidden_symbols(body)

@@ -14,6 +14,7 @@ from conftest import batch, peer_llama, tiny_gpt2
 from oracle import ours, random_adapter, reference, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 pytestmark = pytest.mark.peer
 
@@ -197,3 +198,31 @@ def test_a_damaged_folder_leaves_the_current_adapter_as_it_was(
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="'nowhere' is not a folder"):
         transformed().load_adapter("nowhere")
+
+
+def test_an_adapter_that_peft_would_not_apply_is_said_when_it_is_saved(tmp_path: Path) -> None:
+    """``nn.MultiheadAttention`` reads the weight of its out_proj, past the module that PEFT puts there."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = LlamaConfig()
+            self.mix = torch.nn.MultiheadAttention(64, 2, batch_first=True)
+            self.up = torch.nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            x = self.up(x)
+            return {"y": self.mix(x, x, x, need_weights=False)[0]}
+
+    lora = LoraConfig(**(LORA | {"target_modules": ["out_proj", "up"]}))
+    inputs = {"x": torch.randn(2, 5, 64)}
+    qmodel = qlora_fx.transform(Model(), lora, example_inputs=inputs, backend="eager")
+    assert {s.name: s.module_runs for s in qmodel.base.sites.values() if s.adapt} == {
+        "mix.out_proj": False,
+        "up": True,
+    }
+    with pytest.warns(
+        UserWarning, match=r"in PEFT the adapters of mix\.out_proj have no effect"
+    ) as caught:
+        qmodel.save_pretrained(tmp_path)
+    assert len(caught) == 1
