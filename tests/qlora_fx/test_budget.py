@@ -128,6 +128,14 @@ def test_experts_can_be_recomputed() -> None:
         torch.testing.assert_close(again[name], grad, rtol=1e-4, atol=1e-6)
 
 
+def test_keeping_everything_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing a body only to measure it takes as long as compiling it with aot_eager."""
+    monkeypatch.setattr(module, "measured", None)
+    qmodel = transformed(memory_budget=1.0)
+    assert len(gradients(qmodel)) == len(dict(qmodel.adapter_parameters()))
+    assert block(qmodel).recomputed == 0
+
+
 def test_without_a_budget_free_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     qmodel = transformed()
     gradients(qmodel)
