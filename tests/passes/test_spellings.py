@@ -104,6 +104,10 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
         (4, 8, 6),
     ),
     "rows of a fused weight": (lambda x, w: F.linear(x, w[:6]) * F.linear(x, w[6:]), (12, 8)),
+    "rows of a fused weight, by einsum": (
+        lambda x, w: torch.einsum("bsd,od->bso", x, w[:6]) * (w[6:] @ x.mT).mT,
+        (12, 8),
+    ),
     "columns of a fused weight": (lambda x, w: torch.cat([x @ c for c in w.chunk(2, 1)]), (8, 12)),
     "a weight and its transpose": (
         lambda x, w: F.linear(torch.relu(F.linear(x, w)), w.T),
