@@ -96,6 +96,14 @@ def test_the_kind_of_a_mask() -> None:
     assert int(mask_kind(torch.zeros(1, 1, 4, 4))) == ANY, "an additive mask may hold a bias"
 
 
+def test_a_causal_mask_is_not_read() -> None:
+    """The same numbers either way: only that it is handed on as None lets a kernel skip its tiles."""
+    causal, padded = masks(2, 9)["causal"], masks(2, 9)["padded"]
+    assert Mask.of(causal, mask_kind(causal)) == Mask(None, CAUSAL.code) == Mask.of(None, None)
+    assert Mask.of(padded, mask_kind(padded)).seen is padded
+    assert Mask.of(causal, None) == (causal, ANY), "nobody looked"
+
+
 def test_heads_with_masks_of_their_own_and_views_with_other_strides() -> None:
     inputs = [t.detach() for t in tensors(2, 70)]
     inputs = [t.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for t in inputs]
