@@ -91,10 +91,7 @@ class QuantizedNode(Node):
             used.update(keys)
             local |= {f"{prefix}{leaf}_{k}": v for k, v in values.items()}
         local = {k: v for k, v in local.items() if k not in used}
-        super()._load_from_state_dict(local, prefix, metadata, strict, missing, [], errors)
-        for key in used:
-            if key in unexpected:
-                unexpected.remove(key)
+        super()._load_from_state_dict(local, prefix, metadata, strict, missing, unexpected, errors)
 
 
 class Store:

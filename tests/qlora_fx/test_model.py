@@ -327,6 +327,9 @@ def test_state_dict_has_bitsandbytes_keys_and_loads_back(adapted: Any) -> None:
         )
         < 2e-6
     )
+    for more in ("model.layers.0.self_attn.q_proj.absent", "model.absent"):
+        with pytest.raises(RuntimeError, match=rf"Unexpected key\(s\) in state_dict: .*{more}"):
+            other.load_state_dict(state | {more: torch.zeros(1)})
     del state[f"{base}.absmax"], state[f"{base}.quant_state.bitsandbytes__nf4"]
     with pytest.raises((RuntimeError, ValueError)):
         other.load_state_dict(state)
