@@ -93,6 +93,9 @@ def test_the_kind_of_a_mask() -> None:
     for name, mask in masks(2, 9).items():
         assert int(mask_kind(mask)) == (CAUSAL.code if name == "causal" else ANY)
     assert int(mask_kind(torch.ones(1, 1, 4, 5, dtype=torch.bool))) == ANY
+    for rows, columns in ((4, 5), (5, 4)):
+        mask = torch.ones(1, 1, rows, columns, dtype=torch.bool).tril()
+        assert int(mask_kind(mask)) == ANY, "queries and keys do not begin together"
     assert int(mask_kind(torch.zeros(1, 1, 4, 4))) == ANY, "an additive mask may hold a bias"
 
 
