@@ -32,7 +32,7 @@ class Emission(Protocol):
         ...
 
     def grouped(
-        self, x: fx.Node, parts: Parts, ends: fx.Node, shape: list[int]
+        self, x: fx.Node, parts: Parts, ends: fx.Node, shape: list[int], then: Emitter
     ) -> tuple[Any, tuple[Any, ...]]:
         """The operator, one of ``nodes.GROUPED``, and its arguments, that multiplies groups of rows by a stack.
 
