@@ -40,6 +40,8 @@ class Emission(Protocol):
             x: ``[rows, in]``, sorted by expert.
             ends: where each expert's rows end.
             shape: ``[out, in]`` of one expert.
+            then: for nodes before the product: without an operator of its own a scheme makes the stack dense and
+                gives it to ``qlora_fx.grouped_linear``.
         """
         ...
 
