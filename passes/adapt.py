@@ -16,7 +16,6 @@ from .graph.nodes import (
     StoredInputs,
     arguments,
     fake_mode,
-    replace_other_uses,
     sites,
     weight_view,
 )
@@ -82,10 +81,11 @@ def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: C
             val = torch.empty(tensor.shape, dtype=ADAPTER_DTYPE, device=device)
         held[role] = inputs.add(tensor.key, val)
         held[role].meta["trainable"] = True
+    readers = set(result.users)
     with graph.inserting_before(result.next):
         adapted = adapter.emit(product, held, Emitter(graph, linear))
     adapted.meta["branch_of"] = site.name
-    replace_other_uses(result, adapted)
+    result.replace_all_uses_with(adapted, delete_user_cb=readers.__contains__)
 
 
 def ends_of(node: fx.Node) -> fx.Node | None:

@@ -96,7 +96,8 @@ def quantize_site(
             new_x.meta["input_of"] = site.name
         if linear.target in GROUPED:
             ends: Any = rest[0]
-            target, args = emission.grouped(new_x, parts, ends, list(site.shape[1:]))
+            shape, then = list(site.shape[1:]), Emitter(graph, linear)
+            target, args = emission.grouped(new_x, parts, ends, shape, then)
         else:
             weight = weight_node(emission, parts, site, view, dtype, Emitter(graph, linear))
             bias = [cast(graph, b, dtype, f"{linear.name}_bias") for b in rest if b is not None]

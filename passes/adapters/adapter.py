@@ -72,6 +72,7 @@ class Adapter(Protocol):
     def emit(self, product: Product, held: Mapping[str, fx.Node], then: Emitter) -> fx.Node:
         """The nodes from a product's result to the adapted one, which is returned, in the result's dtype.
 
+        The node that is returned reads the result itself; others may. The result has the product's bias in it.
         What depends on storage and the adapter alone is recomputed in backward wherever it stands. The first
         product of the adapter with a whole tensor of its own gets ``meta["lora_a"]``: siblings stacks those.
 

@@ -32,7 +32,7 @@ class Emission(Protocol):
         ...
 
     def grouped(
-        self, x: fx.Node, parts: Parts, ends: fx.Node, shape: list[int]
+        self, x: fx.Node, parts: Parts, ends: fx.Node, shape: list[int], then: Emitter
     ) -> tuple[Any, tuple[Any, ...]]:
         """The operator, one of ``nodes.GROUPED``, and its arguments, that multiplies groups of rows by a stack.
 
@@ -40,6 +40,8 @@ class Emission(Protocol):
             x: ``[rows, in]``, sorted by expert.
             ends: where each expert's rows end.
             shape: ``[out, in]`` of one expert.
+            then: for nodes before the product: without an operator of its own a scheme makes the stack dense and
+                gives it to ``qlora_fx.grouped_linear``.
         """
         ...
 

@@ -44,7 +44,7 @@ class FourBitEmission(Emission):
         return weight
 
     def grouped(
-        self, x: fx.Node, parts: Parts, ends: fx.Node, shape: list[int]
+        self, x: fx.Node, parts: Parts, ends: fx.Node, shape: list[int], then: Emitter
     ) -> tuple[Any, tuple[Any, ...]]:
         q = self.quantization
         nested = [parts.get(k) for k in ("nested_absmax", "offset", NESTED_QUANT_MAP)]

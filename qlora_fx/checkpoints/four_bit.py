@@ -18,8 +18,8 @@ from ..errors import CheckpointError, ConfigError
 from ..passes.graph.site import Layout
 from ..runtime.ops import NESTED_BLOCKSIZE
 from ..runtime.safetensors_reader import Entry, Shards
-from ..runtime.schemes import part_key
-from ..runtime.schemes.four_bit import FourBit
+from ..runtime.schemes import part_key, scheme_of
+from ..runtime.schemes.four_bit import NESTED_QUANT_MAP
 from .locate import OWN_METHOD, Source
 
 STATE = ".quant_state.bitsandbytes__"
@@ -47,7 +47,7 @@ class StoredWeight:
 
     def names(self, quantization: Quantization) -> dict[str, str]:
         """The tensor of the checkpoint that each part is in; the shared map is in all of bitsandbytes' weights."""
-        parts = FourBit(quantization).parts(self.shape)
+        parts = scheme_of(quantization).parts(self.shape)
         return {
             name: part_key(self.key, name, part)
             for name, part in parts.items()
@@ -60,7 +60,7 @@ class StoredWeight:
         Raises:
             CheckpointError: naming the part and its file.
         """
-        expected = FourBit(quantization).parts(self.shape, name=self.key)
+        expected = scheme_of(quantization).parts(self.shape, name=self.key)
         file = entries[self.key].file
         for part, name in self.names(quantization).items():
             found = entries.get(name)
@@ -77,16 +77,16 @@ class StoredWeight:
                 )
 
     def read(self, shards: Shards, quantization: Quantization) -> dict[str, torch.Tensor]:
-        """Its storage, with the keys of ``FourBit.parts``.
+        """Its storage, with the keys of ``Scheme.parts``.
 
         Raises:
             CheckpointError: it cannot be read, or has values that are not finite.
         """
         parts = {part: shards.read(name) for part, name in self.names(quantization).items()}
-        if quantization.double_quant:
+        if NESTED_QUANT_MAP in scheme_of(quantization).parts(self.shape):
             if self.offset is not None:
                 parts["offset"] = torch.tensor(self.offset)
-            parts["nested_quant_map"] = bnb.create_dynamic_map()
+            parts[NESTED_QUANT_MAP] = bnb.create_dynamic_map()
         for part in ("absmax", "nested_absmax", "offset"):
             values = parts.get(part)
             if values is not None and values.is_floating_point() and not values.isfinite().all():
@@ -223,6 +223,7 @@ def find_own(source: Source, found: Mapping[str, Any]) -> StoredWeights:
         }
         roles = tuple(found["also_quantize"])
         compute = getattr(torch, found["compute_dtype"])
+        scheme_of(settings)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"quantization_config in {source.folder / 'config.json'} is not what save_quantized writes: {error!r}"

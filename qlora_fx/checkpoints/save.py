@@ -32,6 +32,7 @@ from transformers import BitsAndBytesConfig, Conv1D
 from ..errors import ConfigError
 from ..runtime.checkpoint_writer import FolderWriter, Spec
 from ..runtime.schemes import PACKED, part_key
+from ..runtime.schemes.four_bit import FourBit
 from ..transformers_internals import names_not_saved, would_quantize
 from ..weights.base import Base
 from .conversion import plan_back
@@ -112,6 +113,8 @@ def bitsandbytes_config(
         if type(module) is nn.Linear or isinstance(module, Conv1D)
     }
     obstacles = []
+    if not isinstance(base.scheme, FourBit):
+        obstacles.append(f"{q.quant_type!r} is no 4-bit type")
     quantized = set()
     for key, site in sites.items():
         path, _, leaf = by_key[key].rpartition(".")

@@ -28,13 +28,13 @@ def every_node_has_a_value(gm: fx.GraphModule, config: Config) -> Iterator[Viola
     """Every node that computes or feeds something has ``meta["val"]``."""
     for node in gm.graph.nodes:
         if node.op != "output" and "val" not in node.meta:
-            yield node, "has no meta['val']", "create nodes with passes.nodes.call"
+            yield node, "has no meta['val']", "create nodes with passes.graph.nodes.call"
 
 
 def graph_holds_no_tensor(gm: fx.GraphModule, config: Config) -> Iterator[Violation]:
     """Weights come in through placeholders; the graph module itself owns none."""
     for node in gm.graph.find_nodes(op="get_attr"):
-        yield node, "reads a tensor held by the graph", "use passes.nodes.StoredInputs"
+        yield node, "reads a tensor held by the graph", "use passes.graph.nodes.StoredInputs"
     for name, _ in [*gm.named_parameters(), *gm.named_buffers()]:
         yield (
             None,

@@ -70,7 +70,7 @@ PIPELINE: tuple[Stage, ...] = (
             invariants.every_adapted_site_has_a_live_branch,
         ),
     ),
-    # After adapt, whose marks it reads. The four that may be left out look at different nodes.
+    # After adapt, whose marks it reads. Those that may be left out look at different nodes.
     Stage(siblings, optional=True),
     Stage(attention, optional=True),
     Stage(convolutions, optional=True),

@@ -132,13 +132,14 @@ def compare(
     for site in base.sites.values():
         if not site.adapt:
             continue
-        a, b = (tensor.key for tensor in base.adapter.tensors(site).values())
-        norm = float(torch.stack([true_grads[a].norm(), true_grads[b].norm()]).norm())
-        eager_error = max(eager_errors[a], eager_errors[b])
-        lines.append(Line(site.name, errors[a], errors[b], eager_error, norm))
+        keys = {role: tensor.key for role, tensor in base.adapter.tensors(site).items()}
+        norm = float(torch.stack([true_grads[key].norm() for key in keys.values()]).norm())
+        eager_error = max(eager_errors[key] for key in keys.values())
+        found = {role: errors[key] for role, key in keys.items()}
+        lines.append(Line(site.name, found, eager_error, norm))
     for trained, key in base.trained.items():
         norm = float(true_grads[trained].norm())
-        lines.append(Line(key, errors[trained], 0.0, eager_errors[trained], norm))
+        lines.append(Line(key, {"trained": errors[trained]}, eager_errors[trained], norm))
     lines.sort(key=lambda line: -line.worst)
     if tolerance is None:
         eager_error = max([*eager_outputs.values(), *(line.eager for line in lines)], default=0.0)

@@ -7,17 +7,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Line:
-    """Errors of one site's gradients: of ``lora_A``, of ``lora_B``, and float32 eager PyTorch's worst."""
+    """Errors of one site's gradients: of each tensor of its adapter, by role, and float32 eager PyTorch's worst."""
 
     name: str
-    lora_a: float
-    lora_b: float
+    errors: dict[str, float]
     eager: float
     norm: float
 
     @property
     def worst(self) -> float:
-        return max(self.lora_a, self.lora_b)
+        return max(self.errors.values())
 
 
 @dataclass
@@ -68,9 +67,9 @@ class Report:
         )
         width = max((len(line.name) for line in self.sites[:5]), default=0)
         for line in self.sites[:5]:
+            each = "  ".join(f"{role} {error:.1e}" for role, error in line.errors.items())
             lines.append(
-                f"    {line.name:{width}}  lora_A {line.lora_a:.1e}  lora_B {line.lora_b:.1e}  "
-                f"(eager {line.eager:.1e}, norm {line.norm:.1e})"
+                f"    {line.name:{width}}  {each}  (eager {line.eager:.1e}, norm {line.norm:.1e})"
             )
         if self.stages:
             lines.append("  worst error after each stage:")

@@ -56,7 +56,8 @@ class Builder(Protocol):
         """Quantize matrix ``index`` from its elements in order, flat.
 
         Args:
-            pieces: as ``Scheme.pieces`` or ``Scheme.rows`` cut them, or ``safetensors_reader.Shards.pieces``.
+            pieces: as ``Scheme.pieces`` or ``Scheme.rows`` cut them, or ``safetensors_reader.Shards.pieces``, which end
+                where a block of any blocksize does, and so within a row.
         """
 
 

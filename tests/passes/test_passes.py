@@ -7,6 +7,7 @@ import torch
 from conftest import Toy, captured
 from expecttest import assert_expected_inline
 from qlora_fx.compiler import printer
+from qlora_fx.compiler.pipeline import PIPELINE
 from qlora_fx.config import Config, Quantization, default_lora
 from qlora_fx.errors import ConfigError
 from qlora_fx.passes.adapt import adapt
@@ -15,11 +16,10 @@ from qlora_fx.passes.normalize import normalize
 from qlora_fx.passes.outline import outline
 from qlora_fx.passes.quantize import quantize
 from qlora_fx.passes.select import select
-from qlora_fx.passes.thaw import thaw
 from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
-PASSES = (normalize, select, thaw, quantize, adapt, outline)
+PASSES = tuple(stage.run for stage in PIPELINE)
 
 
 def after(
@@ -287,9 +287,10 @@ def test_passes_leave_a_graph_without_linears_alone(config: Config) -> None:
 
     gm = captured(Plain()).gm
     before = printer.text(gm)
-    for run in (normalize, quantize, adapt, outline):
-        result = run(gm, config=config)
-        assert not result.modified
+    for run in PASSES:
+        if run is not select:
+            result = run(gm, config=config)
+            assert not result.modified, run.__name__
     assert printer.text(gm) == before
     with pytest.raises(ConfigError, match="matches no linear"):
         select(gm, config=config)

@@ -14,7 +14,7 @@ import torch
 from qlora_fx.errors import GraphError
 from qlora_fx.runtime import attention_kernels
 from qlora_fx.runtime.attention import attention, mask_kind
-from qlora_fx.runtime.attention_kernels import ANY, CAUSAL, KERNELS, Mask, MaskKind, onednn
+from qlora_fx.runtime.attention_kernels import ANY, CAUSAL, KERNELS, Kernel, Mask, MaskKind, onednn
 from qlora_fx.runtime.attention_kernels.onednn import OneDnn
 from qlora_fx.runtime.attention_kernels.pytorch import PyTorch
 from qlora_fx.testing.reference import relative_error
@@ -54,18 +54,30 @@ def by_definition(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return result
 
 
+def start_with(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the kernels that are asked before this one."""
+    monkeypatch.setattr(attention_kernels, "KERNELS", KERNELS[KERNELS.index(kernel) :])
+
+
 def with_gradients(run: Any, inputs: list[Tensor]) -> list[Tensor]:
     out = run(*inputs)
     probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
     return [out, *torch.autograd.grad((out * probe).sum(), inputs)]
 
 
+@pytest.mark.parametrize("first", KERNELS, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("kind", ["causal", "padded", "window", "none"])
 @pytest.mark.parametrize(("batch", "rows"), SIZES)
 def test_values_and_gradients_are_the_definitions(
-    batch: int, rows: int, kind: str, heads: tuple[int, int]
+    batch: int,
+    rows: int,
+    kind: str,
+    heads: tuple[int, int],
+    first: Kernel,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    start_with(first, monkeypatch)
     inputs = tensors(batch, rows, heads)
     mask = None if kind == "none" else masks(batch, rows)[kind]
     seen = masks(batch, rows)["causal" if kind == "none" else kind]
@@ -165,7 +177,8 @@ def test_the_compiled_kernel_takes_what_it_can_and_gives_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     q, k, v = (t.detach() for t in tensors(1, 5))
-    kernel = OneDnn()
+    kernel = next(kernel for kernel in KERNELS if isinstance(kernel, OneDnn))
+    start_with(kernel, monkeypatch)
     if kernel.takes(q, k, v, CAUSAL_MASK, 0.3):
         results = kernel.forward(q, k, v, CAUSAL_MASK, 0.3)
         for result, usual in zip(results, attention(q, k, v, None, None, 0.3), strict=True):

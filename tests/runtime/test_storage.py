@@ -54,30 +54,34 @@ def test_storage_is_bitsandbytes_byte_for_byte(
     assert torch.equal(FourBit(q).dequantize(ours, shape, dtype), dense.view(shape))
 
 
+SETTINGS = (Quantization(), Quantization(double_quant=False))
+"""Each scheme's, for what all schemes must do."""
+
+
 @pytest.mark.parametrize("shape", [(64, 48), (33, 7), (1, 1), (512, 513)])
-@pytest.mark.parametrize("double", [True, False])
-def test_the_parts_are_what_quantizing_gives(shape: tuple[int, int], double: bool) -> None:
-    scheme = scheme_of(Quantization(double_quant=double))
+@pytest.mark.parametrize("q", SETTINGS, ids=str)
+def test_the_parts_are_what_quantizing_gives(shape: tuple[int, int], q: Quantization) -> None:
+    scheme = scheme_of(q)
     parts = scheme.quantize(torch.randn(shape))
     declared = {k: (part.shape, part.dtype) for k, part in scheme.parts(shape).items()}
     assert {k: (tuple(v.shape), v.dtype) for k, v in parts.items()} == declared
     assert list(parts) == list(declared)
 
 
-@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("q", SETTINGS, ids=str)
 @pytest.mark.parametrize("shape", [(33, 7), (512, 513), (1100, 768)])
-def test_rows_are_the_dequantized_weight(shape: tuple[int, int], double: bool) -> None:
-    scheme = scheme_of(Quantization(double_quant=double))
+def test_rows_are_the_dequantized_weight(shape: tuple[int, int], q: Quantization) -> None:
+    scheme = scheme_of(q)
     parts = scheme.quantize(torch.randn(shape))
     rows = list(scheme.rows(parts, shape))
     assert torch.equal(torch.cat(rows), scheme.dequantize(parts, shape, torch.float32))
     assert [len(r) for r in rows] == [stop - start for start, stop in scheme.row_ranges(shape)]
 
 
-@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("q", SETTINGS, ids=str)
 @pytest.mark.parametrize("shape", [(33, 7), (3, 5, 7)])
-def test_a_state_dict_gives_the_parts_back(shape: tuple[int, ...], double: bool) -> None:
-    scheme = scheme_of(Quantization(double_quant=double))
+def test_a_state_dict_gives_the_parts_back(shape: tuple[int, ...], q: Quantization) -> None:
+    scheme = scheme_of(q)
     parts = scheme.quantize(torch.randn(shape))
     state = scheme.to_state(parts, shape, torch.float32)
     back = scheme.from_state(state, parts, shape, torch.float32)
@@ -87,8 +91,9 @@ def test_a_state_dict_gives_the_parts_back(shape: tuple[int, ...], double: bool)
         assert torch.equal(back[name], parts[name]), name
 
 
-def test_the_storage_of_a_stack_is_that_of_its_matrices() -> None:
-    scheme = scheme_of(Quantization())
+@pytest.mark.parametrize("q", SETTINGS, ids=str)
+def test_the_storage_of_a_stack_is_that_of_its_matrices(q: Quantization) -> None:
+    scheme = scheme_of(q)
     parts = scheme.quantize(torch.randn(3, 5, 7))
     each = [scheme.matrix(parts, i) for i in range(3)]
     again = scheme.stack(each)
