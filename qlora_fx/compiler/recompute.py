@@ -112,9 +112,10 @@ class Budget:
             body.recomputed = count
 
     def choose(self, sizes: Mapping[sympy.Expr, int]) -> dict[CompiledBody, int]:
-        if self.memory_budget == 1.0:
-            return {body: 0 for _, body in self.bodies}
-        if not isinstance(self.memory_budget, float):
+        if isinstance(self.memory_budget, float):
+            if self.memory_budget == 1.0:
+                return {body: 0 for _, body in self.bodies}
+        else:
             limit = self.memory_budget or SHARE_OF_FREE * free_bytes(self.device)
             if sum(body.calls * everything(body, sizes) for _, body in self.bodies) < limit:
                 return {body: 0 for _, body in self.bodies}
