@@ -214,7 +214,7 @@ def work(args: argparse.Namespace) -> None:
     import torch
 
     torch.manual_seed(0)
-    import bitsandbytes  # noqa: F401
+    import bitsandbytes  # noqa: F401 (all stacks begin with the same modules in memory)
     import peft  # noqa: F401
     import transformers
 

@@ -132,7 +132,11 @@ class Judge:
             return Skipped(name, read[0] if read else "", op, reason, flops(node))
         place = self.places(node, view)
         site = Site(
-            *(place.name, view.key, op, view.layout, place.kind),
+            place.name,
+            view.key,
+            op,
+            view.layout,
+            place.kind,
             module_runs=place.module_runs,
             flops=flops(node),
         )

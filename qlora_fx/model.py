@@ -22,9 +22,10 @@ from .explain import Explanation, explain
 from .generate import with_forward
 from .memory.saved_activations import Activations, saved_activations
 from .merging.merge import MergeReport, merge
-from .optimizer import AdapterOptimizers
+from .optimizer import adapter_optimizer, check_groups
 from .passes.adapt import is_adapter_key
 from .runtime import adapter_files
+from .runtime.optimizer import Flat
 from .units import parse_size
 from .weights.store_module import StoreModule
 
@@ -55,7 +56,7 @@ class QLoRAModel(StoreModule):
         self.programs.add(signature, prepared.capture, prepared.result)
         self._compute = prepared.compute
         self._adapter_enabled = True
-        self._optimizers = AdapterOptimizers()
+        self._flat: Flat | None = None
         self.read_store()
 
     # -- the model it stands for ------------------------------------------------------------------
@@ -157,10 +158,12 @@ class QLoRAModel(StoreModule):
         Raises:
             ConfigError: unknown optimizer, or a parameter that is no adapter of this model.
         """
-        adapters = dict(self.adapter_parameters())
-        return self._optimizers.make(
-            adapters, params, optimizer, lr=lr, weight_decay=weight_decay, options=options
-        )
+        if params is not None:
+            groups = check_groups(params, dict(self.adapter_parameters()))
+            return adapter_optimizer(groups, optimizer, lr, weight_decay, options)
+        if self._flat is None:
+            self._flat = Flat(p for _, p in self.adapter_parameters())
+        return adapter_optimizer(self._flat, optimizer, lr, weight_decay, options)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:

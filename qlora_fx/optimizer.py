@@ -13,35 +13,6 @@ from .runtime import optimizer as runtime
 from .runtime.optimizer import Flat
 
 
-class AdapterOptimizers:
-    """Makes the paged optimizers of one model; those over all its adapters share one buffer of them."""
-
-    def __init__(self) -> None:
-        self.flat: Flat | None = None
-
-    def make(
-        self,
-        adapters: Mapping[str, nn.Parameter],
-        params: Iterable[Any] | None,
-        name: str,
-        *,
-        lr: float,
-        weight_decay: float,
-        options: dict[str, Any],
-    ) -> torch.optim.Optimizer:
-        """See ``QLoRAModel.paged_optimizer``.
-
-        Args:
-            adapters: all that trains.
-        """
-        if params is not None:
-            groups = check_groups(params, adapters)
-            return adapter_optimizer(groups, name, lr, weight_decay, options)
-        if self.flat is None:
-            self.flat = Flat(adapters.values())
-        return adapter_optimizer(self.flat, name, lr, weight_decay, options)
-
-
 def adapter_optimizer(
     params: Iterable[Any] | Flat, name: str, lr: float, weight_decay: float, options: dict[str, Any]
 ) -> torch.optim.Optimizer:

@@ -16,6 +16,9 @@ from unittest import mock
 
 import torch
 from peft.tuners.tuners_utils import (
+    _ExcludedModule as ExcludedModule,  # what check_target_module_exists says of excluded modules
+)
+from peft.tuners.tuners_utils import (
     check_target_module_exists,  # (config, name): truthy for a target, an _ExcludedModule for what is excluded
 )
 from peft.utils.other import (
@@ -43,8 +46,8 @@ from transformers.core_model_loading import (
     rename_source_key,  # (name, renamings, converters, prefix, state dict): new name, pattern of a converter
 )
 from transformers.integrations import (
-    moe,
-)  # importing it registers transformers::grouped_mm_fallback
+    moe as _moe,  # noqa: F401 (registers transformers::grouped_mm_fallback)
+)
 from transformers.masking_utils import (
     _non_vmap_expansion_sdpa as broadcast_indices,  # (batch, head, query, key): each shaped to broadcast
 )
@@ -66,6 +69,7 @@ __all__ = [
     "FORWARD_KEYWORDS",
     "Chunk",
     "Concatenate",
+    "ExcludedModule",
     "MergeModulelist",
     "PrefixChange",
     "SplitModulelist",
@@ -85,12 +89,12 @@ __all__ = [
     "get_pattern_key",
     "gguf_conversions",
     "gguf_quantizer",
+    "grouped_mm_fallback",
     "is_model_class",
     "kept_dtypes",
     "lazy_gguf_tensor",
     "masks_expanded_by",
     "model_mapping",
-    "moe",
     "names_not_saved",
     "older_gguf_reader",
     "rename_source_key",
@@ -100,6 +104,8 @@ __all__ = [
     "would_quantize",
 ]
 
+grouped_mm_fallback = torch.ops.transformers.grouped_mm_fallback.default
+"""``(input [rows, in], weight [experts, in, out], offs [experts])``: what experts run where PyTorch's product is not."""
 FORWARD_KEYWORDS = frozenset(
     {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
 )

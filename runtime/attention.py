@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_kernels import Mask, kernel_for, mask_kind_of
+from .attention_kernels import Inputs, Mask, kernel_for, mask_kind_of
 from .attention_kernels.kernel import empty_gradients, empty_output
 from .ops import ops
 
@@ -49,8 +49,8 @@ def attention(
         a query that sees no key gets zeros. And for backward the float32 log-sum-exp of the scores,
         ``[batch, heads, sequence]``.
     """
-    seen = Mask.of(mask, kind)
-    return kernel_for(q, k, v, seen, scale).forward(q, k, v, seen, scale)
+    inputs = Inputs(q, k, v, Mask.of(mask, kind), scale)
+    return kernel_for(inputs).forward(inputs)
 
 
 @attention.register_fake
@@ -71,9 +71,8 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``attention`` for ``q``, ``k`` and ``v``, contiguous and in their dtypes."""
-    seen = Mask.of(mask, kind)
-    kernel = kernel_for(q, k, v, seen, scale)
-    return kernel.backward(grad, q, k, v, out, lse, seen, scale)
+    inputs = Inputs(q, k, v, Mask.of(mask, kind), scale)
+    return kernel_for(inputs).backward(inputs, out, lse, grad)
 
 
 @attention_backward.register_fake

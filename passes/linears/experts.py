@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...transformers_internals import grouped_mm_fallback
 from ..graph.nodes import args_of, aten, call, ops
 from ..graph.site import Layout
 from ..graph.weights import dims, is_weight, whole_view
@@ -43,18 +44,7 @@ def grouped(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node | None:
     return build.main(ops.grouped_linear.default, arguments["input"], weight, arguments["offs"])
 
 
-def grouped_targets() -> frozenset[Any]:
-    found = {aten._grouped_mm.default}
-    try:
-        from ...transformers_internals import moe  # noqa: F401 (registers the operator)
-
-        found.add(torch.ops.transformers.grouped_mm_fallback.default)
-    except (ImportError, AttributeError):
-        pass
-    return frozenset(found)
-
-
-GROUPED = grouped_targets()
+GROUPED = frozenset({aten._grouped_mm.default, grouped_mm_fallback})
 
 
 def batched(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node | None:

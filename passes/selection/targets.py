@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from ...config import Config
 from ...errors import ConfigError
-from ...transformers_internals import check_target_module_exists
+from ...transformers_internals import ExcludedModule, check_target_module_exists
 from ..graph.site import Site, Skipped, Verdict
 
 
@@ -19,7 +19,7 @@ def targeted_parameter(lora: LoraConfig, key: str) -> bool:
 
 
 def is_excluded(lora: LoraConfig, name: str) -> bool:
-    return type(check_target_module_exists(lora, name)).__name__ == "_ExcludedModule"
+    return isinstance(check_target_module_exists(lora, name), ExcludedModule)
 
 
 def check_targets(config: Config, found: list[Verdict], holders: Mapping[str, str]) -> None:

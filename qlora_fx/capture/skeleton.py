@@ -244,8 +244,8 @@ def without_writes(program: ExportedProgram, model: str) -> set[str]:
             schema = getattr(user.target, "_schema", None)
             if schema is None or not schema.is_mutable or user.args[0] is not node:
                 continue
-            if str(weights.get(node.name)).endswith(".num_batches_tracked") and not user.users:
-                graph.erase_node(user)  # a count that only momentum=None reads
+            if node.name in weights and len(node.users) == 1 and not user.users:
+                graph.erase_node(user)  # bookkeeping that nothing reads: a batch norm's count
                 continue
             if node.name in weights:
                 raise CaptureError(

@@ -112,13 +112,8 @@ class Budget:
             body.recomputed = count
 
     def choose(self, sizes: Mapping[sympy.Expr, int]) -> dict[CompiledBody, int]:
-        if isinstance(self.memory_budget, float):
-            if self.memory_budget == 1.0:
-                return {body: 0 for _, body in self.bodies}
-        else:
-            limit = self.memory_budget or SHARE_OF_FREE * free_bytes(self.device)
-            if sum(body.calls * everything(body, sizes) for _, body in self.bodies) < limit:
-                return {body: 0 for _, body in self.bodies}
+        if self.keeps_everything(sizes):
+            return {body: 0 for _, body in self.bodies}
         split = self.split(sizes)
         if split.budget is not None and split.bytes > split.budget and not self.warned:
             self.warned = True
@@ -128,6 +123,13 @@ class Budget:
                 stacklevel=8,  # the user's call, through Program, Programs, forward and nn.Module
             )
         return {calls.body: calls.recomputed for calls in split.bodies}
+
+    def keeps_everything(self, sizes: Mapping[sympy.Expr, int]) -> bool:
+        """True where that is plain before any body is traced."""
+        if isinstance(self.memory_budget, float):
+            return self.memory_budget == 1.0
+        limit = self.memory_budget or SHARE_OF_FREE * free_bytes(self.device)
+        return sum(body.calls * everything(body, sizes) for _, body in self.bodies) < limit
 
     def split(self, sizes: Mapping[sympy.Expr, int]) -> Split:
         """The calls to recompute, those with the fewest operations per byte first, until the rest fits."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import GraphError
-from .kernel import ANY, CAUSAL, Kernel, Mask, MaskKind
+from .kernel import ANY, CAUSAL, Inputs, Kernel, Mask, MaskKind
 from .onednn import OneDnn
 from .pytorch import PyTorch
 
@@ -18,6 +18,7 @@ __all__ = [
     "ANY",
     "CAUSAL",
     "KERNELS",
+    "Inputs",
     "Kernel",
     "Mask",
     "MaskKind",
@@ -31,14 +32,15 @@ KERNELS: tuple[Kernel, ...] = (OneDnn(), PyTorch())
 """The first that takes a call's tensors computes it. The last one of each device takes everything there."""
 
 
-def kernel_for(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Kernel:
+def kernel_for(inputs: Inputs) -> Kernel:
     """The kernel that computes a call.
 
     Raises:
         GraphError: there is none for its device.
     """
+    q = inputs.q
     for kernel in KERNELS:
-        if kernel.device == q.device.type and kernel.takes(q, k, v, mask, scale):
+        if kernel.device == q.device.type and kernel.takes(inputs):
             return kernel
     known = ", ".join(f"{kernel.name} ({kernel.device})" for kernel in KERNELS)
     raise GraphError(

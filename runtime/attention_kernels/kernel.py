@@ -58,6 +58,16 @@ class Mask(NamedTuple):
         return cls(mask, code)
 
 
+class Inputs(NamedTuple):
+    """One call. ``q``, ``k``, ``v`` and ``scale`` are those of ``qlora_fx::attention``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask
+    scale: float
+
+
 # -- kernels ---------------------------------------------------------------------------------------
 
 
@@ -86,7 +96,7 @@ class Kernel(Protocol):
         """Do beforehand what takes seconds once, if anything does. May run in a thread."""
         return
 
-    def takes(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> bool:
+    def takes(self, inputs: Inputs) -> bool:
         """True if it computes a call with these tensors on this machine as it is set now.
 
         Asked before each ``forward`` and each ``backward``, with tensors on its device; a kernel that takes them must
@@ -94,28 +104,18 @@ class Kernel(Protocol):
         """
         ...
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """``out`` and ``lse``."""
         ...
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: Mask,
-        scale: float,
+        self, inputs: Inputs, out: Tensor, lse: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients for ``q``, ``k`` and ``v``: in their shapes and dtypes, contiguous.
 
         Args:
+            out, lse: as any kernel's ``forward`` returned them for these inputs.
             grad: for ``out``, of any strides.
-            out, lse: as any kernel's ``forward`` returned them.
         """
         ...
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernel import CAUSAL, Kernel, Mask, empty_gradients, empty_output
+from .kernel import CAUSAL, Inputs, Kernel, empty_gradients, empty_output
 
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Of the C functions' names."""
@@ -32,7 +32,8 @@ class OneDnn(Kernel):
     def prepare(self) -> None:
         library()
 
-    def takes(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> bool:
+    def takes(self, inputs: Inputs) -> bool:
+        q, _, v, _, scale = inputs
         if q.dtype not in SUFFIXES or q.shape[3] % LANES or v.shape[3] % LANES or not q.numel():
             return False
         if scale <= 0:  # the largest score is looked for before it is scaled
@@ -42,27 +43,16 @@ class OneDnn(Kernel):
             getattr(functions, f"has_products_{SUFFIXES[q.dtype]}")()
         )
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = empty_output(q, v)
-        run("forward", mask, scale, q=q, k=k, v=v, out=out, lse=lse)
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        out, lse = empty_output(inputs.q, inputs.v)
+        run("forward", inputs, out=out, lse=lse)
         return out, lse
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: Mask,
-        scale: float,
+        self, inputs: Inputs, out: Tensor, lse: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = empty_gradients(q, k, v)
-        tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "grad": grad}
-        run("backward", mask, scale, **tensors, dq=dq, dk=dk, dv=dv)
+        dq, dk, dv = empty_gradients(inputs.q, inputs.k, inputs.v)
+        run("backward", inputs, out=out, lse=lse, grad=grad, dq=dq, dk=dk, dv=dv)
         return dq, dk, dv
 
 
@@ -85,16 +75,17 @@ DONE = 0
 """What the functions return; anything else: there was no memory for their packed copies."""
 
 
-def run(direction: str, mask: Mask, scale: float, **tensors: Tensor) -> None:
-    """Call the C function ``forward`` or ``backward`` for tensors that ``OneDnn.takes``.
+def run(direction: str, inputs: Inputs, **others: Tensor) -> None:
+    """Call the C function ``forward`` or ``backward`` for inputs that ``OneDnn.takes``.
 
     Args:
-        tensors: by the names in ``Arguments``; the results among them are written to.
+        others: tensors by the names in ``Arguments``; the results among them are written to.
 
     Raises:
         MemoryError: there is not enough for packed copies of the tensors.
     """
-    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    q, k, v, mask, scale = inputs
+    tensors = {"q": q, "k": k, "v": v, **others}
     batch, heads, rows, size = q.shape
     arguments = Arguments(batch, heads, k.shape[1], rows, size, v.shape[3])
     arguments.scale, arguments.threads = scale, torch.get_num_threads()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernel import Kernel, Mask, empty_output
+from .kernel import Inputs, Kernel, Mask, empty_output
 
 aten = torch.ops.aten
 
@@ -20,12 +20,11 @@ class PyTorch(Kernel):
     name = "pytorch"
     device = "cpu"
 
-    def takes(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> bool:
+    def takes(self, inputs: Inputs) -> bool:
         return True
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        q, k, v, mask, scale = inputs
         out, lse = empty_output(q, v)
         query, keys, values = pad_to_one_size(q, repeat_heads(k, q), repeat_heads(v, q))
         result, sums = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -42,16 +41,9 @@ class PyTorch(Kernel):
         return out, lse
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: Mask,
-        scale: float,
+        self, inputs: Inputs, out: Tensor, lse: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, mask, scale = inputs
         grad = zero_where_nothing_is_seen(grad, mask)
         query, keys, values, result, grad = pad_to_one_size(
             q, repeat_heads(k, q), repeat_heads(v, q), out, grad

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from qlora_fx.runtime.attention import attention
-from qlora_fx.runtime.attention_kernels import Mask
+from qlora_fx.runtime.attention_kernels import Inputs, Mask
 from qlora_fx.runtime.attention_kernels.onednn import OneDnn
 
 LEVELS = ("SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_BF16", "AVX512_CORE_AMX")
@@ -29,7 +29,7 @@ def measure(dtype: torch.dtype) -> dict[str, Any]:
     out, _ = attention(q, k, v, None, None, 0.3)
     (grad,) = torch.autograd.grad(out.float().square().sum(), q)
     plain = [t.detach() for t in (q, k, v)]
-    takes = OneDnn().takes(*plain, Mask.of(None, None), 0.3)
+    takes = OneDnn().takes(Inputs(*plain, Mask.of(None, None), 0.3))
     wide = [t.double().requires_grad_() for t in plain]
     true = torch.nn.functional.scaled_dot_product_attention(
         wide[0],

@@ -14,7 +14,16 @@ import torch
 from qlora_fx.errors import GraphError
 from qlora_fx.runtime import attention_kernels
 from qlora_fx.runtime.attention import attention, mask_kind
-from qlora_fx.runtime.attention_kernels import ANY, CAUSAL, KERNELS, Kernel, Mask, MaskKind, onednn
+from qlora_fx.runtime.attention_kernels import (
+    ANY,
+    CAUSAL,
+    KERNELS,
+    Inputs,
+    Kernel,
+    Mask,
+    MaskKind,
+    onednn,
+)
 from qlora_fx.runtime.attention_kernels.onednn import OneDnn
 from qlora_fx.runtime.attention_kernels.pytorch import PyTorch
 from qlora_fx.testing.reference import relative_error
@@ -179,20 +188,20 @@ def test_the_compiled_kernel_takes_what_it_can_and_gives_the_same(
     q, k, v = (t.detach() for t in tensors(1, 5))
     kernel = next(kernel for kernel in KERNELS if isinstance(kernel, OneDnn))
     start_with(kernel, monkeypatch)
-    if kernel.takes(q, k, v, CAUSAL_MASK, 0.3):
-        results = kernel.forward(q, k, v, CAUSAL_MASK, 0.3)
+    if kernel.takes(Inputs(q, k, v, CAUSAL_MASK, 0.3)):
+        results = kernel.forward(Inputs(q, k, v, CAUSAL_MASK, 0.3))
         for result, usual in zip(results, attention(q, k, v, None, None, 0.3), strict=True):
             torch.testing.assert_close(result, usual, rtol=0, atol=0)
-    assert not kernel.takes(q.half(), k.half(), v.half(), CAUSAL_MASK, 0.3)
-    assert not kernel.takes(q[..., :8], k[..., :8], v[..., :8], CAUSAL_MASK, 0.3)
-    assert not kernel.takes(q[:0], k[:0], v[:0], CAUSAL_MASK, 0.3)
-    assert not kernel.takes(q, k, v, CAUSAL_MASK, -0.3)
+    assert not kernel.takes(Inputs(q.half(), k.half(), v.half(), CAUSAL_MASK, 0.3))
+    assert not kernel.takes(Inputs(q[..., :8], k[..., :8], v[..., :8], CAUSAL_MASK, 0.3))
+    assert not kernel.takes(Inputs(q[:0], k[:0], v[:0], CAUSAL_MASK, 0.3))
+    assert not kernel.takes(Inputs(q, k, v, CAUSAL_MASK, -0.3))
     # Without oneDNN there are no such products; PyTorch's kernel gives the same.
     low = tensors(1, 70, (32, 32), torch.bfloat16)
     usual_low = attention(*low, None, None, 0.3)
     torch._C._set_mkldnn_enabled(False)
     try:
-        assert not kernel.takes(*low, CAUSAL_MASK, 0.3)
+        assert not kernel.takes(Inputs(*low, CAUSAL_MASK, 0.3))
         without = attention(*low, None, None, 0.3)
     finally:
         torch._C._set_mkldnn_enabled(True)
@@ -215,9 +224,9 @@ class Noted(PyTorch):
         self.dtypes = dtypes
         self.calls: list[str] = []
 
-    def takes(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> bool:
+    def takes(self, inputs: Inputs) -> bool:
         self.calls.append("asked")
-        return q.dtype in self.dtypes
+        return inputs.q.dtype in self.dtypes
 
     def forward(self, *args: Any) -> Any:
         self.calls.append("forward")
@@ -259,15 +268,15 @@ def test_the_last_kernel_of_a_device_takes_everything(device: str, dtype: torch.
         q, k, v = (t.detach() for t in tensors(2, 9, heads, dtype))
         for mask in (CAUSAL_MASK, Mask(masks(2, 9)["padded"], 99)):
             for scale in (0.3, -1.0):
-                assert last.takes(q, k, v, mask, scale)
-            assert last.takes(q[:0], k[:0], v[:0], mask, 0.3)
+                assert last.takes(Inputs(q, k, v, mask, scale))
+            assert last.takes(Inputs(q[:0], k[:0], v[:0], mask, 0.3))
 
 
 def test_without_a_kernel_for_its_device_a_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (t.detach() for t in tensors(1, 5))
     monkeypatch.setattr(attention_kernels, "KERNELS", (Noted(torch.float16),))
     with pytest.raises(GraphError, match=r"no attention kernel takes .*; there are noted \(cpu\)"):
-        attention_kernels.kernel_for(q, k, v, CAUSAL_MASK, 0.3)
+        attention_kernels.kernel_for(Inputs(q, k, v, CAUSAL_MASK, 0.3))
 
 
 @pytest.mark.parametrize("kind", ["causal", "padded", "window"])
@@ -276,15 +285,15 @@ def test_one_kernels_backward_reads_what_anothers_forward_returned(kind: str) ->
     q, k, v = (t.detach() for t in tensors(2, 70))
     tensor = masks(2, 70)[kind]
     mask = Mask.of(tensor, mask_kind(tensor))
-    able = [kernel for kernel in KERNELS if kernel.takes(q, k, v, mask, 0.3)]
+    able = [kernel for kernel in KERNELS if kernel.takes(Inputs(q, k, v, mask, 0.3))]
     grad = torch.randn(2, 6, 70, 32, generator=torch.Generator().manual_seed(9))
     true_inputs = [t.double().requires_grad_() for t in (q, k, v)]
     true_out = by_definition(*true_inputs, tensor)
     true = torch.autograd.grad((true_out * grad.double()).sum(), true_inputs)
     for one in able:
-        out, lse = one.forward(q, k, v, mask, 0.3)
+        out, lse = one.forward(Inputs(q, k, v, mask, 0.3))
         for other in able:
-            gradients = other.backward(grad, q, k, v, out, lse, mask, 0.3)
+            gradients = other.backward(Inputs(q, k, v, mask, 0.3), out, lse, grad)
             for g, t in zip(gradients, true, strict=True):
                 assert g.is_contiguous()
                 torch.testing.assert_close(g.double(), t, rtol=1e-4, atol=2e-5)
@@ -297,8 +306,8 @@ def test_a_kernel_may_know_a_kind_of_mask_of_its_own(monkeypatch: pytest.MonkeyP
     class Windows(Noted):
         mask_kinds = (MaskKind(7, lambda mask: not bool(mask[..., -1, 0].any())), CAUSAL)
 
-        def takes(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> bool:
-            kinds.append(mask.kind)
+        def takes(self, inputs: Inputs) -> bool:
+            kinds.append(inputs.mask.kind)
             return False
 
     monkeypatch.setattr(attention_kernels, "KERNELS", (Windows(), *KERNELS))
