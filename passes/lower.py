@@ -25,7 +25,8 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from .lowering.compiled_body import CompiledBody, hidden_symbols, symbols
+from .lowering.compiled_body import CompiledBody
+from .lowering.free_sizes import hidden_symbols, symbols
 
 BACKENDS = ("inductor", "aot_eager", "eager")
 
@@ -78,14 +79,15 @@ def lower(gm: fx.GraphModule, *, backend: str = "inductor") -> fx.GraphModule:
         return fx.GraphModule(root, outer, type(gm).__name__)
     outer = fx.Graph()
     outer.output(outer.graph_copy(gm.graph, {}))
-    known = symbols(list(outer.find_nodes(op="placeholder")))
     inputs = list(outer.find_nodes(op="placeholder"))
+    known = symbols(inputs)
+    places = {size.term: size.place for size in known if size.place is not None}
     root = nn.Module()
     for name, body in gm.named_children():
         assert isinstance(body, fx.GraphModule)
-        hidden = hidden_symbols(body)
-        foreign = [(size, where) for size, where in known if size.node.expr in hidden]
-        compiled = CompiledBody(body, backend, [size for size, _ in foreign])
+        hidden = hidden_symbols(list(body.graph.find_nodes(op="placeholder")))
+        foreign = [size._replace(place=None) for size in known if size.term in hidden]
+        compiled = CompiledBody(body, backend, foreign)
         root.add_module(name, compiled)
         calls = list(outer.find_nodes(op="call_module", target=name))
         compiled.calls = len(calls)
@@ -93,7 +95,7 @@ def lower(gm: fx.GraphModule, *, backend: str = "inductor") -> fx.GraphModule:
             with outer.inserting_before(node):
                 sizes = [
                     outer.call_function(torch.ops.aten.sym_size.int, (inputs[i], dim))
-                    for _, (i, dim) in foreign
+                    for i, dim in (places[size.term] for size in foreign)
                 ]
             node.args = (*node.args, *sizes, number)
     mark_usual(outer, root)

@@ -34,10 +34,11 @@ class Body:
         self.outputs: list[fx.Node] = []
         self.env: dict[fx.Node, fx.Node] = {}
         inside = set(nodes)
-        tensors = [n for n in nodes if not isinstance(n.meta["val"], torch.SymInt)]
-        for node in tensors:
-            for arg in node.all_input_nodes:
-                self.collect(arg, inside)
+        tensors = [n for n in nodes if not is_number(n)]
+        # Tensors first: most numbers are sizes of theirs, and need no input that has nothing else to give.
+        args = [arg for node in tensors for arg in node.all_input_nodes]
+        for arg in sorted(args, key=is_number):
+            self.collect(arg, inside)
         for node in tensors:
             self.copy(node)
 
@@ -51,7 +52,7 @@ class Body:
 
     def collect(self, node: fx.Node, inside: set[fx.Node]) -> None:
         """Make ``node`` an input if it comes from outside; symbolic numbers are followed to a tensor."""
-        if isinstance(node.meta["val"], torch.SymInt):
+        if is_number(node):
             for arg in node.all_input_nodes:
                 if not has_symbol(self.inputs, node):
                     self.collect(arg, inside)
@@ -78,7 +79,7 @@ class Body:
     def translate(self, node: fx.Node) -> Any:
         if node in self.env:
             return self.env[node]
-        assert isinstance(node.meta["val"], torch.SymInt), node
+        assert is_number(node), node
         expr = node.meta["val"].node.expr
         for outer in self.inputs:
             inner = self.env[outer]
@@ -124,6 +125,10 @@ class Body:
                 )
             )
         return tuple(rows)
+
+
+def is_number(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], torch.SymInt)
 
 
 def has_symbol(inputs: Iterable[fx.Node], number: fx.Node) -> bool:

@@ -14,6 +14,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError
 
 from .example import Example
+from .free_sizes import FreeSize, free_sizes
 from .operators import operator_of
 from .partition import Partition
 from .warm_up import warm_up
@@ -61,7 +62,7 @@ class CompiledBody(nn.Module):
     """
 
     def __init__(
-        self, body: fx.GraphModule, backend: str, foreign: Sequence[torch.SymInt] = ()
+        self, body: fx.GraphModule, backend: str, foreign: Sequence[FreeSize] = ()
     ) -> None:
         super().__init__()
         self.body = body
@@ -71,9 +72,9 @@ class CompiledBody(nn.Module):
         self.inputs = list(body.graph.find_nodes(op="placeholder"))
         output = next(iter(body.graph.find_nodes(op="output")))
         self.single = isinstance(output.args[0], fx.Node)
-        shown = symbols(self.inputs)
-        self.sizes = [where for _, where in shown]
-        self.symbols = [size.node.expr for size, _ in shown] + [s.node.expr for s in foreign]
+        shown = free_sizes(self.inputs)
+        self.places = [size.place for size in shown if size.place is not None]
+        self.free = [*shown, *foreign]
         self.calls = 1
         self.recomputed = 0
         self.flowing: tuple[bool, ...] = ()
@@ -90,7 +91,7 @@ class CompiledBody(nn.Module):
             )
             needs_grad = self.usual
         key = Key(needs_grad, any(needs_grad) and call < self.recomputed)
-        sizes = (*(args[i].shape[dim] for i, dim in self.sizes), *foreign)
+        sizes = (*(args[i].shape[dim] for i, dim in self.places), *foreign)
         outputs = self.variant(key, sizes).run(*args, *sizes)
         return outputs[0] if self.single else outputs
 
@@ -136,14 +137,14 @@ class CompiledBody(nn.Module):
 
     def example(self, key: Key, sizes: Sequence[int] = ()) -> Example:
         """What to compile: a copy of the body and fake arguments of these sizes; default: those of the capture."""
-        gm = tuple_output(self.body, len(self.symbols))
+        gm = tuple_output(self.body, len(self.free))
         if not key.needs_grad:
             skip_gradients(gm.graph)
         stored = frozenset(i for i, n in enumerate(self.inputs) if "stored" in n.meta)
         differentiated = frozenset(i for i, needs in enumerate(key.needs_grad) if needs)
         partition = Partition(stored, differentiated - stored, recompute=key.recompute)
         vals = [n.meta["val"] for n in self.inputs]
-        return Example(gm, vals, key.needs_grad, self.symbols, sizes, partition)
+        return Example(gm, vals, key.needs_grad, self.free, sizes, partition)
 
     def partitioned(self, key: Key) -> Partition:
         """How a program is split: found out, where it was not compiled yet or came from a cache."""
@@ -191,30 +192,6 @@ def aot_eager(example: Example) -> Callable[..., Any]:
         partition_fn=example.partition,
     )
     return compiled
-
-
-def symbols(inputs: Sequence[fx.Node]) -> list[tuple[torch.SymInt, tuple[int, int]]]:
-    """Each free size of the inputs, with the input and dimension it can be read from."""
-    found: dict[Any, tuple[torch.SymInt, tuple[int, int]]] = {}
-    for i, node in enumerate(inputs):
-        for dim, size in enumerate(node.meta["val"].shape):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                found.setdefault(size.node.expr, (size, (i, dim)))
-    return list(found.values())
-
-
-def hidden_symbols(body: fx.GraphModule) -> set[Any]:
-    """Free sizes of the body's inputs, in shapes or strides, that none of them shows by itself."""
-    inputs = list(body.graph.find_nodes(op="placeholder"))
-    shown = {size.node.expr for size, _ in symbols(inputs)}
-    used = {
-        symbol
-        for node in inputs
-        for size in (*node.meta["val"].shape, *node.meta["val"].stride())
-        if isinstance(size, torch.SymInt)
-        for symbol in size.node.expr.free_symbols
-    }
-    return used - shown
 
 
 def tuple_output(body: fx.GraphModule, sizes: int) -> fx.GraphModule:

@@ -12,6 +12,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 
+from .free_sizes import FreeSize
 from .partition import Partition
 
 # Note [Guards of the compiler]
@@ -42,7 +43,7 @@ class Example:
         gm: the graph; takes the tensors and then one integer per symbol.
         vals: the capture's fake value of each tensor.
         needs_grad: by tensor; empty: none does.
-        symbols: the capture's free sizes, in the order in which they are passed.
+        free: the free sizes, in the order in which they are passed.
         sizes: what they are in the call at hand; empty: as in the capture.
         partition: of the graph; its formulas get the capture's symbols back.
     """
@@ -52,7 +53,7 @@ class Example:
         gm: fx.GraphModule,
         vals: Sequence[Any],
         needs_grad: Sequence[bool],
-        symbols: Sequence[sympy.Symbol],
+        free: Sequence[FreeSize],
         sizes: Sequence[int],
         partition: Partition,
     ) -> None:
@@ -63,9 +64,12 @@ class Example:
         self.free: list[torch.SymInt] = []
         new: dict[sympy.Expr, sympy.Expr] = {}
         hints: dict[sympy.Expr, sympy.Integer] = {}
-        for i, symbol in enumerate(symbols):
-            by_data = free_unbacked_symbols(symbol)
-            hint = sizes[i] if sizes else USUAL_ROWS if by_data else hint_of(captured, symbol)
+        formulas: dict[sympy.Symbol, sympy.Expr] = {}
+        for i, (term, offset, _) in enumerate(free):
+            by_data = free_unbacked_symbols(term)
+            hint = (
+                sizes[i] if sizes else USUAL_ROWS if by_data else hint_of(captured, term) + offset
+            )
             # The capture knows sizes of 2 and more only; what holds for them holds for 1.
             hint = hint if by_data else max(hint, 2)
             source = ConstantSource(f"size_{i}")
@@ -75,13 +79,20 @@ class Example:
             self.free.append(
                 cast(torch.SymInt, self.env.create_symintnode(expr, hint=hint, source=source))
             )
-            new[symbol], hints[symbol] = expr, sympy.Integer(hint)
+            new[term], hints[term] = expr - offset, sympy.Integer(hint - offset)
+            if isinstance(expr, sympy.Symbol):
+                formulas[expr] = term + offset
+
+        computed = any(not term.is_symbol for term, _, _ in free)
 
         def size(old: Any) -> Any:
             if not isinstance(old, torch.SymInt):
                 return old
-            expr = old.node.expr
-            return self.env.create_symintnode(expr.xreplace(new), hint=int(expr.xreplace(hints)))
+            expr = old.node.expr.xreplace(new)
+            if computed:  # (S // 2 + 1) * 8 is written as (S // 2) * 8 + 8
+                expr = sympy.expand(expr)
+            hint = int(old.node.expr.xreplace(hints))
+            return self.env.create_symintnode(expr, hint=hint)
 
         self.args: list[Any] = []
         with self.mode:
@@ -92,7 +103,7 @@ class Example:
                 )
                 self.args.append(tensor.requires_grad_(bool(needs_grad) and needs_grad[i]))
         self.args += self.free
-        partition.symbols = {n: o for o, n in new.items() if isinstance(n, sympy.Symbol)}
+        partition.symbols = formulas
 
     def guards(self) -> Callable[[tuple[int, ...]], bool] | None:
         """What the compiler relied on, as a test of sizes; None where it relied on nothing."""
@@ -107,5 +118,5 @@ class Example:
         return lambda sizes: env.evaluate_guards_expression(text, [max(s, 2) for s in sizes])
 
 
-def hint_of(env: ShapeEnv, symbol: sympy.Symbol) -> int:
-    return int(env.backed_var_to_val[symbol])
+def hint_of(env: ShapeEnv, term: sympy.Expr) -> int:
+    return int(term.xreplace(env.backed_var_to_val))

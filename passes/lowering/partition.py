@@ -66,7 +66,7 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
         self.recompute = recompute
         self.saved: list[fx.Node] = []
         self.inputs: list[fx.Node] = []
-        self.symbols: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.symbols: dict[sympy.Symbol, sympy.Expr] = {}
         self.live: tuple[list[Event], list[Event]] = ([], [])
         self.flops: tuple[sympy.Expr, sympy.Expr] = (sympy.Integer(0), sympy.Integer(0))
 

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import captured
+from qlora_fx.passes.graph.body import Body
 from qlora_fx.passes.lowering import compiled_body
-from qlora_fx.passes.lowering.compiled_body import CompiledBody, aot_eager, hidden_symbols
+from qlora_fx.passes.lowering.compiled_body import CompiledBody, aot_eager
 from qlora_fx.passes.lowering.example import Example
+from qlora_fx.passes.lowering.free_sizes import free_sizes, hidden_symbols
 
 
 def run(body: CompiledBody, rows: int) -> torch.Tensor:
@@ -111,4 +113,46 @@ def test_a_size_that_only_a_stride_shows_is_passed_along() -> None:
     body.graph.output(rows)
     x = next(n for n in gm.graph.find_nodes(op="placeholder") if "input" in n.meta)
     length = x.meta["val"].shape[1].node.expr
-    assert length in hidden_symbols(body)
+    assert length in hidden_symbols([rows])
+
+
+class Halved(torch.nn.Module):
+    """Rows of half the length, and a block over them: ``S // 2 + 1``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = torch.nn.functional.pad(x, (0, 0, 1, 1)).unfold(1, 2, 2).sum(-1)
+        return {"y": self.layers[0](x) / x.shape[1]}
+
+
+def test_a_length_that_the_capture_computed_is_a_size_of_the_bodys_own() -> None:
+    gm = captured(Halved(), {"x": torch.zeros(2, 6, 8)}).gm
+    x = next(n for n in gm.graph.find_nodes(op="placeholder") if "input" in n.meta)
+    batch, length = (size.node.expr for size in x.meta["val"].shape[:2])
+    linear = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default)
+    part = Body([n for n in gm.graph.nodes if n.op == "call_function" and n >= linear], "")
+    part.finish([n for n in gm.graph.nodes if n.name == "div"])
+    inner = CompiledBody(torch.fx.GraphModule(torch.nn.Module(), part.graph), "aot_eager")
+    assert [size.formula.subs({batch: 3, length: 9}) for size in inner.free] == [3, 5]
+    assert hidden_symbols(inner.inputs) == set(), "S itself is not passed"
+    for rows in (5, 1, 12):
+        values = [
+            torch.randn([3, rows, 8] if node.meta["val"].dim() == 3 else node.meta["val"].shape)
+            for node in inner.inputs
+        ]
+        torch.testing.assert_close(inner(*values, 0), inner.body(*values))
+    assert inner.compilations == 1
+    (partition,) = inner.partitions.values()
+    assert partition.flops[0].free_symbols <= {batch, length}, "in the capture's symbols again"
+
+
+def test_where_a_formula_is_not_enough_the_symbols_are_passed() -> None:
+    """``S`` and ``S // 2`` in one body: what they have to do with each other must stay known."""
+    gm = captured(Halved(), {"x": torch.zeros(2, 6, 8)}).gm
+    x = next(n for n in gm.graph.find_nodes(op="placeholder") if "input" in n.meta)
+    halved = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default).args[0]
+    assert [size.term.is_symbol for size in free_sizes([x, halved])] == [True, True]
+    assert [size.term.is_symbol for size in free_sizes([halved])] == [True, False]
