@@ -34,9 +34,11 @@ def thaw(gm: fx.GraphModule, *, config: Config) -> PassResult:
     Raises:
         ConfigError: an entry of ``modules_to_save`` that names no parameter.
     """
-    chosen = trained_keys(gm.graph, config.lora)
-    if config.decided is not None:
-        chosen = {key for key in chosen if copy_key(key) in config.trained}
+    if config.decided is None:
+        chosen = trained_keys(gm.graph, config.lora)
+    else:  # the first capture chose; this one may be of a part of the model
+        stored = (n.meta["stored"] for n in placeholders(gm.graph) if "stored" in n.meta)
+        chosen = {key for key in stored if copy_key(key) in config.trained}
     inputs = StoredInputs(gm.graph)
     trained: dict[str, str] = dict(gm.meta.get("trained", {}))
     for node in list(placeholders(gm.graph)):

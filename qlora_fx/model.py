@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,25 +13,21 @@ from peft import LoraConfig
 from torch import fx, nn
 
 from .adapters.initialize import add_adapters
-from .adapters.peft_format import apply_adapter, check_saved, peft_names, saved_config
-from .capture.arguments import Call, Signature
 from .checkpoints.save import write_quantized
 from .compiler.compile import Prepared
 from .compiler.programs import Programs
 from .compiler.request import check_memory_budget
+from .errors import InputError
 from .explain import Explanation, explain
-from .generate import with_forward
 from .memory.saved_activations import Activations, saved_activations
 from .merging.merge import MergeReport, merge
 from .optimizer import adapter_optimizer, check_groups
-from .passes.adapt import is_adapter_key
-from .runtime import adapter_files
 from .runtime.optimizer import Flat
+from .twin.peft_model import StorePeftModel
 from .units import parse_size
-from .weights.store_module import StoreModule
 
 
-class QLoRAModel(StoreModule):
+class QLoRAModel(StorePeftModel):
     """A transformed model.
 
     Call it with the model's own arguments; it returns the model's own output class. Each new set of
@@ -49,15 +46,15 @@ class QLoRAModel(StoreModule):
 
     def __init__(self, prepared: Prepared) -> None:
         base = prepared.base
-        super().__init__(base)
         add_adapters(base)
+        super().__init__(base)
         self.programs = Programs(base, prepared.request.backend, prepared.request.memory_budget)
         signature = prepared.call.signature(training=True)
         self.programs.add(signature, prepared.capture, prepared.result)
+        self.backbone: Programs | None = None
         self._compute = prepared.compute
-        self._adapter_enabled = True
+        self._budget_before: tuple[int | float | None] | None = None
         self._flat: Flat | None = None
-        self.read_store()
 
     # -- the model it stands for ------------------------------------------------------------------
 
@@ -71,26 +68,44 @@ class QLoRAModel(StoreModule):
         """The ``peft.LoraConfig`` in force."""
         return self.base.config.lora
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward.
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return self._run(self.programs, args, kwargs)
 
-        In training mode, when ``labels`` are given, the loss is computed without its logits and ``logits`` is
-        None; ``return_logits=True`` asks for them. In eval mode they are there unless it is False.
-
-        Raises:
-            InputError: an unknown argument, or tensors whose shapes or devices do not fit.
-            CaptureError: a new set of arguments could not be captured.
-        """
-        return self.programs.run(*self._bound(args, kwargs))
+    def run_backbone(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self.backbone is None:
+            base = replace(self.base, skeleton=self.base.skeleton.backbone())
+            self.backbone = Programs(base, self.programs.backend, self.memory_budget)
+            self.backbone.use(self.programs.adapter)
+        return self._run(self.backbone, args, kwargs)
 
     def run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         """As a call, with the same graph run operator by operator. Later calls are compiled as ever."""
-        return self.programs.run(*self._bound(args, kwargs), compiled=False)
+        return self._run(self.programs, args, kwargs, compiled=False)
 
-    def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Call, Signature]:
-        call = self.base.skeleton.bind(args, kwargs)
-        self.base.skeleton.check(call)
-        return call, call.signature(training=self.training, adapter=self._adapter_enabled)
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # compiled already: torch.compile(qmodel) leaves it as it is
+    def _run(
+        self,
+        programs: Programs,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        compiled: bool = True,
+    ) -> Any:
+        skeleton = programs.base.skeleton
+        call = skeleton.bind(args, kwargs)
+        skeleton.check(call)
+        signature = call.signature(training=self.training, adapter=not self._adapters_disabled)
+        # The model's dtypes are decided: a trainer's autocast must neither be captured nor compiled.
+        with torch.autocast(skeleton.device.type, enabled=False):
+            return programs.run(call, signature, compiled=compiled)
+
+    @property
+    def _all_programs(self) -> list[Programs]:
+        return [p for p in (self.programs, self.backbone) if p is not None]
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        for programs in self._all_programs:
+            programs.use(self.named_adapters.tensors[adapter_name])
 
     @property
     def memory_budget(self) -> int | float | None:
@@ -102,7 +117,17 @@ class QLoRAModel(StoreModule):
 
     @memory_budget.setter
     def memory_budget(self, value: int | float | str | None) -> None:
-        self.programs.memory_budget = check_memory_budget(value, self.programs.backend)
+        value = check_memory_budget(value, self.programs.backend)
+        for programs in self._all_programs:
+            programs.memory_budget = value
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        """transformers' name for a memory budget of 0.0; disabling it brings back the budget that was there."""
+        if enable and self._budget_before is None and self.programs.backend != "eager":
+            self._budget_before = (self.memory_budget,)
+            self.memory_budget = 0.0
+        elif not enable and self._budget_before is not None:
+            (self.memory_budget,), self._budget_before = self._budget_before, None
 
     # -- the graph --------------------------------------------------------------------------------
 
@@ -117,7 +142,9 @@ class QLoRAModel(StoreModule):
     @property
     def graph_modules(self) -> dict[str, fx.GraphModule]:
         """Every captured graph, by mode and arguments."""
-        return {str(signature): gm for signature, gm in self.programs.graphs.items()}
+        whole = {str(signature): gm for signature, gm in self.programs.graphs.items()}
+        backbone = {} if self.backbone is None else self.backbone.graphs
+        return whole | {f"backbone {signature}": gm for signature, gm in backbone.items()}
 
     def explain(self) -> Explanation:
         """What was quantized and adapted, what was not, and why."""
@@ -134,7 +161,7 @@ class QLoRAModel(StoreModule):
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """``(name, parameter)`` of all that trains: every ``lora_A`` and ``lora_B``, and what ``bias`` and
         ``modules_to_save`` of the ``LoraConfig`` add."""
-        return ((n, p) for n, p in self.named_parameters() if is_adapter_key(n))
+        return iter(self.named_adapters.tensors[self.named_adapters.active].items())
 
     def paged_optimizer(
         self,
@@ -164,52 +191,6 @@ class QLoRAModel(StoreModule):
         if self._flat is None:
             self._flat = Flat(p for _, p in self.adapter_parameters())
         return adapter_optimizer(self._flat, optimizer, lr, weight_decay, options)
-
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Run the quantized model without its adapter (the reference model of preference training)."""
-        before, self._adapter_enabled = self._adapter_enabled, False
-        try:
-            yield
-        finally:
-            self._adapter_enabled = before
-
-    # -- adapters ---------------------------------------------------------------------------------
-
-    def adapter_state_dict(self) -> dict[str, torch.Tensor]:
-        """``lora_A`` and ``lora_B``, float32, under PEFT's saved keys and in its shapes.
-
-        ``[r, in]`` and ``[out, r]``; of experts ``[experts * r, in]`` and ``[out, r * experts]``.
-        """
-        return {k: p.detach() for k, p in self.adapter_by_peft_name().items()}
-
-    def adapter_by_peft_name(self) -> dict[str, nn.Parameter]:
-        base = self.base
-        names = peft_names(base.adapter, base.sites, base.skeleton.keys, base.trained)
-        return {adapter_files.PREFIX + names[n]: p for n, p in self.adapter_parameters()}
-
-    def load_adapter_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Copy adapter values in.
-
-        Raises:
-            AdapterError: a key is missing, unknown, or of another shape; nothing was changed.
-        """
-        apply_adapter(self.adapter_by_peft_name(), state)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT does."""
-        config = saved_config(self.base)
-        adapter_files.save(folder, self.adapter_state_dict(), config)
-
-    def load_adapter(self, folder: str | os.PathLike[str]) -> None:
-        """Load an adapter folder written here or by PEFT.
-
-        Raises:
-            AdapterError: it cannot be read or does not fit this model's adapter; nothing was changed.
-        """
-        tensors, config = adapter_files.load(folder)
-        check_saved(config, self.base.sites, os.fspath(folder))
-        self.load_adapter_state_dict(tensors)
 
     # -- the base ---------------------------------------------------------------------------------
 
@@ -274,8 +255,18 @@ class QLoRAModel(StoreModule):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``generate`` in eval mode, without a key/value cache: a token computes its whole prefix again."""
+        if not hasattr(self.twin, "generate"):
+            raise InputError(f"{self.base.skeleton.name} has no generate")
         kwargs["use_cache"] = False
-        model = self.base.skeleton.model
-        generator = with_forward(model, self, device=self.device, dtype=self.dtype)
         with self._evaluating(), torch.no_grad():
-            return generator.generate(*args, **kwargs)
+            return self.twin.generate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode; afterwards the mode is as it was."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)

@@ -15,11 +15,18 @@ from typing import Any
 from unittest import mock
 
 import torch
+from peft.tuners.lora import (
+    LoraModel,  # what Tuner is to isinstance; none of its state is used but model, peft_config, active_adapter
+)
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,  # what AdaptedLayer is to isinstance; adapter_layer_names, _active_adapter, _disable_adapters
+    check_target_module_exists,  # (config, name): truthy for a target, an _ExcludedModule for what is excluded
+)
 from peft.tuners.tuners_utils import (
     _ExcludedModule as ExcludedModule,  # what check_target_module_exists says of excluded modules
 )
-from peft.tuners.tuners_utils import (
-    check_target_module_exists,  # (config, name): truthy for a target, an _ExcludedModule for what is excluded
+from peft.utils import (
+    ModulesToSaveWrapper,  # (module, adapter name): a copy in .modules_to_save[name] beside .original_module
 )
 from peft.utils.other import (
     get_pattern_key,  # (patterns, name): the pattern that matches, else the name
@@ -67,10 +74,13 @@ from transformers.utils.loading_report import (
 
 __all__ = [
     "FORWARD_KEYWORDS",
+    "BaseTunerLayer",
     "Chunk",
     "Concatenate",
     "ExcludedModule",
+    "LoraModel",
     "MergeModulelist",
+    "ModulesToSaveWrapper",
     "PrefixChange",
     "SplitModulelist",
     "Transpose",

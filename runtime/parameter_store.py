@@ -44,25 +44,23 @@ class Node(nn.Module):
         raise TypeError("this is storage of a qlora_fx model; call the model itself")
 
 
-class QuantizedNode(Node):
-    """The module path of quantized weights. Its buffers are the parts of their storage.
+class QuantizedState(nn.Module):
+    """The state of a module with quantized weights, in transformers + bitsandbytes' keys.
 
     Attributes:
         descriptions: by the weight's own name.
-        _held: all parts of each weight, the shared ones too, which are no buffers here.
+        held: all parts of each weight, the shared ones too, which are no buffers here.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.descriptions: dict[str, QuantizedShape] = {}
-        self._held: dict[str, dict[str, torch.Tensor]] = {}
+    descriptions: dict[str, QuantizedShape]
+    held: dict[str, dict[str, torch.Tensor]]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for leaf, d in self.descriptions.items():
             for name in d.buffers:
                 del destination[f"{prefix}{leaf}_{name}"]
-            state = d.scheme.to_state(self._held[leaf], d.shape, d.dtype)
+            state = d.scheme.to_state(self.held[leaf], d.shape, d.dtype)
             destination.update({f"{prefix}{leaf}.{k}": v for k, v in state.items()})
 
     def _load_from_state_dict(
@@ -84,7 +82,7 @@ class QuantizedNode(Node):
                 return
             found = {k.removeprefix(f"{prefix}{leaf}."): state[k] for k in keys}
             try:
-                values = d.scheme.from_state(found, self._held[leaf], d.shape, d.dtype)
+                values = d.scheme.from_state(found, self.held[leaf], d.shape, d.dtype)
             except CheckpointError as error:
                 errors.append(f"{prefix}{leaf}: {error}")
                 return
@@ -92,6 +90,15 @@ class QuantizedNode(Node):
             local |= {f"{prefix}{leaf}_{k}": v for k, v in values.items()}
         local = {k: v for k, v in local.items() if k not in used}
         super()._load_from_state_dict(local, prefix, metadata, strict, missing, unexpected, errors)
+
+
+class QuantizedNode(QuantizedState, Node):
+    """The module path of quantized weights. Its buffers are the parts of their storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.descriptions = {}
+        self.held = {}
 
 
 class Store:
@@ -144,7 +151,7 @@ class Store:
             else:
                 node.register_buffer(f"{leaf}_{name}", tensor)
             self.tensors[place] = tensor
-        node._held[leaf] = self.parts(key)
+        node.held[leaf] = self.parts(key)
 
     def parts(self, key: str) -> dict[str, torch.Tensor]:
         """The storage of a quantized weight, by part."""

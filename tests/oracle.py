@@ -92,10 +92,11 @@ def reference(
     compute_dtype: torch.dtype = torch.float32,
     quant_type: str = "nf4",
     double_quant: bool = True,
+    keep: tuple[str, ...] = KEEP,
 ) -> tuple[Any, dict[str, nn.Parameter]]:
     """transformers + bitsandbytes + PEFT, in train mode (never eval: bitsandbytes repacks weights there)."""
     q = copy.deepcopy(model)
-    for name, module in linears(q).items():
+    for name, module in linears(q, keep).items():
         if isinstance(module, Conv1D):
             continue
         bias = module.bias

@@ -40,6 +40,9 @@ READER = "transformers.integrations.gguf.reader"
 
 SIGNATURES = {
     "peft.tuners.tuners_utils:check_target_module_exists": "config, key",
+    "peft:PeftModel.create_or_update_model_card": "self, output_dir",
+    "peft.utils:ModulesToSaveWrapper": "module_to_save, adapter_name",
+    "peft.utils:ModulesToSaveWrapper.update": "self, adapter_name",
     "peft.utils.other:get_pattern_key": "pattern_keys, key_to_match",
     "transformers.conversion_mapping:get_model_conversion_mapping": "model, add_legacy=",
     f"{LOADING}:Chunk": "dim=",
@@ -93,6 +96,9 @@ SIGNATURES = {
 """``module:name`` and the arguments that it is called with: by place, or by name (``=``)."""
 
 ATTRIBUTES = {
+    "peft:PeftModel": "get_base_model print_trainable_parameters get_model_status",
+    "peft.tuners.lora:LoraModel": "active_adapters",
+    "peft.tuners.tuners_utils:BaseTunerLayer": "adapter_layer_names _active_adapter _disable_adapters get_base_layer",
     "peft.tuners.tuners_utils:_ExcludedModule": "",
     "peft.utils.transformers_weight_conversion:_MODEL_TO_CONVERSION_PATTERN": "get",
     "peft.utils.transformers_weight_conversion:_MOE_TARGET_MODULE_MAPPING": "get",

@@ -83,10 +83,32 @@ def bind_call(
         values["use_cache"] = False
     if values.get("return_dict") is True:
         del values["return_dict"]
+    without_flash_arguments(values, getattr(known.model, "config", None))
     count = values.get("num_items_in_batch")
     if isinstance(count, int):
         values["num_items_in_batch"] = torch.tensor(count, device=device)
     return Call(values, None if logits is None else bool(logits))
+
+
+def without_flash_arguments(values: dict[str, Any], config: Any) -> None:
+    """Take out what only FlashAttention reads; what it says of packed rows, ``position_ids`` say as well.
+
+    Raises:
+        InputError: there are no ``position_ids``: the model would not see where a document ends.
+    """
+    given = [name for name in FLASH_ARGUMENTS if name in values]
+    if not given or "flash" in str(getattr(config, "_attn_implementation", "")):
+        return
+    if "position_ids" not in values:
+        raise InputError(
+            f"{given[0]} is read by FlashAttention alone; accepted: position_ids that begin at 0 for each document of a row"
+        )
+    for name in given:
+        del values[name]
+
+
+FLASH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""How padding-free collators describe rows of several documents to FlashAttention."""
 
 
 def bind(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -77,6 +78,7 @@ class Skeleton:
         parameters: store keys of parameters; the others are of buffers.
         vocabulary: rows of the input embedding; None where there is none.
         encoder_decoder: whether the target has a length of its own.
+        captures: numbers of the captures, one sequence for all skeletons of a model.
     """
 
     def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
@@ -98,7 +100,22 @@ class Skeleton:
         self.known_arguments = KnownArguments(self.model, self.signature)
         self.vocabulary = vocabulary_size(self.model)
         self.encoder_decoder = is_encoder_decoder(self.model)
-        self.captures = 0
+        self.captures = itertools.count(1)
+
+    def backbone(self) -> Skeleton:
+        """The same model, of which the backbone (``model.base_model``, without the head) is called."""
+        backbone = self.model.base_model
+        other = copy.copy(self)
+        other.model = copy.copy(self.model)
+        cls = type(self.model)
+
+        def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+            return model.base_model(*args, **kwargs)
+
+        other.model.__class__ = type(cls.__name__, (cls,), {"forward": forward})
+        other.signature = inspect.signature(backbone.forward)
+        other.known_arguments = KnownArguments(backbone, other.signature)
+        return other
 
     @property
     def name(self) -> str:
@@ -194,7 +211,7 @@ class Skeleton:
                 f"the model changes {foreign[0].target!r} during forward; a captured graph must only "
                 "return values. Accepted: models whose forward does not write to their buffers"
             )
-        self.captures += 1
+        number = next(self.captures)
         stored: dict[str, str] = {}
         names: dict[str, str] = {}
         constants: dict[str, torch.Tensor] = {}
@@ -205,7 +222,7 @@ class Skeleton:
             if item.kind in (InputKind.PARAMETER, InputKind.BUFFER):
                 stored[item.arg.name] = self.keys[str(item.target)]
             elif item.kind is InputKind.CONSTANT_TENSOR and item.arg.name not in unread:
-                key = f"constants.{self.captures}.{item.target}"  # each capture has its own
+                key = f"constants.{number}.{item.target}"  # each capture has its own
                 value = program.constants[str(item.target)]
                 value = getattr(value, "constant", None) if is_fake(value) else value
                 if type(value) is not torch.Tensor:

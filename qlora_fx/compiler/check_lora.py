@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 
 from peft import LoraConfig
 
 from ..config import DEFAULT_RANK, default_lora
 from ..errors import ConfigError
+from ..passes.thaw import is_saved
 
 BIASES = ("none", "lora_only", "all")
 HONOURED = frozenset(
@@ -84,3 +87,33 @@ def check_lora(lora: LoraConfig | None) -> LoraConfig:
     if not 0.0 <= lora.lora_dropout < 1.0:
         raise ConfigError(f"LoraConfig.lora_dropout={lora.lora_dropout!r}; accepted: 0 <= p < 1")
     return lora
+
+
+NEW_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Heads that PEFT trains as a whole, by ``task_type`` (``PeftModelForSequenceClassification`` and its like in PEFT 0.21)."""
+
+
+def with_new_head(lora: LoraConfig, parameters: Iterable[str]) -> LoraConfig:
+    """``lora`` with the task's new head among its ``modules_to_save``, as PEFT does: an adapter cannot train a head
+    that holds random numbers.
+
+    Args:
+        parameters: names of the model's parameters.
+    """
+    task = getattr(lora.task_type, "value", lora.task_type)
+    saved = list(lora.modules_to_save or ())
+    keys = list(parameters)
+    found = [
+        name
+        for name in NEW_HEADS.get(task or "", ())
+        if name not in saved and any(is_saved(key, (name,)) for key in keys)
+    ]
+    if not found:
+        return lora
+    changed = copy.deepcopy(lora)
+    changed.modules_to_save = saved + found
+    return changed

@@ -26,6 +26,7 @@ from ..passes.lowering.warm_up import warm_up
 from ..runtime.fastest_dtype import ComputeDtype
 from ..weights.base import Base, activation_dtype
 from . import pipeline
+from .check_lora import with_new_head
 from .request import Request
 
 Observe = Callable[[Capture, str, fx.GraphModule], None]
@@ -80,7 +81,7 @@ def prepare(
     heads = embedding_keys(model, "get_output_embeddings", skeleton)
     embeddings = embedding_keys(model, "get_input_embeddings", skeleton)
     config = Config(
-        request.lora,
+        with_new_head(request.lora, skeleton.keys),
         request.quantization,
         compute.dtype,
         heads,

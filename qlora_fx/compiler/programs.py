@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..capture.arguments import Call, Signature
@@ -46,6 +47,7 @@ class Programs:
         memory_budget: as ``request.check_memory_budget`` returns it.
 
     Attributes:
+        adapter: tensors that are read in the place of the store's, by key: another adapter's.
         captured: graphs by signature, in the order in which they were captured.
     """
 
@@ -53,7 +55,16 @@ class Programs:
         self.base = base
         self.backend = backend
         self.captured: dict[Signature, list[CapturedGraph]] = {}
+        self.adapter: Mapping[str, torch.Tensor] = {}
         self._memory_budget = memory_budget
+
+    def use(self, adapter: Mapping[str, torch.Tensor]) -> None:
+        """Let every program read this adapter's tensors."""
+        self.adapter = adapter
+        for several in self.captured.values():
+            for one in several:
+                one.program.replace(adapter)
+                one.uncompiled.replace(adapter)
 
     def __iter__(self) -> Iterator[Program]:
         return (one.program for several in self.captured.values() for one in several)
@@ -93,7 +104,7 @@ class Programs:
         if misfits:
             warnings.warn(
                 f"capturing {self.base.skeleton.name} again, its code depends on the shape: {misfits[0]}",
-                stacklevel=5,  # the user's call, through forward and nn.Module
+                stacklevel=9,  # the user's call, through nn.Module, PeftModel's forward and the twin's
             )
         new = self.capture(call, signature)
         try:
@@ -122,7 +133,8 @@ class Programs:
         for name, tensor in capture.constants.items():
             store.tensors[name] = tensor.to(self.base.device)
         gm = result.gm
-        stored = [store[n.meta["stored"]] for n in gm.graph.nodes if "stored" in n.meta]
+        keys = [n.meta["stored"] for n in gm.graph.nodes if "stored" in n.meta]
+        stored = {key: self.adapter.get(key, store[key]) for key in keys}
         inputs = [(n.meta["input"], n.meta["val"]) for n in gm.graph.nodes if "input" in n.meta]
         lowered = lower(gm, backend=self.backend)
         program, uncompiled = (

@@ -2,5 +2,4 @@
 
 base          skeleton, config, sites, store, origin
 move          a real model's weights into a store
-store_module  a store as an ``nn.Module`` that can neither be moved nor copied
 """

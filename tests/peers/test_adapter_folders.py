@@ -41,6 +41,7 @@ def test_saved_here_loaded_by_peft(tmp_path: Path) -> None:
     qmodel = transformed()
     qmodel.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

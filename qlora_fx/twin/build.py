@@ -1,0 +1,166 @@
+"""The twin: an object of the user's own model class whose tensors are a store's, without a copy of any."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..runtime.parameter_store import Node, QuantizedNode
+from ..transformers_internals import ModulesToSaveWrapper
+from ..weights.base import Base
+from .layers import AdaptedLayer
+from .modules import Backbone, Owner, Quantized, Root, mixed
+
+
+def build_twin(base: Base, owner: Owner) -> Any:
+    """A twin of the base's model.
+
+    Its forward, and the forward of its backbone (``model.base_model``), run compiled programs. Its dense modules
+    (embeddings, norms, a dense head) hold their weights and compute as ever; a module whose weights are in 4 bits
+    holds them under transformers + bitsandbytes' keys and says so when it is called.
+
+    Args:
+        base: all weights are in its store.
+        owner: the model that it belongs to.
+    """
+    model: Any = base.skeleton.model
+    memo: dict[int, Any] = {}
+    for module in model.modules():  # one config for the twin and for what is captured later
+        for name in ("config", "generation_config"):
+            one = module.__dict__.get(name)
+            if one is not None:
+                memo[id(one)] = one
+    twin = copy.deepcopy(model, memo)
+    show_tensors(twin, base)
+    parts: list[tuple[nn.Module, type]] = [(twin, Root)]
+    backbone = getattr(twin, "base_model", twin)
+    if isinstance(backbone, nn.Module) and backbone is not twin:
+        parts.append((backbone, Backbone))
+    for module, mixin in parts:
+        mixed(module, mixin)
+        module.__dict__["qlora_fx_owner"] = owner
+    return twin
+
+
+def show_tensors(twin: nn.Module, base: Base) -> None:
+    """Let the twin's modules hold the store's tensors, also under tied names."""
+    store = base.store
+    for name, key in base.skeleton.keys.items():
+        path, _, leaf = name.rpartition(".")
+        module = twin.get_submodule(path)
+        if key not in store:
+            continue
+        tensor = store[key]
+        place: dict[str, Any] = module._buffers
+        if isinstance(tensor, nn.Parameter):
+            module._buffers.pop(leaf, None)
+            place = module._parameters
+        place[leaf] = tensor
+    for path, node in store.root.named_modules():
+        if isinstance(node, QuantizedNode):
+            module = twin.get_submodule(path)
+            for name in (n for d in node.descriptions.values() for n in d.buffers):
+                for leaf in node.descriptions:
+                    if f"{leaf}_{name}" in node._buffers:
+                        module.register_buffer(f"{leaf}_{name}", node._buffers[f"{leaf}_{name}"])
+            mixed(module, Quantized)
+            module.__dict__.update(descriptions=node.descriptions, held=node.held)
+
+
+def show_adapter(
+    twin: nn.Module,
+    paths: Mapping[str, str],
+    tensors: Mapping[str, torch.Tensor],
+    name: str,
+    whole: Collection[str],
+) -> None:
+    """Hold an adapter's tensors where PEFT's wrappers hold those of the adapter ``name``.
+
+    ``q_proj.lora_A.<name>.weight`` beside ``q_proj.base_layer``; ``classifier.modules_to_save.<name>.weight`` beside
+    ``classifier.original_module``; a bias that trains (``bias="lora_only"`` or "all") in its own place.
+
+    Args:
+        paths: PEFT's path of each tensor, by store key.
+        tensors: by store key.
+        whole: last names of the modules that train as a whole (``modules_to_save``).
+    """
+    by_depth = sorted(paths.items(), key=lambda item: item[1].count("."))
+    for key, path in by_depth:
+        owner, _, leaf = path.rpartition(".")
+        tensor: Any = tensors[key]
+        if ".lora_" in path:
+            owner, _, role = owner.rpartition(".")
+            layer = adapted_layer(twin, owner)
+            holder = Node()
+            holder.register_parameter(leaf, tensor)
+            layer.hold(role, name, holder)
+        elif is_whole(owner, whole):
+            wrapper = saved_module(twin, owner, name)
+            wrapper.modules_to_save[name].register_parameter(leaf, tensor)
+        else:
+            twin.get_submodule(owner).register_parameter(leaf, tensor)
+
+
+def hide_adapter(twin: nn.Module, name: str) -> None:
+    """Take the tensors of the adapter ``name`` out of PEFT's wrappers."""
+    for module in twin.modules():
+        if isinstance(module, AdaptedLayer):
+            module.forget(name)
+        elif isinstance(module, ModulesToSaveWrapper):
+            del module.modules_to_save[name]
+            module._adapters.discard(name)
+
+
+def is_whole(path: str, whole: Collection[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in whole)
+
+
+def adapted_layer(twin: nn.Module, path: str) -> AdaptedLayer:
+    """The wrapper at PEFT's ``path``, made if it is not there: of several on one module the inner ones lie at
+    ``base_layer`` of the outer."""
+    outer = path
+    while outer.endswith(".base_layer"):
+        outer = outer.removesuffix(".base_layer")
+    count = path[len(outer) :].count("base_layer") + 1
+    above, _, last = outer.rpartition(".")
+    parent = child(twin, above) if above else twin
+    module = child(parent, last)
+    depth = 0
+    inner: nn.Module = module
+    while isinstance(inner, AdaptedLayer):
+        inner, depth = inner.base_layer, depth + 1
+    if depth < count:
+        for _ in range(count - depth):
+            module = AdaptedLayer(module)
+        parent._modules[last] = module
+    found = twin.get_submodule(path)
+    assert isinstance(found, AdaptedLayer)
+    return found
+
+
+def saved_module(twin: nn.Module, path: str, name: str) -> Any:
+    """PEFT's wrapper of a module that trains as a whole, with a copy of it for the adapter ``name``."""
+    above, _, last = path.rpartition(".")
+    parent = twin.get_submodule(above)
+    module = parent._modules[last]
+    if not isinstance(module, ModulesToSaveWrapper):
+        module = ModulesToSaveWrapper(module, name)
+        parent._modules[last] = module
+    elif name not in module.modules_to_save:
+        module.update(name)
+    return module
+
+
+def child(module: nn.Module, path: str) -> nn.Module:
+    """The module at ``path``; plain holders are made for what is not there."""
+    for part in path.split("."):
+        held = module._modules.get(part)
+        if held is None:
+            held = Node()
+            module.add_module(part, held)
+        module = held
+    return module

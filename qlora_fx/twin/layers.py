@@ -1,0 +1,50 @@
+"""What stands where PEFT has a LoRA layer: the adapter's tensors beside the layer that they adapt."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import nn
+
+from ..errors import ModelError
+from ..transformers_internals import BaseTunerLayer
+
+
+class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """Holds ``base_layer`` and, by adapter name, the adapter's tensors (``lora_A.default.weight``); computes nothing.
+
+    Args:
+        base_layer: the module, or the next wrapper of one that has several adapted parameters.
+    """
+
+    adapter_layer_names = ("lora_A", "lora_B")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def hold(self, role: str, name: str, holder: nn.Module) -> None:
+        """Hold the tensors of the adapter ``name`` for ``role``: ``lora_A`` or ``lora_B``."""
+        if role not in self._modules:
+            self.add_module(role, nn.ModuleDict())
+        self.get_submodule(role).add_module(name, holder)
+
+    def forget(self, name: str) -> None:
+        """Drop the tensors of the adapter ``name``."""
+        for role in self.adapter_layer_names:
+            self.get_submodule(role)._modules.pop(name, None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ModelError(
+            f"this {type(self.get_base_layer()).__name__} and its adapter are part of compiled programs; only the whole "
+            "model and its backbone can be called. Call the model itself"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """The layer's own attributes (``in_features``, ...)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)

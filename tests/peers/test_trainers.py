@@ -1,0 +1,256 @@
+"""transformers' Trainer and TRL's over a QLoRAModel: number by number what they do over PEFT + bitsandbytes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import qlora_fx
+import pytest
+import torch
+from conftest import batch, peer_llama, tiny_llama
+from oracle import ours, random_adapter, reference
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from trainers import RECIPES, logged, trained
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
+def both(recipe: str, backend: str) -> tuple[Any, Any]:
+    """Ours and PEFT's model, from the same weights and the same adapter."""
+    base = peer_llama(1)
+    if recipe == "Reward":
+        torch.manual_seed(1)
+        base = AutoModelForSequenceClassification.from_config(_one_label(base.config))
+    lora = LoraConfig(**LORA, task_type="SEQ_CLS" if recipe == "Reward" else "CAUSAL_LM")
+    keep = ("lm_head", "score")
+    adapter = random_adapter(base, 4, scale=0.05, keep=keep)
+    theirs, _ = reference(base, adapter, copy.deepcopy(lora), keep=keep)
+    if recipe == "Reward":  # its head trains as a whole in either stack
+        adapter["base_model.model.score.weight"] = base.score.weight.detach().clone()
+    mine, _ = ours(base, adapter, lora, compute_dtype="float32", backend=backend)
+    return mine, theirs
+
+
+def _one_label(config: Any) -> Any:
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    return config
+
+
+def check_run(recipe: str, backend: str, folder: Path, **options: Any) -> None:
+    mine, theirs = both(recipe, backend)
+    runs = [trained(m, recipe, folder / str(i), **options) for i, m in enumerate((mine, theirs))]
+    for name, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3)):
+        a, b = (logged(run, name) for run in runs)
+        assert len(a) == len(b) == 20
+        assert bool((b > 0).all()), "both would agree on zeros"
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=0)
+    for i, run in enumerate(runs):
+        run.save_model(str(folder / f"saved{i}"))
+    files = [set(os.listdir(folder / f"saved{i}")) for i in range(2)]
+    assert files[0] == files[1]
+    tensors = [load_file(folder / f"saved{i}" / "adapter_model.safetensors") for i in range(2)]
+    assert tensors[0].keys() == tensors[1].keys()
+    for key, tensor in tensors[1].items():
+        torch.testing.assert_close(tensors[0][key], tensor, rtol=2e-2, atol=2e-4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_losses_and_gradient_norms_are_the_references(recipe: str, tmp_path: Path) -> None:
+    check_run(recipe, "eager", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_and_compiled(recipe: str, tmp_path: Path) -> None:
+    check_run(recipe, "inductor", tmp_path)
+
+
+def test_a_bitsandbytes_optimizer_by_its_usual_name(tmp_path: Path) -> None:
+    check_run("Trainer", "eager", tmp_path, optim="paged_adamw_32bit")
+
+
+def test_the_paged_optimizer_over_one_buffer_in_a_trainer(tmp_path: Path) -> None:
+    mine, other = both("Trainer", "eager")[0], both("Trainer", "eager")[0]
+    flat = mine.paged_optimizer(lr=1e-3)
+    a = trained(mine, "Trainer", tmp_path / "a", optimizer=flat)
+    b = trained(other, "Trainer", tmp_path / "b", optim="paged_adamw_32bit", weight_decay=0.0)
+    assert len(flat.param_groups[0]["params"]) == 1
+    for name in ("loss", "grad_norm"):
+        torch.testing.assert_close(logged(a, name), logged(b, name), rtol=1e-5, atol=0)
+
+
+def test_checkpoints_are_pefts_and_the_best_one_comes_back(tmp_path: Path) -> None:
+    mine, theirs = both("Trainer", "eager")
+    runs = [
+        trained(m, "Trainer", tmp_path / str(i), steps=4, save_strategy="steps", save_steps=2)
+        for i, m in enumerate((mine, theirs))
+    ]
+    for run in runs:
+        assert sorted(os.listdir(run.args.output_dir)) == ["checkpoint-2", "checkpoint-4"]
+    first, second = (set(os.listdir(tmp_path / str(i) / "checkpoint-2")) for i in range(2))
+    assert first == second
+    before = {k: v.clone() for k, v in mine.adapter_state_dict().items()}
+    again = trained(both("Trainer", "eager")[0], "Trainer", tmp_path / "0", steps=4)
+    assert again.state.global_step == 4
+    run = runs[0]
+    run._load_from_checkpoint(str(tmp_path / "0" / "checkpoint-2"))
+    loaded = load_file(tmp_path / "0" / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(torch.equal(v, loaded[k]) for k, v in mine.adapter_state_dict().items())
+    assert any(not torch.equal(v, loaded[k]) for k, v in before.items())
+
+
+def test_a_trainers_settings_leave_the_graph_as_it_is(tmp_path: Path) -> None:
+    """Autocast, torch.compile and gradient checkpointing are the trainer's; dtypes and programs stay ours."""
+    mine, _ = both("SFT", "aot_eager")
+    plain, _ = both("SFT", "aot_eager")
+    settings = {"torch_compile": True, "gradient_checkpointing": True}
+    a = trained(mine, "SFT", tmp_path / "a", steps=3, **settings)
+    b = trained(plain, "SFT", tmp_path / "b", steps=3, gradient_checkpointing=False)
+    torch.testing.assert_close(logged(a, "loss"), logged(b, "loss"), rtol=1e-6, atol=0)
+    assert mine.memory_budget == 0.0
+    assert plain.memory_budget is None
+    assert {p.dtype for _, p in mine.adapter_parameters()} == {torch.float32}
+
+
+def small(**options: Any) -> qlora_fx.QLoRAModel:
+    return qlora_fx.transform(
+        tiny_llama(1), LoraConfig(**LORA, **options), compute_dtype="float32", backend="eager"
+    )
+
+
+def test_it_is_a_peft_model_around_a_model_of_the_users_class() -> None:
+    model = tiny_llama(1)
+    forward, kind = inspect.signature(model.forward), type(model)
+    qmodel = qlora_fx.transform(model, LoraConfig(**LORA), backend="eager")
+    twin = qmodel.get_base_model()
+    assert isinstance(qmodel, PeftModel)
+    assert isinstance(twin, kind)
+    assert isinstance(twin, PreTrainedModel)
+    assert type(twin).__name__ == kind.__name__
+    assert inspect.signature(twin.forward) == forward
+    assert twin.config is qmodel.config
+    assert not [n for n, t in twin.state_dict().items() if t.device.type == "meta"]
+    assert qmodel.get_input_embeddings().weight is qmodel.base.store["model.embed_tokens.weight"]
+    assert qmodel.active_adapters == ["default"]
+    assert qmodel.get_model_status().active_adapters == ["default"]
+    qmodel.add_model_tags(["tag"])
+
+
+def test_parameters_and_counts_are_pefts(capsys: Any) -> None:
+    model = peer_llama(1)
+    lora = LoraConfig(**LORA)
+    adapter = random_adapter(model, 4, scale=0.1)
+    theirs, _ = reference(model, adapter, copy.deepcopy(lora))
+    mine, _ = ours(model, adapter, lora, backend="eager")
+    names = [n for n, p in theirs.named_parameters() if p.requires_grad]
+    assert [n for n, p in mine.named_parameters() if p.requires_grad] == names
+    assert {n for n, _ in mine.named_parameters()} == {n for n, _ in theirs.named_parameters()}
+    assert mine.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    mine.print_trainable_parameters()
+    theirs.print_trainable_parameters()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    a, b = get_peft_model_state_dict(mine), get_peft_model_state_dict(theirs)
+    assert a.keys() == b.keys() == mine.adapter_state_dict().keys()
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_the_backbone_runs_over_the_same_weights_with_gradients(options: Any) -> None:
+    qmodel = small(**options)
+    qlora_fx.testing.randomize_adapter(qmodel)
+    inputs = batch()
+    labels = inputs.pop("labels")
+    twin = qmodel.get_base_model()
+    hidden = twin.base_model(**inputs).last_hidden_state
+    whole = qmodel(**inputs, return_logits=True).logits
+    torch.testing.assert_close(twin.lm_head(hidden), whole, rtol=1e-6, atol=1e-6)
+    with qmodel.disable_adapter(), torch.no_grad():
+        hidden_without = twin.base_model(**inputs).last_hidden_state
+        without = qmodel(**inputs, return_logits=True).logits
+        torch.testing.assert_close(twin.lm_head(hidden_without), without, rtol=1e-6, atol=1e-6)
+    assert float((without - whole).abs().max()) > 1e-3
+    parameters = [p for _, p in qmodel.adapter_parameters()]
+
+    def gradients(logits: torch.Tensor) -> list[torch.Tensor]:
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return list(torch.autograd.grad(loss, parameters))
+
+    pairs = zip(gradients(twin.lm_head(hidden)), gradients(whole), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+        assert float(other.norm()) > 0
+
+
+def test_a_part_in_4_bits_says_what_to_call_instead() -> None:
+    twin = small().get_base_model()
+    with pytest.raises(qlora_fx.errors.ModelError, match="Call the model itself"):
+        twin.model.layers[0].mlp.up_proj(torch.zeros(1, 48))
+    with pytest.raises(qlora_fx.errors.ModelError, match=r"qmodel\.merge\(folder\)"):
+        small().merge_and_unload()
+
+
+def test_adapters_by_name_switch_without_another_capture(tmp_path: Path) -> None:
+    qmodel = small()
+    qlora_fx.testing.randomize_adapter(qmodel)
+    inputs = batch()
+    one = qmodel(**inputs).loss
+    qmodel.add_adapter("other", qmodel.peft_config["default"])
+    assert not any(p.requires_grad for n, p in qmodel.named_parameters() if ".other." in n)
+    qmodel.set_adapter("other")
+    assert [n for n, _ in qmodel.named_parameters() if ".other." in n and "lora_B" in n]
+    two = qmodel(**inputs).loss
+    assert abs(float(two - one)) > 1e-4
+    with qmodel.disable_adapter():
+        assert float(qmodel(**inputs).loss) == pytest.approx(float(two), rel=1e-6), "lora_B is zero"
+    two.backward()
+    assert all(p.grad is None for n, p in qmodel.named_parameters() if ".default." in n)
+    graphs = len(qmodel.graph_modules)
+    qmodel.set_adapter("default")
+    torch.testing.assert_close(qmodel(**inputs).loss, one, rtol=0, atol=0)
+    assert len(qmodel.graph_modules) == graphs
+    qmodel.save_pretrained(tmp_path)
+    assert (tmp_path / "other" / "adapter_model.safetensors").exists()
+    fresh = small()
+    fresh.load_adapter(tmp_path / "other", "other")
+    fresh.load_adapter(tmp_path)
+    torch.testing.assert_close(fresh(**inputs).loss, one, rtol=0, atol=0)
+    with pytest.raises(
+        qlora_fx.errors.AdapterError, match="no adapter 'ohter'; there are: default, other"
+    ):
+        qmodel.set_adapter("ohter")
+    with pytest.raises(
+        qlora_fx.errors.ConfigError, match=r"rank 8 .*accepted: those of this model, 4"
+    ):
+        qmodel.add_adapter("wide", LoraConfig(**(LORA | {"r": 8})))
+    qmodel.delete_adapter("other")
+    assert not [n for n, _ in qmodel.named_parameters() if ".other." in n]
+
+
+def test_rows_of_several_documents_are_the_documents_apart() -> None:
+    """Block-diagonal attention from ``position_ids``; FlashAttention's own description of the rows is left out."""
+    qmodel = small()
+    qlora_fx.testing.randomize_adapter(qmodel)
+    for lengths in ((5, 7, 9), (12, 4, 3, 8)):
+        documents = [torch.randint(2, 101, (n,)) for n in lengths]
+        ignored = torch.tensor([-100])
+        row = qmodel(
+            input_ids=torch.cat(documents)[None],
+            position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+            labels=torch.cat([torch.cat([ignored, d[1:]]) for d in documents])[None],
+            max_length_q=max(lengths),
+        )
+        apart = [qmodel(input_ids=d[None], labels=d[None]).loss * (len(d) - 1) for d in documents]
+        true = sum(apart) / sum(n - 1 for n in lengths)
+        torch.testing.assert_close(row.loss, true, rtol=1e-5, atol=0)
+    assert len(qmodel.graph_modules) == 3, "one for the rows, whatever their longest document"
+    with pytest.raises(qlora_fx.errors.InputError, match="max_length_q is read by FlashAttention"):
+        qmodel(input_ids=torch.ones(1, 4, dtype=torch.long), max_length_q=3)
