@@ -93,7 +93,7 @@ class QLoRAModel(StorePeftModel):
         skeleton = programs.base.skeleton
         call = skeleton.bind(args, kwargs)
         skeleton.check(call)
-        signature = call.signature(training=self.training, adapter=not self._adapters_disabled)
+        signature = call.signature(training=self.twin.training, adapter=not self._adapters_disabled)
         # The model's dtypes are decided: a trainer's autocast must neither be captured nor compiled.
         with torch.autocast(skeleton.device.type, enabled=False):
             return programs.run(call, signature, compiled=compiled)

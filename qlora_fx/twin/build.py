@@ -63,10 +63,8 @@ def show_tensors(twin: nn.Module, base: Base) -> None:
     for path, node in store.root.named_modules():
         if isinstance(node, QuantizedNode):
             module = twin.get_submodule(path)
-            for name in (n for d in node.descriptions.values() for n in d.buffers):
-                for leaf in node.descriptions:
-                    if f"{leaf}_{name}" in node._buffers:
-                        module.register_buffer(f"{leaf}_{name}", node._buffers[f"{leaf}_{name}"])
+            for name, part in node._buffers.items():
+                module.register_buffer(name, part)
             mixed(module, Quantized)
             module.__dict__.update(descriptions=node.descriptions, held=node.held)
 

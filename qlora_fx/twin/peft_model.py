@@ -23,6 +23,33 @@ from .modules import InPlace, parameter_counts
 from .named_adapters import DEFAULT, NamedAdapters
 from .tuner import Tuner
 
+SAVING: dict[str, tuple[Any, ...]] = {
+    "safe_serialization": (True, None),
+    "save_embedding_layers": ("auto", False),
+    "path_initial_model_for_weight_conversion": (None,),
+}
+LOADING: dict[str, tuple[Any, ...]] = {
+    "low_cpu_mem_usage": (True, False),
+    "autocast_adapter_dtype": (True, False),
+    "ephemeral_gpu_offload": (False,),
+    "torch_device": (None,),
+}
+"""Arguments of PEFT's ``save_pretrained`` and ``load_adapter`` and the values of them that ask for nothing else."""
+
+
+def check_arguments(given: Mapping[str, Any], accepted: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise for an argument that would be ignored.
+
+    Raises:
+        ConfigError: naming it and what is accepted.
+    """
+    for name, value in given.items():
+        if name not in accepted:
+            raise ConfigError(f"{name}={value!r}; accepted: {', '.join(accepted)}")
+        if value not in accepted[name]:
+            values = " or ".join(map(repr, accepted[name]))
+            raise ConfigError(f"{name}={value!r}; accepted: {values}")
+
 
 class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
     """PEFT's side of a ``QLoRAModel``: names, adapters by name, folders, counts.
@@ -113,8 +140,19 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
             if isinstance(module, ModulesToSaveWrapper | BaseTunerLayer):
                 module._disable_adapters = not enable
 
-    def add_adapter(self, adapter_name: str, peft_config: LoraConfig, **_: Any) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """A further adapter, newly initialized; ``set_adapter`` makes it the one that is used.
+
+        Args:
+            adapter_name: its name, an identifier.
+            peft_config: with this model's ranks, scalings and targets.
+            low_cpu_mem_usage, autocast_adapter_dtype: PEFT's; without effect, for adapters are float32.
 
         Raises:
             ConfigError: the name is taken, or its ranks, scalings or targets are not those of this model.
@@ -191,7 +229,7 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
         selected_adapters: list[str] | None = None,
         is_main_process: bool = True,
         state_dict: Any = None,
-        **_: Any,
+        **others: Any,
     ) -> None:
         """Write ``adapter_model.safetensors``, ``adapter_config.json`` and a model card, as PEFT does.
 
@@ -200,7 +238,12 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
             selected_adapters: names; default: all.
             is_main_process: False writes nothing.
             state_dict: not read: what is written is this model's adapter.
+            others: PEFT's, where they change nothing here.
+
+        Raises:
+            ConfigError: an argument of PEFT's that would change what is written.
         """
+        check_arguments(others, SAVING)
         names = [
             self.named_adapters.check(name)
             for name in selected_adapters or self.named_adapters.tensors
@@ -218,7 +261,7 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
         folder: str | os.PathLike[str],
         adapter_name: str | None = None,
         is_trainable: bool = False,
-        **_: Any,
+        **others: Any,
     ) -> None:
         """Load an adapter folder written here or by PEFT.
 
@@ -226,10 +269,13 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
             folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
             adapter_name: which adapter takes the values; a new name makes a new one. Default: the active one.
             is_trainable: as in PEFT; what trains is decided by ``set_adapter``.
+            others: PEFT's, where they change nothing here.
 
         Raises:
+            ConfigError: an argument of PEFT's that would change what is loaded.
             AdapterError: it cannot be read or does not fit this model's adapter; nothing was changed.
         """
+        check_arguments(others, LOADING)
         tensors, config = adapter_files.load(folder)
         check_saved(config, self.base.sites, os.fspath(folder))
         if adapter_name is not None and adapter_name not in self.named_adapters.tensors:

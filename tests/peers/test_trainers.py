@@ -11,6 +11,7 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
+from qlora_fx import AdapterError, ConfigError, InputError, ModelError
 from conftest import batch, peer_llama, tiny_llama
 from oracle import ours, random_adapter, reference
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -85,6 +86,38 @@ def test_the_paged_optimizer_over_one_buffer_in_a_trainer(tmp_path: Path) -> Non
     assert len(flat.param_groups[0]["params"]) == 1
     for name in ("loss", "grad_norm"):
         torch.testing.assert_close(logged(a, name), logged(b, name), rtol=1e-5, atol=0)
+
+
+def test_a_plain_accelerate_loop(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    curves = []
+    for accelerated in (True, False):
+        qmodel, _ = both("Trainer", "eager")
+        optimizer = qmodel.paged_optimizer(lr=1e-2)
+        model, curve = qmodel, []
+        if accelerated:
+            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+            model, optimizer = accelerator.prepare(qmodel, optimizer)
+        for i in range(6):
+            if accelerated:
+                with accelerator.accumulate(model):
+                    loss = model(**batch()).loss
+                    accelerator.backward(loss)
+                    accelerator.clip_grad_norm_(model.parameters(), 0.05)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            else:
+                loss = model(**batch()).loss
+                (loss / 2).backward()
+                if i % 2:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            curve.append(float(loss))
+        curves.append(curve)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+    assert curves[0][-1] < curves[0][0]
 
 
 def test_checkpoints_are_pefts_and_the_best_one_comes_back(tmp_path: Path) -> None:
@@ -192,10 +225,21 @@ def test_the_backbone_runs_over_the_same_weights_with_gradients(options: Any) ->
 
 def test_a_part_in_4_bits_says_what_to_call_instead() -> None:
     twin = small().get_base_model()
-    with pytest.raises(qlora_fx.errors.ModelError, match="Call the model itself"):
+    with pytest.raises(ModelError, match="Call the model itself"):
         twin.model.layers[0].mlp.up_proj(torch.zeros(1, 48))
-    with pytest.raises(qlora_fx.errors.ModelError, match=r"qmodel\.merge\(folder\)"):
+    with pytest.raises(ModelError, match=r"qmodel\.merge\(folder\)"):
         small().merge_and_unload()
+
+
+def test_arguments_of_pefts_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    qmodel = small()
+    qmodel.save_pretrained(tmp_path, safe_serialization=True)
+    with pytest.raises(ConfigError, match="safe_serialization=False; accepted: True or None"):
+        qmodel.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ConfigError, match="save_embedding_layers=True; accepted: 'auto' or False"):
+        qmodel.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(ConfigError, match="subfolder='a'; accepted: low_cpu_mem_usage"):
+        qmodel.load_adapter(tmp_path, subfolder="a")
 
 
 def test_adapters_by_name_switch_without_another_capture(tmp_path: Path) -> None:
@@ -223,13 +267,9 @@ def test_adapters_by_name_switch_without_another_capture(tmp_path: Path) -> None
     fresh.load_adapter(tmp_path / "other", "other")
     fresh.load_adapter(tmp_path)
     torch.testing.assert_close(fresh(**inputs).loss, one, rtol=0, atol=0)
-    with pytest.raises(
-        qlora_fx.errors.AdapterError, match="no adapter 'ohter'; there are: default, other"
-    ):
+    with pytest.raises(AdapterError, match="no adapter 'ohter'; there are: default, other"):
         qmodel.set_adapter("ohter")
-    with pytest.raises(
-        qlora_fx.errors.ConfigError, match=r"rank 8 .*accepted: those of this model, 4"
-    ):
+    with pytest.raises(ConfigError, match=r"rank 8 .*accepted: those of this model, 4"):
         qmodel.add_adapter("wide", LoraConfig(**(LORA | {"r": 8})))
     qmodel.delete_adapter("other")
     assert not [n for n, _ in qmodel.named_parameters() if ".other." in n]
@@ -252,5 +292,5 @@ def test_rows_of_several_documents_are_the_documents_apart() -> None:
         true = sum(apart) / sum(n - 1 for n in lengths)
         torch.testing.assert_close(row.loss, true, rtol=1e-5, atol=0)
     assert len(qmodel.graph_modules) == 3, "one for the rows, whatever their longest document"
-    with pytest.raises(qlora_fx.errors.InputError, match="max_length_q is read by FlashAttention"):
+    with pytest.raises(InputError, match="max_length_q is read by FlashAttention"):
         qmodel(input_ids=torch.ones(1, 4, dtype=torch.long), max_length_q=3)
