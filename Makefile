@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .PHONY: demo test test-all test-wheel lint format bench clean
@@ -11,10 +12,10 @@ demo: $(INSTALLED)  ## fine-tune SmolLM2-135M and take the adapter home to PEFT;
 	$(BIN)/python examples/finetune.py $(DEMO)
 
 test: $(INSTALLED)  ## the default suite: no GPU, no network, no model downloads
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q $(WORKERS)
 
 test-all: $(INSTALLED) test-wheel  ## also what takes minutes and the demo's model
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
+	$(BIN)/python -m pytest -q $(WORKERS) -m "slow or not slow"
 
 test-wheel: $(INSTALLED)  ## build the wheel and test what it installs, away from the sources
 	rm -rf build/wheel && mkdir -p build/wheel

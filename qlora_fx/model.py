@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -123,7 +124,12 @@ class QLoRAModel(StorePeftModel):
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """transformers' name for a memory budget of 0.0; disabling it brings back the budget that was there."""
-        if enable and self._budget_before is None and self.programs.backend != "eager":
+        if enable and self.programs.backend == "eager":
+            warnings.warn(
+                'gradient checkpointing is left out: backend "eager" computes nothing again',
+                stacklevel=3,
+            )
+        elif enable and self._budget_before is None:
             self._budget_before = (self.memory_budget,)
             self.memory_budget = 0.0
         elif not enable and self._budget_before is not None:

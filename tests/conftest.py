@@ -134,6 +134,22 @@ def captured(model: nn.Module | None = None, inputs: Any = None, **options: Any)
     return Skeleton(model or Toy()).capture(inputs or TOY_INPUT, **settings)
 
 
+LONGEST = (
+    "test_default_path.py",
+    "test_model.py",
+    "test_planning.py",
+    "test_trainers.py",
+    "test_parity.py",
+    "test_beside_adapters.py",
+)
+"""Files that take longest, first: workers take whole files, and one should not work alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.fixture
 def config() -> Config:
     """NF4 with double quantization, r=2 on everything but ``head``."""

@@ -85,12 +85,22 @@ RECIPES = {
 
 
 def trained(
-    model: Any, recipe: str, folder: Path, *, steps: int = 20, optimizer: Any = None, **options: Any
+    model: Any,
+    recipe: str,
+    folder: Path,
+    *,
+    steps: int = 20,
+    optimizer: Any = None,
+    resume: str | None = None,
+    evaluated: bool = False,
+    **options: Any,
 ) -> Any:
     """The trainer after ``steps`` steps.
 
     Args:
         optimizer: instead of the one that ``optim`` names.
+        resume: a checkpoint to go on from.
+        evaluated: on the training data, too.
 
     Raises:
         AssertionError: qlora_fx warned on the way.
@@ -109,6 +119,7 @@ def trained(
         "report_to": [],
         "use_cpu": True,
         "bf16": False,
+        "gradient_checkpointing": False,
         "disable_tqdm": True,
     }
     args = one.config(str(folder), **(settings | one.options | options))
@@ -117,10 +128,12 @@ def trained(
         words: dict[str, Any] = {}
         if one.trainer is not Trainer:
             words["processing_class"] = tokenizer()
+        if evaluated:
+            words["eval_dataset"] = rows(one.data, 16)
         if optimizer is not None:
             words["optimizers"] = (optimizer, None)
         trainer = one.trainer(model=model, args=args, train_dataset=rows(one.data), **words)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
     ours = [str(w.message) for w in caught if "qlora_fx" in w.filename]
     assert not ours, ours
     return trainer

@@ -86,7 +86,7 @@ def backends(*default: str) -> list[Any]:
     return [b if b in default else pytest.param(b, marks=slow) for b in every]
 
 
-@pytest.mark.parametrize("backend", backends("inductor"))
+@pytest.mark.parametrize("backend", backends("aot_eager"))
 def test_errors_are_no_larger_than_the_references_in_float32(backend: str) -> None:
     batches = [batch(seed=i) for i in range(16)]
     assert_no_larger(

@@ -120,42 +120,103 @@ def test_a_plain_accelerate_loop(tmp_path: Path) -> None:
     assert curves[0][-1] < curves[0][0]
 
 
-def test_checkpoints_are_pefts_and_the_best_one_comes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optim", "own"),
+    [("adamw_torch", False), ("paged_adamw_8bit", False), ("adamw_torch", True)],
+)
+def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(
+    optim: str, own: bool, tmp_path: Path
+) -> None:
+    """Trainer's own checkpoints, with its optimizer or with ``paged_optimizer`` over one buffer."""
+
+    def run(resume: str | None) -> Any:
+        model = both("Trainer", "eager")[0]
+        return trained(
+            model,
+            "Trainer",
+            tmp_path / "run",
+            steps=6,
+            optimizer=model.paged_optimizer(lr=1e-3) if own else None,
+            resume=resume,
+            optim=optim,
+            save_strategy="steps",
+            save_steps=3,
+        )
+
+    whole = run(None)
+    again = run(str(tmp_path / "run" / "checkpoint-3"))
+    assert again.state.global_step == whole.state.global_step == 6
+    expected = whole.model.adapter_state_dict()
+    for key, tensor in again.model.adapter_state_dict().items():
+        assert torch.equal(tensor, expected[key]), key
+    first = load_file(tmp_path / "run" / "checkpoint-3" / "adapter_model.safetensors")
+    assert any(not torch.equal(first[k], v) for k, v in expected.items())
+
+
+def test_checkpoints_have_pefts_files_and_the_best_one_comes_back(tmp_path: Path) -> None:
     mine, theirs = both("Trainer", "eager")
-    runs = [
-        trained(m, "Trainer", tmp_path / str(i), steps=4, save_strategy="steps", save_steps=2)
-        for i, m in enumerate((mine, theirs))
-    ]
-    for run in runs:
+    settings = {"steps": 4, "save_strategy": "steps", "save_steps": 2}
+    for i, model in enumerate((mine, theirs)):
+        run = trained(model, "Trainer", tmp_path / str(i), **settings)
         assert sorted(os.listdir(run.args.output_dir)) == ["checkpoint-2", "checkpoint-4"]
     first, second = (set(os.listdir(tmp_path / str(i) / "checkpoint-2")) for i in range(2))
     assert first == second
-    before = {k: v.clone() for k, v in mine.adapter_state_dict().items()}
-    again = trained(both("Trainer", "eager")[0], "Trainer", tmp_path / "0", steps=4)
-    assert again.state.global_step == 4
-    run = runs[0]
-    run._load_from_checkpoint(str(tmp_path / "0" / "checkpoint-2"))
-    loaded = load_file(tmp_path / "0" / "checkpoint-2" / "adapter_model.safetensors")
-    assert all(torch.equal(v, loaded[k]) for k, v in mine.adapter_state_dict().items())
-    assert any(not torch.equal(v, loaded[k]) for k, v in before.items())
+    best = trained(
+        both("Trainer", "eager")[0],
+        "Trainer",
+        tmp_path / "best",
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        save_total_limit=1,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the worst one, which is the first
+        evaluated=True,
+        **settings,
+    )
+    assert best.state.best_model_checkpoint.endswith("checkpoint-2")
+    saved = load_file(f"{best.state.best_model_checkpoint}/adapter_model.safetensors")
+    for key, tensor in best.model.adapter_state_dict().items():
+        assert torch.equal(tensor, saved[key]), key
 
 
+@pytest.mark.slow
 def test_a_trainers_settings_leave_the_graph_as_it_is(tmp_path: Path) -> None:
-    """Autocast, torch.compile and gradient checkpointing are the trainer's; dtypes and programs stay ours."""
+    """torch.compile and gradient checkpointing are the trainer's; dtypes and programs stay ours."""
     mine, _ = both("SFT", "aot_eager")
     plain, _ = both("SFT", "aot_eager")
     settings = {"torch_compile": True, "gradient_checkpointing": True}
     a = trained(mine, "SFT", tmp_path / "a", steps=3, **settings)
-    b = trained(plain, "SFT", tmp_path / "b", steps=3, gradient_checkpointing=False)
+    b = trained(plain, "SFT", tmp_path / "b", steps=3)
     torch.testing.assert_close(logged(a, "loss"), logged(b, "loss"), rtol=1e-6, atol=0)
     assert mine.memory_budget == 0.0
     assert plain.memory_budget is None
     assert {p.dtype for _, p in mine.adapter_parameters()} == {torch.float32}
 
 
-def small(**options: Any) -> qlora_fx.QLoRAModel:
+def test_gradient_checkpointing_is_a_memory_budget() -> None:
+    qmodel = small(backend="aot_eager")
+    qmodel.gradient_checkpointing_enable({"use_reentrant": False})
+    assert qmodel.memory_budget == 0.0
+    qmodel.gradient_checkpointing_enable()
+    qmodel.gradient_checkpointing_disable()
+    assert qmodel.memory_budget is None
+    with pytest.warns(UserWarning, match='backend "eager" computes nothing again'):
+        small().gradient_checkpointing_enable()
+
+
+def test_an_autocast_around_the_first_call_is_not_captured() -> None:
+    first, second = small(), small()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = first(**batch()).loss
+        hidden = first.get_base_model().base_model(batch()["input_ids"]).last_hidden_state
+    assert hidden.dtype == torch.float32
+    torch.testing.assert_close(loss, second(**batch()).loss, rtol=0, atol=0)
+
+
+def small(backend: str = "eager", **options: Any) -> qlora_fx.QLoRAModel:
     return qlora_fx.transform(
-        tiny_llama(1), LoraConfig(**LORA, **options), compute_dtype="float32", backend="eager"
+        tiny_llama(1), LoraConfig(**LORA, **options), compute_dtype="float32", backend=backend
     )
 
 

@@ -194,6 +194,7 @@ def test_a_plan_does_not_depend_on_the_mode_it_is_made_in() -> None:
     assert usual.activations > 0
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_planned_with_two_lengths() -> None:
     from transformers import T5Config
 
