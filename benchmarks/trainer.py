@@ -3,7 +3,7 @@
     python benchmarks/trainer.py --rounds 3
 
 Both stacks are in one process and train in turns on rows of ``--tokens`` tokens of one text; what is printed is the time
-between two optimizer steps as a callback sees it, the median of the rounds. A bound from below bound is in ``benchmarks/step.py``'s
+between two optimizer steps as a callback sees it, the median of the rounds. A lower bound is in ``benchmarks/step.py``'s
 table: the products of the linears. Nothing else may run meanwhile.
 """
 

@@ -135,7 +135,7 @@ def adapted_layer(twin: nn.Module, path: str) -> AdaptedLayer:
         for _ in range(count - depth):
             module = AdaptedLayer(module)
         parent._modules[last] = module
-    found = twin.get_submodule(path)
+    found = child(twin, path)
     assert isinstance(found, AdaptedLayer)
     return found
 
@@ -154,11 +154,10 @@ def saved_module(twin: nn.Module, path: str, name: str) -> Any:
 
 
 def child(module: nn.Module, path: str) -> nn.Module:
-    """The module at ``path``; plain holders are made for what is not there."""
+    """The module at ``path``; plain holders are made for what is not there, also beside a parameter of that name."""
     for part in path.split("."):
         held = module._modules.get(part)
         if held is None:
-            held = Node()
-            module.add_module(part, held)
+            held = module._modules[part] = Node()
         module = held
     return module
