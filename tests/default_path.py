@@ -143,7 +143,7 @@ def in_peft(model: Any, qmodel: Any, batch: Any, folder: Path) -> None:
         for name, weight in dense_weights(model, qmodel.base).items():
             tensors[name].copy_(weight)
         # A batch norm's running statistics moved in training, as they do in PEFT, whose folder has them neither.
-        moved = dict(qmodel.named_buffers())
+        moved = dict(qmodel.get_base_model().named_buffers())
         for name, buffer in base.named_buffers():
             if name in moved and "running" in name:
                 buffer.copy_(moved[name])
