@@ -78,7 +78,7 @@ class Run:
         times = self.times = []
         started = 0.0
 
-        class Clock(TrainerCallback):  # type: ignore[misc]
+        class Clock(TrainerCallback):
             def on_step_begin(self, *_: Any, **__: Any) -> None:
                 nonlocal started
                 started = time.perf_counter()

@@ -7,28 +7,18 @@ Prints the share of held-out pairs in which the right answer is preferred, befor
 
 from __future__ import annotations
 
-import argparse
-
 import qlora_fx
 from data import dates
 from datasets import Dataset
-from obtain import model_folder
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
+from trl_run import arguments, settings, train
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--model", help="hub id or folder (default: SmolLM2-135M-Instruct from a wheel)")
-    p.add_argument("--out", default="out/dpo_trl", help="folder (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=30, help="optimizer steps (default: %(default)s)")
-    args = p.parse_args()
-
-    source = args.model or str(model_folder())
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    args = arguments(__doc__ or "", out="out/dpo_trl", steps=20)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     qmodel = qlora_fx.transform(model, lora)  # the one line: instead of get_peft_model
 
@@ -45,29 +35,12 @@ def main() -> None:
     trainer = DPOTrainer(
         model=qmodel,
         ref_model=None,  # the adapter as it was at the start
-        args=DPOConfig(
-            args.out,
-            max_steps=args.steps,
-            per_device_train_batch_size=4,
-            learning_rate=5e-4,
-            logging_steps=5,
-            optim="paged_adamw_32bit",
-            gradient_checkpointing=False,  # memory_budget decides what is computed again
-            bf16=False,  # compute_dtype decided already
-            report_to=[],
-            save_strategy="no",
-        ),
+        args=DPOConfig(**settings(args)),
         train_dataset=Dataset.from_list(pairs[16:]),
         eval_dataset=Dataset.from_list(pairs[:16]),
-        processing_class=AutoTokenizer.from_pretrained(source),
+        processing_class=AutoTokenizer.from_pretrained(args.model),
     )
-    before = trainer.evaluate()
-    trainer.train()
-    after = trainer.evaluate()
-    trainer.save_model(args.out)
-    for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
-        print(f"{name}: {before[name]:.3f} -> {after[name]:.3f}")
-    print(f"adapter: {args.out}; PeftModel.from_pretrained(base, {args.out!r}) loads it")
+    train(trainer, args, ["eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"])
 
 
 if __name__ == "__main__":

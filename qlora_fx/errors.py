@@ -1,6 +1,8 @@
-"""Every error qlora_fx raises on purpose. A leaf: imports nothing of the project."""
+"""Every error qlora_fx raises on purpose, and where its warnings point. A leaf: imports nothing of the project."""
 
 from __future__ import annotations
+
+import sys
 
 
 class QLoRAError(Exception):
@@ -40,3 +42,17 @@ class CheckpointError(QLoRAError, ValueError):
 
 class GraphError(QLoRAError, RuntimeError):
     """A pass broke an invariant. This is a defect of qlora_fx: please report it with the message."""
+
+
+CALLED_THROUGH = ("qlora_fx", "torch", "peft", "contextlib")
+"""Packages between a user's call and what warns: ours, and those whose modules and decorators call us."""
+
+
+def users_stacklevel() -> int:
+    """``stacklevel`` for a ``warnings.warn`` beside this call, so that it names the line of the user's call."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "torch").partition(".")[0] not in CALLED_THROUGH:
+            break  # generated code has no name
+        level, frame = level + 1, frame.f_back
+    return level

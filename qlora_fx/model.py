@@ -18,7 +18,7 @@ from .checkpoints.save import write_quantized
 from .compiler.compile import Prepared
 from .compiler.programs import Programs
 from .compiler.request import check_memory_budget
-from .errors import InputError
+from .errors import InputError, users_stacklevel
 from .explain import Explanation, explain
 from .memory.saved_activations import Activations, saved_activations
 from .merging.merge import MergeReport, merge
@@ -55,7 +55,7 @@ class QLoRAModel(StorePeftModel):
         self.backbone: Programs | None = None
         self._compute = prepared.compute
         self._budget_before: tuple[int | float | None] | None = None
-        self._flat: Flat | None = None
+        self._flat: dict[str, Flat] = {}
 
     # -- the model it stands for ------------------------------------------------------------------
 
@@ -108,6 +108,10 @@ class QLoRAModel(StorePeftModel):
         for programs in self._all_programs:
             programs.use(self.named_adapters.tensors[adapter_name])
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._flat.pop(adapter_name, None)
+
     @property
     def memory_budget(self) -> int | float | None:
         """What a training step may hold from forward to backward: bytes, a fraction, or None (as much as is free).
@@ -127,7 +131,7 @@ class QLoRAModel(StorePeftModel):
         if enable and self.programs.backend == "eager":
             warnings.warn(
                 'gradient checkpointing is left out: backend "eager" computes nothing again',
-                stacklevel=3,
+                stacklevel=users_stacklevel(),
             )
         elif enable and self._budget_before is None:
             self._budget_before = (self.memory_budget,)
@@ -194,9 +198,10 @@ class QLoRAModel(StorePeftModel):
         if params is not None:
             groups = check_groups(params, dict(self.adapter_parameters()))
             return adapter_optimizer(groups, optimizer, lr, weight_decay, options)
-        if self._flat is None:
-            self._flat = Flat(p for _, p in self.adapter_parameters())
-        return adapter_optimizer(self._flat, optimizer, lr, weight_decay, options)
+        active = self.named_adapters.active
+        if active not in self._flat:
+            self._flat[active] = Flat(p for _, p in self.adapter_parameters())
+        return adapter_optimizer(self._flat[active], optimizer, lr, weight_decay, options)
 
     # -- the base ---------------------------------------------------------------------------------
 

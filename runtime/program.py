@@ -22,7 +22,7 @@ class Program:
 
     Args:
         run: the lowered graph; takes the stored tensors, then the inputs, in order.
-        stored: the stored tensors by store key, in the graph's order.
+        stored: store key and tensor of each stored input, in the graph's order.
         inputs: name, fake value (dtype and symbolic shape) of each input, in the graph's order.
         guards: Python expressions over ``L[name]`` that the capture relied on.
         out_spec: pytree spec of the model's output class.
@@ -34,13 +34,14 @@ class Program:
     def __init__(
         self,
         run: Callable[..., Any],
-        stored: Mapping[str, torch.Tensor],
+        stored: list[tuple[str, torch.Tensor]],
         inputs: list[tuple[str, torch.Tensor]],
         guards: list[str],
         out_spec: pytree.TreeSpec,
     ) -> None:
         self.run = run
-        self.stored = dict(stored)
+        self.keys = [key for key, _ in stored]
+        self.stored = [tensor for _, tensor in stored]
         self.inputs = inputs
         self.guards = [(g, compile(g, "<guard>", "eval")) for g in guards]
         self.out_spec = out_spec
@@ -59,15 +60,16 @@ class Program:
             self.prepare(sizes)
         self.calls += 1
         if self.calls == 2:  # forward and backward are compiled now
-            give_back(self.device, self.stored.values())
+            give_back(self.device, self.stored)
         # The graph's dtypes are decided; an autocast around the call must not change them while it compiles.
         with torch.autocast(self.device.type, enabled=False):
-            outputs = self.run(*self.stored.values(), *tensors)
+            outputs = self.run(*self.stored, *tensors)
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
     def replace(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Read these from now on, those among them that the graph reads: the tensors of another adapter."""
-        self.stored |= {key: t for key, t in tensors.items() if key in self.stored}
+        pairs = zip(self.keys, self.stored, strict=True)
+        self.stored = [tensors.get(key, old) for key, old in pairs]
 
     def fit(self, values: Mapping[str, Any]) -> tuple[list[torch.Tensor], dict[sympy.Expr, int]]:
         """The call's tensors in the graph's order, and its free sizes."""

@@ -80,6 +80,7 @@ OURS = (
     "stays dense",
     "PEFT has no adapter",
     "have no effect",
+    "is left out",
 )
 
 
@@ -97,6 +98,7 @@ def follow(family: Family, steps: tuple[str, ...], backend: str, taking: Any) ->
             example_inputs=first,
             backend=backend,
         )
+    whole(qmodel, model)
     randomize_adapter(qmodel)
     with taking("train"):
         right(model, qmodel, first)
@@ -124,6 +126,19 @@ def follow(family: Family, steps: tuple[str, ...], backend: str, taking: Any) ->
         if "checkpoint" in steps:
             with taking("checkpoint"):
                 loaded(model, qmodel, first, Path(folder), backend)
+
+
+def whole(qmodel: Any, model: Any) -> None:
+    """A PeftModel around an object of the user's class; every tensor of it is there, and just the adapters train."""
+    twin = qmodel.get_base_model()
+    if not isinstance(qmodel, PeftModel) or not isinstance(twin, type(model)):
+        raise Wrong(f"{type(twin)} is no {type(model)} in a PeftModel")
+    for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
+        if tensor.device.type == "meta":
+            raise Wrong(f"{name} has no values")
+    trained = {id(p) for _, p in qmodel.adapter_parameters()}
+    if trained != {id(p) for p in qmodel.parameters() if p.requires_grad}:
+        raise Wrong("other parameters train than the adapters")
 
 
 def right(model: Any, qmodel: Any, batch: Any) -> None:

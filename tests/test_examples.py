@@ -300,3 +300,28 @@ def test_the_demo_learns_its_task(tmp_path: Path) -> None:
     assert summary["exact_match_before"] <= 0.2
     assert summary["exact_match_after"] >= 0.9
     assert torch.isfinite(torch.tensor(summary["loss_last"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("example", "measure"),
+    [("sft_trl", "eval_mean_token_accuracy"), ("dpo_trl", "eval_rewards/accuracies")],
+)
+def test_a_whole_run_with_trl_raises_its_held_out_measure(
+    example: str, measure: str, tmp_path: Path
+) -> None:
+    """As a user starts them, on the demo's model; PEFT loads what they leave."""
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{example}.py"), "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    line = next(line for line in run.stdout.splitlines() if line.startswith(measure))
+    before, _, after = line.rpartition(": ")[2].partition(" -> ")
+    assert float(after) > float(before) + 0.4, line
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(obtain.model_folder())
+    PeftModel.from_pretrained(base, tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from default_path import ours
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -134,8 +135,8 @@ def trained(
             words["optimizers"] = (optimizer, None)
         trainer = one.trainer(model=model, args=args, train_dataset=rows(one.data), **words)
         trainer.train(resume_from_checkpoint=resume)
-    ours = [str(w.message) for w in caught if "qlora_fx" in w.filename]
-    assert not ours, ours
+    said = [str(w.message) for w in caught if "qlora_fx" in w.filename or ours(w)]
+    assert not said, said
     return trainer
 
 

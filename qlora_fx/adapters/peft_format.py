@@ -201,14 +201,22 @@ def check_saved(config: dict[str, Any], sites: Mapping[str, Site], folder: str) 
         theirs = check_lora(LoraConfig.from_peft_type(**config))
     except (ConfigError, TypeError, ValueError) as error:
         raise AdapterError(f"{folder}: {error}") from error
-    saved = Config(lora=theirs)
+    difference = first_difference(theirs, sites)
+    if difference:
+        raise AdapterError(
+            f"{folder}: {difference}. Transform the model with lora=peft.LoraConfig.from_pretrained({folder!r}) to "
+            "take them over"
+        )
+
+
+def first_difference(lora: LoraConfig, sites: Mapping[str, Site]) -> str:
+    """Which adapted site would have another rank or scaling by ``lora``, and which; empty if none would."""
+    theirs = Config(lora=lora)
     for site in sites.values():
-        if not site.adapt:
-            continue
-        new = (saved.rank(site.name), saved.scaling(site.name))
-        if new != (site.r, site.scaling):
-            raise AdapterError(
-                f"{folder}: {site.name} has rank {new[0]} and scaling {new[1]:g} there, rank {site.r} and "
-                f"scaling {site.scaling:g} here. Transform the model with "
-                f"lora=peft.LoraConfig.from_pretrained({folder!r}) to take them over"
+        new = (theirs.rank(site.name), theirs.scaling(site.name))
+        if site.adapt and new != (site.r, site.scaling):
+            return (
+                f"{site.name} has rank {new[0]} and scaling {new[1]:g} there, rank {site.r} and scaling "
+                f"{site.scaling:g} here"
             )
+    return ""

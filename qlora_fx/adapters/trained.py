@@ -15,8 +15,12 @@ def add_trained(base: Base) -> None:
     """Make the float32 copy of each tensor that trains, with the tensor's values; those that exist stay."""
     for copy, key in base.trained.items():
         if copy not in base.store:
-            values = base.store[key].detach().to(torch.float32, copy=True)
-            base.store.add(copy, nn.Parameter(values))
+            base.store.add(copy, new_copy(base, key))
+
+
+def new_copy(base: Base, key: str) -> nn.Parameter:
+    """A float32 copy of the tensor ``key``, to be trained."""
+    return nn.Parameter(base.store[key].detach().to(torch.float32, copy=True))
 
 
 def trained_names(

@@ -12,7 +12,7 @@ from torch import fx
 
 from ..capture.arguments import Call, Signature
 from ..capture.skeleton import Capture
-from ..errors import CaptureError, InputError
+from ..errors import CaptureError, InputError, users_stacklevel
 from ..passes.lower import lower
 from ..runtime.program import DoesNotFit, Program
 from ..weights.base import Base
@@ -104,7 +104,7 @@ class Programs:
         if misfits:
             warnings.warn(
                 f"capturing {self.base.skeleton.name} again, its code depends on the shape: {misfits[0]}",
-                stacklevel=9,  # the user's call, through nn.Module, PeftModel's forward and the twin's
+                stacklevel=users_stacklevel(),
             )
         new = self.capture(call, signature)
         try:
@@ -134,7 +134,7 @@ class Programs:
             store.tensors[name] = tensor.to(self.base.device)
         gm = result.gm
         keys = [n.meta["stored"] for n in gm.graph.nodes if "stored" in n.meta]
-        stored = {key: self.adapter.get(key, store[key]) for key in keys}
+        stored = [(key, self.adapter.get(key, store[key])) for key in keys]
         inputs = [(n.meta["input"], n.meta["val"]) for n in gm.graph.nodes if "input" in n.meta]
         lowered = lower(gm, backend=self.backend)
         program, uncompiled = (

@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch import fx
 
+from ..errors import users_stacklevel
 from ..passes.lowering.compiled_body import CompiledBody, Key
 from ..passes.lowering.live_bytes import value
 from ..passes.lowering.operators import elements
@@ -120,7 +121,7 @@ class Budget:
             warnings.warn(
                 f"memory_budget: {split.budget / 1e6:.0f} MB are not enough for this batch; {split.bytes / 1e6:.0f} MB "
                 "are held with every block recomputed. Accepted: a smaller batch or shorter rows",
-                stacklevel=8,  # the user's call, through Program, Programs, forward and nn.Module
+                stacklevel=users_stacklevel(),
             )
         return {calls.body: calls.recomputed for calls in split.bodies}
 

@@ -6,9 +6,10 @@ import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
+from ..adapters.peft_format import peft_names
+from ..passes.thaw import ancestors, is_saved
 from ..runtime.parameter_store import Node, QuantizedNode
 from ..transformers_internals import ModulesToSaveWrapper
 from ..weights.base import Base
@@ -70,11 +71,7 @@ def show_tensors(twin: nn.Module, base: Base) -> None:
 
 
 def show_adapter(
-    twin: nn.Module,
-    paths: Mapping[str, str],
-    tensors: Mapping[str, torch.Tensor],
-    name: str,
-    whole: Collection[str],
+    twin: nn.Module, base: Base, tensors: Mapping[str, nn.Parameter], name: str
 ) -> None:
     """Hold an adapter's tensors where PEFT's wrappers hold those of the adapter ``name``.
 
@@ -82,25 +79,23 @@ def show_adapter(
     ``classifier.original_module``; a bias that trains (``bias="lora_only"`` or "all") in its own place.
 
     Args:
-        paths: PEFT's path of each tensor, by store key.
         tensors: by store key.
-        whole: last names of the modules that train as a whole (``modules_to_save``).
     """
-    by_depth = sorted(paths.items(), key=lambda item: item[1].count("."))
-    for key, path in by_depth:
+    whole = base.config.lora.modules_to_save or ()
+    paths = peft_names(base.adapter, base.sites, base.skeleton.keys, base.trained)
+    for key, path in sorted(
+        paths.items(), key=lambda item: item[1].count(".")
+    ):  # wrap from outside
         owner, _, leaf = path.rpartition(".")
-        tensor: Any = tensors[key]
-        if ".lora_" in path:
+        if key not in base.trained:
             owner, _, role = owner.rpartition(".")
-            layer = adapted_layer(twin, owner)
             holder = Node()
-            holder.register_parameter(leaf, tensor)
-            layer.hold(role, name, holder)
-        elif is_whole(owner, whole):
-            wrapper = saved_module(twin, owner, name)
-            wrapper.modules_to_save[name].register_parameter(leaf, tensor)
+            holder.register_parameter(leaf, tensors[key])
+            adapted_layer(twin, owner).hold(role, name, holder)
+        elif is_saved(base.trained[key], whole):
+            saved_module(twin, owner, whole, name).register_parameter(leaf, tensors[key])
         else:
-            twin.get_submodule(owner).register_parameter(leaf, tensor)
+            twin.get_submodule(owner).register_parameter(leaf, tensors[key])
 
 
 def hide_adapter(twin: nn.Module, name: str) -> None:
@@ -111,10 +106,6 @@ def hide_adapter(twin: nn.Module, name: str) -> None:
         elif isinstance(module, ModulesToSaveWrapper):
             del module.modules_to_save[name]
             module._adapters.discard(name)
-
-
-def is_whole(path: str, whole: Collection[str]) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in whole)
 
 
 def adapted_layer(twin: nn.Module, path: str) -> AdaptedLayer:
@@ -140,17 +131,19 @@ def adapted_layer(twin: nn.Module, path: str) -> AdaptedLayer:
     return found
 
 
-def saved_module(twin: nn.Module, path: str, name: str) -> Any:
-    """PEFT's wrapper of a module that trains as a whole, with a copy of it for the adapter ``name``."""
-    above, _, last = path.rpartition(".")
+def saved_module(twin: nn.Module, path: str, whole: Collection[str], name: str) -> nn.Module:
+    """The module at ``path`` in the copy for the adapter ``name`` of the module that trains as a whole: PEFT's wrapper
+    lies around the outermost that ``whole`` names."""
+    outer = next(p for p in ancestors(path) if is_saved(f"{p}.", whole))
+    above, _, last = outer.rpartition(".")
     parent = twin.get_submodule(above)
-    module = parent._modules[last]
-    if not isinstance(module, ModulesToSaveWrapper):
-        module = ModulesToSaveWrapper(module, name)
-        parent._modules[last] = module
-    elif name not in module.modules_to_save:
-        module.update(name)
-    return module
+    wrapper: Any = parent._modules[last]
+    if not isinstance(wrapper, ModulesToSaveWrapper):
+        wrapper = parent._modules[last] = ModulesToSaveWrapper(wrapper, name)
+    elif name not in wrapper.modules_to_save:
+        wrapper.update(name)
+    copied: nn.Module = wrapper.modules_to_save[name]
+    return copied.get_submodule(path[len(outer) + 1 :])
 
 
 def child(module: nn.Module, path: str) -> nn.Module:

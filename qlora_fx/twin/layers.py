@@ -17,16 +17,16 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         base_layer: the module, or the next wrapper of one that has several adapted parameters.
     """
 
-    adapter_layer_names = ("lora_A", "lora_B")
-
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
+        self.adapter_layer_names: tuple[str, ...] = ()
         self.base_layer = base_layer
 
     def hold(self, role: str, name: str, holder: nn.Module) -> None:
-        """Hold the tensors of the adapter ``name`` for ``role``: ``lora_A`` or ``lora_B``."""
+        """Hold the tensors of the adapter ``name`` for ``role``, such as ``lora_A``."""
         if role not in self._modules:
             self.add_module(role, nn.ModuleDict())
+            self.adapter_layer_names = (*self.adapter_layer_names, role)
         self.get_submodule(role).add_module(name, holder)
 
     def forget(self, name: str) -> None:

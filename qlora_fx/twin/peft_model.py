@@ -72,11 +72,7 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
         self._adapters_disabled = False
         self.named_adapters = NamedAdapters(base)
         self.base_model = Tuner(build_twin(base, self), base.config.lora, self)
-        self._show(DEFAULT)
-
-    def _show(self, name: str) -> None:
-        whole = self.base.config.lora.modules_to_save or ()
-        show_adapter(self.twin, self.peft_paths, self.named_adapters.tensors[name], name, whole)
+        show_adapter(self.twin, base, self.named_adapters.tensors[DEFAULT], DEFAULT)
 
     @property
     def twin(self) -> Any:
@@ -87,12 +83,6 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
     def config(self) -> Any:
         """The Hugging Face config."""
         return self.base.skeleton.model.config
-
-    @property
-    def peft_paths(self) -> dict[str, str]:
-        """PEFT's path of each tensor that trains, by store key."""
-        base = self.base
-        return peft_names(base.adapter, base.sites, base.skeleton.keys, base.trained)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward.
@@ -155,11 +145,11 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
             low_cpu_mem_usage, autocast_adapter_dtype: PEFT's; without effect, for adapters are float32.
 
         Raises:
-            ConfigError: the name is taken, or its ranks, scalings or targets are not those of this model.
+            ConfigError: the name is taken, its ranks or scalings are not those of this model, or biases train.
         """
         new = self.named_adapters.add(adapter_name, peft_config)
         self.base_model.peft_config[adapter_name] = peft_config
-        self._show(adapter_name)
+        show_adapter(self.twin, self.base, new, adapter_name)
         for tensor in new.values():
             tensor.requires_grad_(False)
 
@@ -200,10 +190,10 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
 
     def adapter_by_peft_name(self, adapter_name: str | None = None) -> dict[str, nn.Parameter]:
         """The parameters that train, by PEFT's saved key. Default: of the active adapter."""
-        tensors = self.named_adapters.tensors[
-            self.named_adapters.check(adapter_name or self.named_adapters.active)
-        ]
-        return {adapter_files.PREFIX + path: tensors[k] for k, path in self.peft_paths.items()}
+        named, base = self.named_adapters, self.base
+        tensors = named.tensors[named.check(adapter_name or named.active)]
+        paths = peft_names(base.adapter, base.sites, base.skeleton.keys, base.trained)
+        return {adapter_files.PREFIX + path: tensors[key] for key, path in paths.items()}
 
     def adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
         """``lora_A`` and ``lora_B``, float32, under PEFT's saved keys and in its shapes.

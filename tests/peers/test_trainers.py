@@ -14,10 +14,15 @@ import torch
 from qlora_fx import AdapterError, ConfigError, InputError, ModelError
 from conftest import batch, peer_llama, tiny_llama
 from oracle import ours, random_adapter, reference
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from trainers import RECIPES, logged, trained
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -68,8 +73,9 @@ def test_losses_and_gradient_norms_are_the_references(recipe: str, tmp_path: Pat
     check_run(recipe, "eager", tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [r if r == "SFT" else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES]
+)
 def test_and_compiled(recipe: str, tmp_path: Path) -> None:
     check_run(recipe, "inductor", tmp_path)
 
@@ -257,6 +263,32 @@ def test_parameters_and_counts_are_pefts(capsys: Any) -> None:
     assert all(torch.equal(a[k], b[k]) for k in b)
 
 
+def test_a_new_head_has_pefts_names_and_trains_as_a_whole(tmp_path: Path) -> None:
+    """RoBERTa's ``classifier`` holds two linears; PEFT copies all of it."""
+    sizes = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 128, "num_labels": 3}
+    config = RobertaConfig(
+        **sizes,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(config)
+    lora = LoraConfig(**LORA, task_type="SEQ_CLS")
+    theirs = get_peft_model(copy.deepcopy(model), copy.deepcopy(lora))
+    mine = qlora_fx.transform(model, lora, compute_dtype="float32", backend="eager")
+
+    def trains(m: Any) -> set[str]:
+        return {n for n, p in m.named_parameters() if p.requires_grad}
+
+    assert trains(mine) == trains(theirs)
+    assert "base_model.model.classifier.modules_to_save.default.dense.weight" in trains(mine)
+    assert get_peft_model_state_dict(mine).keys() == get_peft_model_state_dict(theirs).keys()
+    assert mine.adapter_state_dict().keys() == get_peft_model_state_dict(theirs).keys()
+
+
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
 def test_the_backbone_runs_over_the_same_weights_with_gradients(options: Any) -> None:
     qmodel = small(**options)
@@ -330,8 +362,19 @@ def test_adapters_by_name_switch_without_another_capture(tmp_path: Path) -> None
     torch.testing.assert_close(fresh(**inputs).loss, one, rtol=0, atol=0)
     with pytest.raises(AdapterError, match="no adapter 'ohter'; there are: default, other"):
         qmodel.set_adapter("ohter")
-    with pytest.raises(ConfigError, match=r"rank 8 .*accepted: those of this model, 4"):
+    with pytest.raises(
+        ConfigError, match=r"rank 8 and scaling 1 there, rank 4 .*accepted: what is here"
+    ):
         qmodel.add_adapter("wide", LoraConfig(**(LORA | {"r": 8})))
+    with pytest.raises(ConfigError, match=r"beside one with bias='all'.*accepted"):
+        small(bias="all").add_adapter("other", LoraConfig(**LORA, bias="all"))
+    flat = qmodel.paged_optimizer(1e-3)
+    qmodel.set_adapter("other")
+    held = {
+        p.data_ptr() for group in qmodel.paged_optimizer(1e-3).param_groups for p in group["params"]
+    }
+    assert held.isdisjoint(p.data_ptr() for group in flat.param_groups for p in group["params"])
+    qmodel.set_adapter("default")
     qmodel.delete_adapter("other")
     assert not [n for n, _ in qmodel.named_parameters() if ".other." in n]
 
