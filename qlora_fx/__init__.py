@@ -22,6 +22,7 @@ from .errors import (  # noqa: E402
     InputError,
     ModelError,
     QLoRAError,
+    TrainingError,
 )
 from .explain import Explanation, Row  # noqa: E402
 from .from_pretrained import from_pretrained  # noqa: E402
@@ -69,6 +70,7 @@ __all__ = [
     "QLoRAError",
     "QLoRAModel",
     "Row",
+    "TrainingError",
     "explain",
     "from_pretrained",
     "graph_text",

@@ -40,6 +40,10 @@ class CheckpointError(QLoRAError, ValueError):
     """
 
 
+class TrainingError(QLoRAError, RuntimeError):
+    """A training run cannot go on: a loss or gradient that is not finite. The message says where it came from."""
+
+
 class GraphError(QLoRAError, RuntimeError):
     """A pass broke an invariant. This is a defect of qlora_fx: please report it with the message."""
 

@@ -23,7 +23,6 @@ from .explain import Explanation, explain
 from .memory.saved_activations import Activations, saved_activations
 from .merging.merge import MergeReport, merge
 from .optimizer import adapter_optimizer, check_groups
-from .runtime.optimizer import Flat
 from .twin.peft_model import StorePeftModel
 from .units import parse_size
 
@@ -43,6 +42,7 @@ class QLoRAModel(StorePeftModel):
     Attributes:
         base: the model as data: its Python without weights, its verdicts, its store.
         programs: its captured graphs.
+        trainer: the one that is training it now.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -55,7 +55,7 @@ class QLoRAModel(StorePeftModel):
         self.backbone: Programs | None = None
         self._compute = prepared.compute
         self._budget_before: tuple[int | float | None] | None = None
-        self._flat: dict[str, Flat] = {}
+        self.trainer: object | None = None
 
     # -- the model it stands for ------------------------------------------------------------------
 
@@ -100,17 +100,14 @@ class QLoRAModel(StorePeftModel):
             return programs.run(call, signature, compiled=compiled)
 
     @property
-    def _all_programs(self) -> list[Programs]:
+    def all_programs(self) -> list[Programs]:
+        """Of the whole model, and of its backbone if that was ever called."""
         return [p for p in (self.programs, self.backbone) if p is not None]
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)
-        for programs in self._all_programs:
+        for programs in self.all_programs:
             programs.use(self.named_adapters.tensors[adapter_name])
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self._flat.pop(adapter_name, None)
 
     @property
     def memory_budget(self) -> int | float | None:
@@ -123,7 +120,7 @@ class QLoRAModel(StorePeftModel):
     @memory_budget.setter
     def memory_budget(self, value: int | float | str | None) -> None:
         value = check_memory_budget(value, self.programs.backend)
-        for programs in self._all_programs:
+        for programs in self.all_programs:
             programs.memory_budget = value
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
@@ -184,24 +181,21 @@ class QLoRAModel(StorePeftModel):
     ) -> torch.optim.Optimizer:
         """bitsandbytes' paged optimizer over the adapter parameters.
 
+        They are updated by the million, not one by one, as in every optimizer of bitsandbytes' (``update_together``).
+
         Args:
             lr: learning rate. QLoRA uses 2e-4 up to 13B parameters, 1e-4 above.
             optimizer: ``PagedAdamW32bit``, ``PagedAdamW8bit``, ``PagedLion``, or another paged one by name.
             weight_decay: decoupled weight decay; 0 as in QLoRA.
-            params: adapter parameters, or group dicts of them. Default: all as views of one buffer, updated in
-                pieces of 1M elements, large enough to be paged; ``param_groups[0]["params"]`` are the pieces.
+            params: adapter parameters, or group dicts of them. Default: all.
             options: passed on to bitsandbytes (``betas``, ``eps``, ...).
 
         Raises:
             ConfigError: unknown optimizer, or a parameter that is no adapter of this model.
         """
-        if params is not None:
-            groups = check_groups(params, dict(self.adapter_parameters()))
-            return adapter_optimizer(groups, optimizer, lr, weight_decay, options)
-        active = self.named_adapters.active
-        if active not in self._flat:
-            self._flat[active] = Flat(p for _, p in self.adapter_parameters())
-        return adapter_optimizer(self._flat[active], optimizer, lr, weight_decay, options)
+        adapters = dict(self.adapter_parameters())
+        groups = check_groups(adapters.values() if params is None else params, adapters)
+        return adapter_optimizer(groups, optimizer, lr, weight_decay, options)
 
     # -- the base ---------------------------------------------------------------------------------
 

@@ -10,13 +10,12 @@ from torch import nn
 
 from .errors import ConfigError
 from .runtime import optimizer as runtime
-from .runtime.optimizer import Flat
 
 
 def adapter_optimizer(
-    params: Iterable[Any] | Flat, name: str, lr: float, weight_decay: float, options: dict[str, Any]
+    params: Iterable[Any], name: str, lr: float, weight_decay: float, options: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """A paged optimizer over a flat buffer, or over checked parameters or groups.
+    """A paged optimizer over checked parameters or groups.
 
     Raises:
         ConfigError: an unknown optimizer.

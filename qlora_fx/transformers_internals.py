@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 from unittest import mock
@@ -278,6 +279,21 @@ def older_gguf_reader() -> Any:
 
 
 # -- capture --------------------------------------------------------------------------------------
+
+
+def last_checkpoint(folder: Any) -> str | None:
+    """The trainer's checkpoint of the most steps in a folder; None where there is none, or no folder."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    found: str | None = get_last_checkpoint(folder) if folder and os.path.isdir(folder) else None
+    return found
+
+
+def remove_older_checkpoints(folder: str, limit: int | None, best: str | None) -> None:
+    """Keep as many of a trainer's checkpoints as it keeps."""
+    from transformers.trainer_utils import rotate_checkpoints
+
+    rotate_checkpoints(folder, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
 
 def masks_expanded_by(expansion: Callable[[Any], Any]) -> contextlib.AbstractContextManager[Any]:

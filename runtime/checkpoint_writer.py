@@ -55,7 +55,8 @@ class FolderWriter:
     """A folder in the making.
 
     Args:
-        destination: where it will be. Files that are there and belong to no checkpoint's weights stay.
+        destination: where it will be.
+        keep: files that are there and belong to no checkpoint's weights stay; otherwise nothing does.
 
     A context manager: leaving it without an error puts the folder in its place; with one, removes it.
 
@@ -63,7 +64,8 @@ class FolderWriter:
         CheckpointError: the destination is a file, or writing failed; what was there is as it was.
     """
 
-    def __init__(self, destination: str | os.PathLike[str]) -> None:
+    def __init__(self, destination: str | os.PathLike[str], *, keep: bool = True) -> None:
+        self.keep = keep
         self.destination = Path(destination).expanduser().resolve()
         if self.destination.exists() and not self.destination.is_dir():
             raise CheckpointError(
@@ -200,7 +202,8 @@ class FolderWriter:
         for descriptor in self.open.values():
             os.fsync(descriptor)
         if self.destination.is_dir():
-            self.keep_others()
+            if self.keep:
+                self.keep_others()
             shutil.copymode(self.destination, self.scratch)
         sync(self.scratch)
         if not self.destination.is_dir():

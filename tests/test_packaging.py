@@ -50,8 +50,10 @@ def test_every_file_that_is_no_python_is_packaged() -> None:
 
 
 LAYERS = (
+    ("__main__",),
+    ("cli",),
     ("qlora_fx",),
-    ("testing",),
+    ("testing", "training"),
     ("transform", "from_pretrained"),
     ("model",),
     ("memory", "merging", "optimizer", "twin"),

@@ -39,6 +39,15 @@ OLDER = "transformers.modeling_gguf_pytorch_utils"
 READER = "transformers.integrations.gguf.reader"
 
 SIGNATURES = {
+    "transformers.trainer_utils:get_last_checkpoint": "folder",
+    "transformers.trainer_utils:rotate_checkpoints": "output_dir, save_total_limit=, best_model_checkpoint=, use_mtime=",
+    "transformers:Trainer.training_step": "self, model, inputs, num_items_in_batch=",
+    "transformers:Trainer.compute_loss": "self, model, inputs, num_items_in_batch=",
+    "transformers:Trainer.compute_loss_context_manager": "self",
+    "transformers:Trainer._prepare_inputs": "self, inputs",
+    "transformers:Trainer._get_output_dir": "self, trial",
+    "transformers:Trainer._save_checkpoint": "self, model, trial",
+    "transformers:Trainer._push_from_checkpoint": "self, checkpoint_folder",
     "peft.tuners.tuners_utils:check_target_module_exists": "config, key",
     "peft:PeftModel.create_or_update_model_card": "self, output_dir",
     "peft.utils:ModulesToSaveWrapper": "module_to_save, adapter_name",

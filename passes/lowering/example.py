@@ -60,6 +60,7 @@ class Example:
         self.gm, self.partition = gm, partition
         self.env = FreeStrides()
         self.mode = FakeTensorMode(shape_env=self.env)
+        self.mode.cache_enabled = False  # of symbolic sizes, it takes longer than what it saves
         captured: ShapeEnv = vals[0].fake_mode.shape_env
         self.free: list[torch.SymInt] = []
         new: dict[sympy.Expr, sympy.Expr] = {}

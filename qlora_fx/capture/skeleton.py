@@ -195,6 +195,7 @@ class Skeleton:
     ) -> ExportedProgram:
         """One attempt, with one choice of free sizes and with or without patches."""
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        mode.cache_enabled = False  # as in passes/lowering/example.py
         model = self.fake(mode, dtype).train(training)
         with mode:
             examples = {k: example(v) for k, v in resized(inputs, self.encoder_decoder).items()}

@@ -69,6 +69,10 @@ class Programs:
     def __iter__(self) -> Iterator[Program]:
         return (one.program for several in self.captured.values() for one in several)
 
+    def runs(self) -> Iterator[tuple[Program, fx.GraphModule]]:
+        """Every program, and the graph that it runs."""
+        return ((one.program, one.graph) for several in self.captured.values() for one in several)
+
     @property
     def graphs(self) -> dict[Signature, fx.GraphModule]:
         """The first graph of each signature."""

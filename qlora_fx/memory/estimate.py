@@ -17,12 +17,12 @@ from ..compiler.request import Request
 from ..passes.lower import lower
 from ..passes.lowering.compiled_body import Key
 from ..passes.lowering.live_bytes import events, peak, size_of, value
-from ..runtime.optimizer import PIECE
+from ..runtime.flat_update import LENGTH
 from .report import Moment, Plan
 from .resident import footprint
 
 UPDATE = 4
-"""Float32 temporaries, each of one piece of the flat buffer, that an update of 32-bit state takes on a CPU."""
+"""Float32 temporaries, each of one run of parameters, that an update of 32-bit state takes on a CPU."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Draft:
         }
         timeline = self.timeline(split, sizes)
         flat = held.adapters // 4
-        timeline.append(Moment("optimizer", 0, 4 * UPDATE * min(PIECE, flat)))
+        timeline.append(Moment("optimizer", 0, 4 * UPDATE * min(LENGTH, flat)))
         return Plan(base.skeleton.name, settings, held, timeline, split)
 
     def timeline(self, split: Split, sizes: Mapping[sympy.Expr, int]) -> list[Moment]:

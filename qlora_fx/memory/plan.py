@@ -74,7 +74,7 @@ def plan(
     for name, number in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ConfigError(f"{name}={number!r}; accepted: an integer of at least 1")
-    state_bytes(optimizer, 0)  # a name that is not known
+    state_bytes(optimizer, [])  # a name that is not known
     limit = None if fit is None else parse_size(fit, "fit")
     request = Request.check(
         lora,

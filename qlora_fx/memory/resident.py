@@ -9,12 +9,13 @@ from ..capture.skeleton import named_tensors
 from ..compiler.compile import Prepared
 from ..errors import ConfigError
 from ..passes.adapters import ADAPTER_DTYPE
-from ..runtime.optimizer import ALIGNMENT, PAGED
+from ..runtime.flat_update import BLOCK, padded
+from ..runtime.optimizer import PAGED
 
-STATES = {"Adam": 2, "Lion": 1}
+STATES = {"AdEMAMix": 3, "Adam": 2, "Lion": 1}
 """Moments that an optimizer keeps per parameter, by a part of its name."""
-BLOCK_8BIT = 256
-"""Values per scale of 8-bit optimizer state (bitsandbytes 0.50, ``Optimizer2State.init_state``)."""
+SMALLEST_8BIT = 4096
+"""Elements; smaller parameters keep their state in 32 bits (bitsandbytes 0.50, ``min_8bit_size``)."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Footprint:
 
 
 def footprint(prepared: Prepared, optimizer: str) -> Footprint:
-    """Count what ``prepared`` will hold with ``optimizer`` over one flat buffer of adapters."""
+    """Count what ``prepared`` will hold with ``optimizer`` over the adapters."""
     base = prepared.base
     skeleton = base.skeleton
     quantized = base.quantized_sites()
@@ -68,26 +69,25 @@ def footprint(prepared: Prepared, optimizer: str) -> Footprint:
     places = {key: name for name, key in skeleton.keys.items()}
     tensors = dict(named_tensors(skeleton.model))
     sizes += [tensors[places[key]].numel() for key in base.trained.values()]
-    flat = sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)
-    held = flat * ADAPTER_DTYPE.itemsize
+    held = sum(padded(n) for n in sizes) * ADAPTER_DTYPE.itemsize
     parameters = {skeleton.keys[name] for name, _ in skeleton.model.named_parameters()}
     return Footprint(
         storage=storage,
         constants=constants,
         adapters=held,
         gradients=held,
-        optimizer=state_bytes(optimizer, flat),
+        optimizer=state_bytes(optimizer, sizes),
         weights=weights,
         parameters=sum(distinct[key].numel() for key in parameters),
         trained=sum(sizes),
     )
 
 
-def state_bytes(optimizer: str, count: int) -> int:
-    """Bytes of optimizer state for ``count`` float32 parameters in pieces of whole blocks.
+def state_bytes(optimizer: str, sizes: list[int]) -> int:
+    """Bytes of optimizer state for float32 parameters of these sizes, each padded to whole blocks of 256.
 
-    32 bits: 4 bytes per moment. 8 bits: 1 byte per moment and one float32 scale per 256 values of a piece, and a
-    map of 256 float32 per moment (arXiv:2110.02861).
+    32 bits: 4 bytes per moment. 8 bits: 1 byte per moment and one float32 scale per block, and a map of 256 float32
+    per kind of moment, signed or not (arXiv:2110.02861); small parameters keep 32 bits.
 
     Raises:
         ConfigError: for an optimizer that ``paged_optimizer`` does not make.
@@ -96,5 +96,8 @@ def state_bytes(optimizer: str, count: int) -> int:
         raise ConfigError(f"optimizer={optimizer!r}; accepted: {', '.join(PAGED)}")
     moments = next(n for part, n in STATES.items() if part in optimizer)
     if not optimizer.endswith("8bit"):
-        return 4 * moments * count
-    return moments * (count + 4 * -(-count // BLOCK_8BIT) + (4 * 256 if count else 0))
+        return 4 * moments * sum(padded(n) for n in sizes)
+    small = sum(n for n in sizes if n < SMALLEST_8BIT)
+    large = sum(padded(n) for n in sizes if n >= SMALLEST_8BIT)
+    maps = min(moments, 2) * 4 * 256 if large else 0
+    return moments * (4 * small + large + 4 * large // BLOCK) + maps

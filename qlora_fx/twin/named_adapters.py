@@ -11,6 +11,7 @@ from ..adapters.peft_format import first_difference
 from ..adapters.trained import new_copy
 from ..compiler.check_lora import check_lora
 from ..errors import AdapterError, ConfigError
+from ..runtime.flat_update import update_together
 from ..weights.base import Base
 
 DEFAULT = "default"
@@ -35,6 +36,7 @@ class NamedAdapters:
         self.active = DEFAULT
         keys = [t.key for s in adapted_sites(base) for t in base.adapter.tensors(s).values()]
         self.tensors = {DEFAULT: {k: parameter(base.store[k]) for k in (*keys, *base.trained)}}
+        update_together(self.tensors[DEFAULT].values())
 
     def add(self, name: str, config: LoraConfig) -> dict[str, nn.Parameter]:
         """Make a new adapter.
@@ -56,6 +58,7 @@ class NamedAdapters:
             )
         copies = {copy: new_copy(self.base, key) for copy, key in self.base.trained.items()}
         self.tensors[name] = new_adapter(self.base, config, adapted_sites(self.base)) | copies
+        update_together(self.tensors[name].values())
         return self.tensors[name]
 
     def check(self, name: str) -> str:

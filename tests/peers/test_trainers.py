@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import qlora_fx
+import bitsandbytes as bnb
 import pytest
 import torch
 from qlora_fx import AdapterError, ConfigError, InputError, ModelError
 from conftest import batch, peer_llama, tiny_llama
 from oracle import ours, random_adapter, reference
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from trainers import RECIPES, logged, trained
 from transformers import (
@@ -84,14 +86,38 @@ def test_a_bitsandbytes_optimizer_by_its_usual_name(tmp_path: Path) -> None:
     check_run("Trainer", "eager", tmp_path, optim="paged_adamw_32bit")
 
 
-def test_the_paged_optimizer_over_one_buffer_in_a_trainer(tmp_path: Path) -> None:
+def test_a_trainers_own_optimizer_updates_the_adapters_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its usual name, with the groups of LoRA+ that are passed as parameters; as ``paged_optimizer`` does."""
+    updates = []
+    own = bnb.functional.optimizer_update_32bit
+
+    def counted(name: str, g: Any, *args: Any, **kwargs: Any) -> Any:
+        updates.append(g.numel())
+        return own(name, g, *args, **kwargs)
+
+    monkeypatch.setattr(bnb.functional, "optimizer_update_32bit", counted)
     mine, other = both("Trainer", "eager")[0], both("Trainer", "eager")[0]
     flat = mine.paged_optimizer(lr=1e-3)
-    a = trained(mine, "Trainer", tmp_path / "a", optimizer=flat)
-    b = trained(other, "Trainer", tmp_path / "b", optim="paged_adamw_32bit", weight_decay=0.0)
-    assert len(flat.param_groups[0]["params"]) == 1
+    a = trained(mine, "Trainer", tmp_path / "a", steps=5, optimizer=flat)
+    assert len(updates) == 5
+    b = trained(other, "Trainer", tmp_path / "b", steps=5, optim="paged_adamw_32bit")
+    assert len(updates) == 10
     for name in ("loss", "grad_norm"):
         torch.testing.assert_close(logged(a, name), logged(b, name), rtol=1e-5, atol=0)
+
+
+def test_groups_of_lora_plus_train_as_over_peft(tmp_path: Path) -> None:
+    """``lora_B`` with sixteen times the learning rate (arXiv:2402.12354), by PEFT's own function."""
+    curves = []
+    for i, model in enumerate(both("Trainer", "eager")):
+        optimizer = create_loraplus_optimizer(
+            model, bnb.optim.PagedAdamW32bit, lr=1e-3, loraplus_lr_ratio=16
+        )
+        run = trained(model, "Trainer", tmp_path / str(i), optimizer=optimizer)
+        curves.append(logged(run, "loss"))
+    torch.testing.assert_close(curves[0], curves[1], rtol=1e-4, atol=0)
 
 
 def test_a_plain_accelerate_loop(tmp_path: Path) -> None:

@@ -223,9 +223,10 @@ def test_storage_settings_are_planned_as_they_are_stored() -> None:
 
 
 def test_optimizer_state_by_its_rules() -> None:
-    assert state_bytes("PagedAdamW32bit", 1000) == 8000
-    assert state_bytes("PagedLion32bit", 1000) == 4000
-    assert state_bytes("PagedAdamW8bit", 2560) == 2 * (2560 + 4 * 10) + 2 * 1024
+    assert state_bytes("PagedAdamW32bit", [1000, 24]) == 8 * (1024 + 256)
+    assert state_bytes("PagedLion32bit", [1024]) == 4096
+    assert state_bytes("PagedAdEMAMix", [1024]) == 3 * 4096
+    assert state_bytes("PagedAdamW8bit", [5120, 100]) == 2 * (5120 + 4 * 20 + 400) + 2 * 1024
     with pytest.raises(ConfigError, match=r"optimizer='SGD'; accepted: Paged"):
         qlora_fx.plan(config(), optimizer="SGD")
 

@@ -1,0 +1,227 @@
+"""``qlora-fx sft`` and ``qlora-fx dpo``: TRL's trainers over a compiled model, with TRL's flags."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..transformers_internals import last_checkpoint
+from .data import dataset
+from .logs import JsonLines, plot
+from .main import COMMANDS, UsageError
+from .parser import Parser
+from .settings import DEFAULT_MODEL, CompilerSettings, DataSettings, flag
+
+SHOWN = (
+    "output_dir",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_length",
+    "packing",
+    "assistant_only_loss",
+    "beta",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "logging_steps",
+    "report_to",
+    "eval_strategy",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "seed",
+)
+"""Flags of the trainer that ``--help`` shows."""
+
+
+def run(command: str, args: list[str]) -> None:
+    try:
+        import trl
+    except ImportError:
+        raise UsageError(f"qlora-fx {command} needs TRL: pip install 'qlora_fx[trl]'") from None
+    parser = Parser(
+        command,
+        (CompilerSettings, DataSettings, model_settings(), trainer_settings(command)),
+        positional={
+            **dict.fromkeys((".yaml", ".yml"), "--config"),
+            **dict.fromkeys((".jsonl", ".json"), "--dataset_name"),
+        },
+        shown=SHOWN,
+        text=COMMANDS[command][1],
+    )
+    compiler, data, model, settings = parser.parse(args)
+    check(model, settings)
+    resume = where_to_resume(settings)
+    kind = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer}[command]
+    train(command, kind, compiler, data, model, settings, resume)
+
+
+def model_settings() -> type:
+    """TRL's ``ModelConfig``, with QLoRA's defaults."""
+    from trl import ModelConfig
+
+    @dataclass
+    class ModelSettings(ModelConfig):  # type: ignore[misc,no-any-unimported]
+        model_name_or_path: str | None = flag(DEFAULT_MODEL, "folder or hub id")
+        dtype: str | None = flag("auto", "of the dense weights; auto: the checkpoint's")
+        use_peft: bool = flag(True, "always: what trains is an adapter")
+        load_in_4bit: bool = flag(True, "False: the base stays dense (plain LoRA)")
+        use_bnb_nested_quant: bool = flag(True, "double quantization")
+        lora_target_modules: list[str] | None = field(
+            default_factory=lambda: ["all-linear"],
+            metadata={"help": "names, or one pattern, as PEFT takes them"},
+        )
+
+    return ModelSettings
+
+
+def trainer_settings(command: str) -> type:
+    """TRL's config of the trainer, with QLoRA's defaults (arXiv:2305.14314, table 9)."""
+    from trl import DPOConfig, SFTConfig
+
+    base: Any = {"sft": SFTConfig, "dpo": DPOConfig}[command]
+    rate = {"sft": 2e-4, "dpo": 5e-5}[command]
+
+    @dataclass
+    class TrainerSettings(base):  # type: ignore[misc]
+        output_dir: str | None = flag(
+            f"out/{command}", "folder: PEFT's files, checkpoints, log.jsonl, loss.png"
+        )
+        learning_rate: float = flag(rate, "of the optimizer")
+        optim: str = flag(
+            "paged_adamw_32bit", "paged_adamw_8bit, paged_lion_32bit, adamw_torch, ..."
+        )
+        gradient_checkpointing: bool = flag(False, "--memory_budget decides what is computed again")
+        bf16: bool | None = flag(False, "--compute_dtype decides")
+        logging_steps: float = flag(1, "steps between two lines of the log")
+        report_to: Any = flag("none", "tensorboard, wandb, ...; log.jsonl is always written")
+        save_steps: float = flag(100, "steps between two checkpoints")
+        save_total_limit: int | None = flag(2, "checkpoints that are kept")
+        resume_from_checkpoint: str | None = flag(
+            None, "a checkpoint, or auto: the last one in --output_dir if there is one"
+        )
+
+    annotations = {**TrainerSettings.__annotations__, "report_to": str}
+    TrainerSettings.__annotations__ = annotations
+    return TrainerSettings
+
+
+def check(model: Any, settings: Any) -> None:
+    """Flags of TRL's that mean nothing here, or something else.
+
+    Raises:
+        ConfigError: for those.
+    """
+    refused = {
+        "load_in_8bit": (model.load_in_8bit, "False"),
+        "use_peft": (not model.use_peft, "True: what trains is an adapter"),
+        "trust_remote_code": (settings.trust_remote_code, "False: no code of a checkpoint is run"),
+    }
+    for name, (wrong, accepted) in refused.items():
+        if wrong:
+            raise ConfigError(f"--{name}: accepted: {accepted}")
+    if model.attn_implementation is not None:
+        print(
+            f"note: --attn_implementation {model.attn_implementation} has no effect: attention is compiled"
+        )
+
+
+def where_to_resume(settings: Any) -> str | None:
+    """The checkpoint to go on from.
+
+    Raises:
+        ConfigError: ``output_dir`` has checkpoints of a run that nothing is said about.
+    """
+    folder, wish = settings.output_dir, settings.resume_from_checkpoint
+    last = last_checkpoint(folder)
+    settings.resume_from_checkpoint = None
+    if wish is None and last is not None:
+        raise ConfigError(
+            f"{folder} has {Path(last).name} of an earlier run; accepted: --resume_from_checkpoint auto to go on "
+            "with it, or another --output_dir"
+        )
+    if wish is not None and wish.lower() in ("auto", "true"):
+        return last
+    return None if wish is None or wish.lower() == "false" else wish
+
+
+def train(
+    command: str, kind: Any, compiler: Any, data: Any, model: Any, settings: Any, resume: str | None
+) -> None:
+    """Load, train, save."""
+    from transformers import AutoTokenizer
+    from trl import get_peft_config, get_quantization_config
+
+    from ..from_pretrained import from_pretrained
+    from ..training import reliable
+
+    started = time.perf_counter()
+    examples = dataset(command, data.dataset_name, data.dataset_config, data.dataset_train_split)
+    held_out: Any = None
+    if data.held_out:
+        if not 0 < data.held_out < len(examples):
+            raise ConfigError(
+                f"--held_out {data.held_out}; accepted: below the number of examples, {len(examples)}"
+            )
+        held_out = examples.select(range(len(examples) - data.held_out, len(examples)))
+        examples = examples.select(range(len(examples) - data.held_out))
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision
+    )
+    qmodel = from_pretrained(
+        model.model_name_or_path,
+        get_peft_config(model),
+        get_quantization_config(model) if model.load_in_4bit else False,
+        dtype=model.dtype,
+        compute_dtype=compiler.compute_dtype,
+        backend=compiler.backend,
+        memory_budget=budget(compiler.memory_budget),
+        also_quantize=compiler.also_quantize,
+        blocksize=compiler.blocksize,
+        revision=model.model_revision,
+    )
+    totals = qmodel.explain().totals
+    print(
+        f"{type(qmodel.get_base_model()).__name__}: {totals['quantized']} of {totals['linears']} linears in 4 bits, "
+        f"{totals['adapted']} adapted; {totals['held_bytes'] / 1e9:.2f} GB; {len(examples)} examples"
+    )
+    trainer = reliable(kind, on_non_finite=data.on_non_finite)(
+        model=qmodel,
+        args=settings,
+        train_dataset=examples,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=[JsonLines(settings.output_dir)],
+    )
+    before = trainer.evaluate() if held_out is not None and resume is None else None
+    trainer.train(resume)
+    after = trainer.evaluate() if held_out is not None else None
+    trainer.save_model(settings.output_dir)
+    picture = plot(settings.output_dir)
+    if after is not None:
+        was = "" if before is None else f"{before['eval_loss']:.3f} -> "
+        print(f"loss on {len(held_out)} held-out examples: {was}{after['eval_loss']:.3f}")
+    print(
+        f"done in {time.perf_counter() - started:.0f} s: {settings.output_dir}"
+        + (f", {picture}" if picture else "")
+    )
+    print(f"try it: qlora-fx generate --adapter {settings.output_dir} --prompt '...'")
+
+
+def budget(text: str | None) -> float | str | None:
+    """A memory budget from a command line: a fraction where it is a number."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
