@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ class Parser(HfArgumentParser):
         positional: the flag that a first word without dashes stands for, by the word's ending; "" is any other.
         shown: flags of the last dataclass that most users need.
         text: what the command does.
+        changed: other defaults of flags, and other words for them, where these are not empty.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Parser(HfArgumentParser):
         positional: dict[str, str],
         text: str,
         shown: Iterable[str] | None = None,
+        changed: Mapping[str, tuple[Any, str]] | None = None,
     ) -> None:
         self.positional = positional
         word = " | ".join(dict.fromkeys(_word(flag) for flag in positional.values()))
@@ -56,6 +58,11 @@ class Parser(HfArgumentParser):
             self.add_argument(
                 "--help_all", action="store_true", help="with every flag of the trainer"
             )
+
+        for action in self._actions:
+            if action.dest in (changed or {}) and not action.dest.startswith("no_"):
+                default, words = (changed or {})[action.dest]
+                action.default, action.help = default, words or action.help
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} ({self.prog} --help has the flags)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from .data import dataset
 from .logs import JsonLines, plot
 from .main import COMMANDS, UsageError
 from .parser import Parser
-from .settings import DEFAULT_MODEL, CompilerSettings, DataSettings, flag
+from .settings import DEFAULT_MODEL, CompilerSettings, DataSettings
 
 SHOWN = (
     "output_dir",
@@ -43,76 +42,66 @@ SHOWN = (
 """Flags of the trainer that ``--help`` shows."""
 
 
+OUTPUT = "folder: PEFT's files, checkpoints, log.jsonl, loss.png"
+RATE = {"sft": 2e-4, "dpo": 5e-5}
+CHANGED: dict[str, tuple[Any, str]] = {
+    "model_name_or_path": (DEFAULT_MODEL, "folder or hub id"),
+    "dtype": ("auto", "of the dense weights; auto: the checkpoint's"),
+    "use_peft": (True, "always: what trains is an adapter"),
+    "load_in_4bit": (True, "False: the base stays dense (plain LoRA)"),
+    "use_bnb_nested_quant": (True, "double quantization"),
+    "lora_target_modules": (["all-linear"], "names, or one pattern, as PEFT takes them"),
+    "optim": ("paged_adamw_32bit", "paged_adamw_8bit, paged_lion_32bit, adamw_torch, ..."),
+    "gradient_checkpointing": (None, "older name of --activation_checkpointing"),
+    "activation_checkpointing": (
+        False,
+        "True is --memory_budget 0.0; otherwise that decides what is computed again",
+    ),
+    "bf16": (False, "has no effect: --compute_dtype decides"),
+    "logging_steps": (1, "steps between two lines of the log"),
+    "report_to": ("none", "tensorboard, wandb, ...; log.jsonl is always written"),
+    "save_steps": (100, "steps between two checkpoints"),
+    "save_total_limit": (2, "checkpoints that are kept"),
+    "resume_from_checkpoint": (
+        None,
+        "a checkpoint, or auto: the last one in --output_dir if there is one",
+    ),
+}
+"""Flags of TRL's with another default here, those of QLoRA (arXiv:2305.14314) or of this project, or another meaning."""
+
+
 def run(command: str, args: list[str]) -> None:
+    import torch
+
     try:
         import trl
     except ImportError:
         raise UsageError(f"qlora-fx {command} needs TRL: pip install 'qlora_fx[trl]'") from None
     parser = Parser(
         command,
-        (CompilerSettings, DataSettings, model_settings(), trainer_settings(command)),
+        (
+            CompilerSettings,
+            DataSettings,
+            trl.ModelConfig,
+            {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}[command],
+        ),
         positional={
             **dict.fromkeys((".yaml", ".yml"), "--config"),
             **dict.fromkeys((".jsonl", ".json"), "--dataset_name"),
         },
         shown=SHOWN,
         text=COMMANDS[command][1],
+        changed={
+            **CHANGED,
+            "output_dir": (f"out/{command}", OUTPUT),
+            "learning_rate": (RATE[command], ""),
+        },
     )
     compiler, data, model, settings = parser.parse(args)
     check(model, settings)
     resume = where_to_resume(settings)
     kind = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer}[command]
     train(command, kind, compiler, data, model, settings, resume)
-
-
-def model_settings() -> type:
-    """TRL's ``ModelConfig``, with QLoRA's defaults."""
-    from trl import ModelConfig
-
-    @dataclass
-    class ModelSettings(ModelConfig):  # type: ignore[misc,no-any-unimported]
-        model_name_or_path: str | None = flag(DEFAULT_MODEL, "folder or hub id")
-        dtype: str | None = flag("auto", "of the dense weights; auto: the checkpoint's")
-        use_peft: bool = flag(True, "always: what trains is an adapter")
-        load_in_4bit: bool = flag(True, "False: the base stays dense (plain LoRA)")
-        use_bnb_nested_quant: bool = flag(True, "double quantization")
-        lora_target_modules: list[str] | None = field(
-            default_factory=lambda: ["all-linear"],
-            metadata={"help": "names, or one pattern, as PEFT takes them"},
-        )
-
-    return ModelSettings
-
-
-def trainer_settings(command: str) -> type:
-    """TRL's config of the trainer, with QLoRA's defaults (arXiv:2305.14314, table 9)."""
-    from trl import DPOConfig, SFTConfig
-
-    base: Any = {"sft": SFTConfig, "dpo": DPOConfig}[command]
-    rate = {"sft": 2e-4, "dpo": 5e-5}[command]
-
-    @dataclass
-    class TrainerSettings(base):  # type: ignore[misc]
-        output_dir: str | None = flag(
-            f"out/{command}", "folder: PEFT's files, checkpoints, log.jsonl, loss.png"
-        )
-        learning_rate: float = flag(rate, "of the optimizer")
-        optim: str = flag(
-            "paged_adamw_32bit", "paged_adamw_8bit, paged_lion_32bit, adamw_torch, ..."
-        )
-        gradient_checkpointing: bool = flag(False, "--memory_budget decides what is computed again")
-        bf16: bool | None = flag(False, "--compute_dtype decides")
-        logging_steps: float = flag(1, "steps between two lines of the log")
-        report_to: Any = flag("none", "tensorboard, wandb, ...; log.jsonl is always written")
-        save_steps: float = flag(100, "steps between two checkpoints")
-        save_total_limit: int | None = flag(2, "checkpoints that are kept")
-        resume_from_checkpoint: str | None = flag(
-            None, "a checkpoint, or auto: the last one in --output_dir if there is one"
-        )
-
-    annotations = {**TrainerSettings.__annotations__, "report_to": str}
-    TrainerSettings.__annotations__ = annotations
-    return TrainerSettings
 
 
 def check(model: Any, settings: Any) -> None:
@@ -159,7 +148,7 @@ def train(
 ) -> None:
     """Load, train, save."""
     from transformers import AutoTokenizer
-    from trl import get_peft_config, get_quantization_config
+    from trl import get_peft_config
 
     from ..from_pretrained import from_pretrained
     from ..training import reliable
@@ -180,7 +169,7 @@ def train(
     qmodel = from_pretrained(
         model.model_name_or_path,
         get_peft_config(model),
-        get_quantization_config(model) if model.load_in_4bit else False,
+        quantization(model),
         dtype=model.dtype,
         compute_dtype=compiler.compute_dtype,
         backend=compiler.backend,
@@ -215,6 +204,18 @@ def train(
         + (f", {picture}" if picture else "")
     )
     print(f"try it: qlora-fx generate --adapter {settings.output_dir} --prompt '...'")
+
+
+def quantization(model: Any) -> Any:
+    """For ``from_pretrained``; TRL's own function cannot say that the dtype is to be found out."""
+    from transformers import BitsAndBytesConfig
+
+    return model.load_in_4bit and BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=model.bnb_4bit_quant_storage,
+    )
 
 
 def budget(text: str | None) -> float | str | None:
