@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -173,9 +174,8 @@ def explain(base: Base, compute: ComputeDtype) -> Explanation:
         for verdict in base.verdicts.values()
     ]
     counted = {k for v in base.verdicts.values() for k in base.store.keys_of(v.weight)}
-    other = sum(
-        t.nbytes for k, t in base.store.items() if k not in counted and not is_adapter_key(k)
-    )
+    held = {key: tensor.nbytes for key, tensor in base.store.items()} or dense
+    other = sum(n for k, n in held.items() if k not in counted and not is_adapter_key(k))
     lora, is_dense = base.config.lora, base.config.quantization.is_dense
     notes = [
         f"storage: {'dense, as loaded' if is_dense else base.scheme.describe()}",
@@ -192,6 +192,16 @@ def explain(base: Base, compute: ComputeDtype) -> Explanation:
     return Explanation(f"{base.skeleton.name} as qlora_fx runs it", rows, other, notes)
 
 
+def held_bytes(site: Site | None, weight: str, base: Base, dense_bytes: int) -> int:
+    """Of a weight, without the parts that others share; also where it is not loaded."""
+    if not weight or weight in base.store:
+        return base.store.bytes_of(weight) if weight else 0
+    if site is None or not site.quantize:
+        return dense_bytes
+    parts = base.scheme.parts(site.shape, name=site.name).values()
+    return sum(part.nbytes for part in parts if not part.shared)
+
+
 def row_of(verdict: Verdict, base: Base, dense_bytes: int, flops_share: float) -> Row:
     site = verdict if isinstance(verdict, Site) else None
     tensors = base.adapter.tensors(site).values() if site and site.adapt else ()
@@ -204,7 +214,7 @@ def row_of(verdict: Verdict, base: Base, dense_bytes: int, flops_share: float) -
         adapted=bool(site and site.adapt),
         reason=verdict.reason,
         bytes_before=dense_bytes,
-        bytes_after=base.store.bytes_of(verdict.weight) if verdict.weight else 0,
-        adapter_bytes=sum(base.store[t.key].nbytes for t in tensors if t.key in base.store),
+        bytes_after=held_bytes(site, verdict.weight, base, dense_bytes),
+        adapter_bytes=sum(4 * math.prod(t.shape) for t in tensors),
         weight=verdict.weight,
     )

@@ -118,14 +118,17 @@ def adapted_layer(twin: nn.Module, path: str) -> AdaptedLayer:
     above, _, last = outer.rpartition(".")
     parent = child(twin, above) if above else twin
     module = child(parent, last)
-    depth = 0
-    inner: nn.Module = module
-    while isinstance(inner, AdaptedLayer):
-        inner, depth = inner.base_layer, depth + 1
-    if depth < count:
-        for _ in range(count - depth):
-            module = AdaptedLayer(module)
-        parent._modules[last] = module
+    wrappers = []
+    while isinstance(module, AdaptedLayer):
+        wrappers.append(module)
+        module = module.base_layer
+    for _ in range(count - len(wrappers)):  # innermost: those outside hold adapters already
+        module = AdaptedLayer(module)
+        if wrappers:
+            wrappers[-1].base_layer = module
+        else:
+            parent._modules[last] = module
+        wrappers.append(module)
     found = child(twin, path)
     assert isinstance(found, AdaptedLayer)
     return found

@@ -61,6 +61,9 @@ def test_saved_here_loaded_by_peft_with_the_same_gradients(model_type: str, tmp_
     theirs = loaded(base, tmp_path)
     params = {n.replace(".default", ""): p for n, p in theirs.named_parameters() if "lora_" in n}
     assert params.keys() == load_file(tmp_path / "adapter_model.safetensors").keys()
+    shown = {n: p for n, p in qmodel.named_parameters() if p.requires_grad}
+    assert shown.keys() == {n for n, p in theirs.named_parameters() if p.requires_grad}
+    assert {id(p) for p in shown.values()} == {id(p) for _, p in qmodel.adapter_parameters()}
     out, their_out = qmodel(**batch, return_logits=True), theirs(**batch)
     assert relative_error(out.logits, their_out.logits) < 1e-6
     out.loss.backward()
