@@ -174,8 +174,8 @@ def explain(base: Base, compute: ComputeDtype) -> Explanation:
         for verdict in base.verdicts.values()
     ]
     counted = {k for v in base.verdicts.values() for k in base.store.keys_of(v.weight)}
-    held = {key: tensor.nbytes for key, tensor in base.store.items()} or dense
-    other = sum(n for k, n in held.items() if k not in counted and not is_adapter_key(k))
+    by_key = {key: tensor.nbytes for key, tensor in base.store.items()} or dense
+    other = sum(n for k, n in by_key.items() if k not in counted and not is_adapter_key(k))
     lora, is_dense = base.config.lora, base.config.quantization.is_dense
     notes = [
         f"storage: {'dense, as loaded' if is_dense else base.scheme.describe()}",

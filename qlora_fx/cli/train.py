@@ -71,7 +71,6 @@ CHANGED: dict[str, tuple[Any, str]] = {
 
 
 def run(command: str, args: list[str]) -> None:
-    import torch
 
     try:
         import trl
@@ -147,7 +146,7 @@ def train(
     command: str, kind: Any, compiler: Any, data: Any, model: Any, settings: Any, resume: str | None
 ) -> None:
     """Load, train, save."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, set_seed
     from trl import get_peft_config
 
     from ..from_pretrained import from_pretrained
@@ -166,6 +165,7 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(
         model.model_name_or_path, revision=model.model_revision
     )
+    set_seed(settings.seed)  # of the new adapter, too
     qmodel = from_pretrained(
         model.model_name_or_path,
         get_peft_config(model),
