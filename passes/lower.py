@@ -36,7 +36,7 @@ BACKENDS = ("inductor", "aot_eager", "eager")
 # a few products in one block. So a body that is called often is compiled once, and its first block computes a
 # gradient that nobody reads. Blocks below the first adapter compute no gradient at all.
 
-OFTEN = 4
+OFTEN = 2
 
 
 def mark_usual(outer: fx.Graph, root: nn.Module) -> None:

@@ -137,10 +137,14 @@ def captured(model: nn.Module | None = None, inputs: Any = None, **options: Any)
 LONGEST = (
     "test_default_path.py",
     "test_model.py",
-    "test_planning.py",
     "test_trainers.py",
+    "test_training.py",
+    "test_planning.py",
+    "test_experts.py",
     "test_parity.py",
-    "test_beside_adapters.py",
+    "test_docs.py",
+    "test_families.py",
+    "test_cli.py",
 )
 """Files that take longest, first: workers take whole files, and one should not work alone at the end."""
 

@@ -1,7 +1,8 @@
 """One capture per (model, request), and one compilation per body, for all tests of a process.
 
-Tests build the same few tiny models over and over. What the compiler makes of one depends on its Python, its config,
-the request and the call, not on its weights, so it is kept and handed out again; each test fills a store of its own.
+Tests build the same few tiny models over and over. What is traced of one depends on its Python, its config and the
+call, what the compiler makes of that also on the request, neither on the weights: both are kept and handed out again;
+each test fills a store of its own.
 Nothing is kept of a capture that warned, is observed, logged or dumped.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from qlora_fx.capture.skeleton import Skeleton
 from qlora_fx.compiler import compile as compiler
 from qlora_fx.compiler import pipeline, programs
 from qlora_fx.passes.lowering import compiled_body
@@ -26,29 +28,53 @@ def described(value: Any) -> str:
     return repr(value)
 
 
-def identity(skeleton: Any, config: Any, call: Any, signature: Any) -> tuple[str, ...] | None:
-    """What a capture depends on; None for models that say less about themselves than transformers'."""
+ASIDE = (
+    "model_type",
+    "_name_or_path",
+    "_commit_hash",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "quantization_config",
+)
+"""Of a config: where the model came from; its Python does not read these, and the tensors have their dtypes."""
+
+
+def python_of(skeleton: Any) -> tuple[Any, ...] | None:
+    """What is traced of a model; None for models that say less about themselves than transformers'."""
     model = skeleton.model
     own_class = type(model).__module__.startswith("transformers.models.")
     if not own_class or any("forward" in vars(module) for module in model.modules()):
         return None
     configs = [
-        f"{path} {sorted(vars(module.config).items(), key=str)}"
+        f"{path} {sorted((k, str(v)) for k, v in vars(module.config).items() if k not in ASIDE)}"
         for path, module in model.named_modules()
         if hasattr(module, "config") and hasattr(module.config, "to_dict")
     ]
     own = [f"{p} {type(m).__qualname__} {m.extra_repr()}" for p, m in model.named_modules()]
     tensors = [f"{n} {k} {skeleton.dtypes[n]}" for n, k in skeleton.keys.items()]
-    values = [f"{n} {described(v)}" for n, v in call.values.items()]
+    whole = (skeleton.device, skeleton.dtype, type(model).forward)
+    return tuple(str(part) for part in (*configs, *own, *tensors, *whole))
+
+
+def inputs_of(values: Any) -> tuple[str, ...]:
+    return tuple(f"{n} {described(v)}" for n, v in values.items())
+
+
+def identity(skeleton: Any, config: Any, call: Any, signature: Any) -> tuple[Any, ...] | None:
+    """What a capture and the passes depend on."""
+    python = python_of(skeleton)
+    if python is None:
+        return None
     settings = [f"{k}={v!r}" for k, v in vars(config).items() if k != "lora"]
     lora = sorted(config.lora.to_dict().items(), key=str)
-    return tuple(
-        str(part)
-        for part in (
-            *(configs, own, tensors, values, settings, lora),
-            *(signature, skeleton.device, skeleton.dtype, type(model).forward),
-        )
-    )
+    return (python, inputs_of(call.values), str(settings), str(lora), str(signature))
+
+
+def writes(program: Any) -> bool:
+    """Whether it changes what it reads: that is taken out of it, with a warning, once."""
+    schemas = [getattr(node.target, "_schema", None) for node in program.graph_module.graph.nodes]
+    return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 @contextmanager
@@ -56,10 +82,25 @@ def shared() -> Iterator[None]:
     """Share captures and compilations while this holds."""
     captures: dict[Any, Any] = {}
     builds: dict[Any, list[tuple[Variant, Any]]] = {}
+    programs_of: dict[Any, Any] = {}
     bodies: list[Any] = []  # kept, so that an id stays its own
     partitions: dict[Any, Any] = {}
     original, build = compiler.compile_call, CompiledBody.build
-    partitioned = CompiledBody.partitioned
+    partitioned, export = CompiledBody.partitioned, Skeleton.export
+
+    def export_once(
+        self: Skeleton, inputs: Any, training: bool, dtype: Any, dims: Any, patches: Any
+    ) -> Any:
+        way = (training, dtype, dims, patches.__name__ if hasattr(patches, "__name__") else None)
+        key = (python_of(self), inputs_of(inputs), *way)
+        if key[0] is None or way[-1] is None:
+            return export(self, inputs, training, dtype, dims, patches)
+        if key not in programs_of:
+            program = export(self, inputs, training, dtype, dims, patches)
+            if writes(program):
+                return program
+            programs_of[key] = program
+        return programs_of[key]
 
     def compile_call(
         skeleton: Any, config: Any, call: Any, signature: Any, observe: Any = None
@@ -100,6 +141,7 @@ def shared() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CompiledBody, "partitioned", partitioned_once)
+        patch.setattr(Skeleton, "export", export_once)
         patch.setattr(compiler, "compile_call", compile_call)
         patch.setattr(programs, "compile_call", compile_call)
         patch.setattr(CompiledBody, "build", build_once)

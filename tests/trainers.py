@@ -94,6 +94,7 @@ def trained(
     optimizer: Any = None,
     resume: str | None = None,
     evaluated: bool = False,
+    metrics: Any = None,
     **options: Any,
 ) -> Any:
     """The trainer after ``steps`` steps.
@@ -102,6 +103,7 @@ def trained(
         optimizer: instead of the one that ``optim`` names.
         resume: a checkpoint to go on from.
         evaluated: on the training data, too.
+        metrics: ``compute_metrics`` of what is evaluated.
 
     Raises:
         AssertionError: qlora_fx warned on the way.
@@ -131,6 +133,8 @@ def trained(
             words["processing_class"] = tokenizer()
         if evaluated:
             words["eval_dataset"] = rows(one.data, 16)
+        if metrics is not None:
+            words["compute_metrics"] = metrics
         if optimizer is not None:
             words["optimizers"] = (optimizer, None)
         trainer = one.trainer(model=model, args=args, train_dataset=rows(one.data), **words)

@@ -4,6 +4,7 @@ skeleton         the model's Python without weights, and its capture
 arguments        a call's arguments by name, and which calls share a graph
 known_arguments  which names a model takes
 check_call       whether tensors fit
+positions        how long a row may be, where positions are learned
 check_outputs    whether what is asked for is returned
 check_model      which models are accepted
 example_inputs   a call where the user gives none

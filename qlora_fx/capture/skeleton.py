@@ -33,6 +33,7 @@ from .export import capture_error, export, quiet
 from .export_patches import Patches, always, ways
 from .flat_graph import Flattener
 from .known_arguments import KnownArguments
+from .positions import check_positions, longest_rows
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Skeleton:
         parameters: store keys of parameters; the others are of buffers.
         vocabulary: rows of the input embedding; None where there is none.
         encoder_decoder: whether the target has a length of its own.
+        longest: tokens of a row that learned positions have room for, by argument.
         captures: numbers of the captures, one sequence for all skeletons of a model.
     """
 
@@ -100,6 +102,7 @@ class Skeleton:
         self.known_arguments = KnownArguments(self.model, self.signature)
         self.vocabulary = vocabulary_size(self.model)
         self.encoder_decoder = is_encoder_decoder(self.model)
+        self.longest = longest_rows(self.model)
         self.captures = itertools.count(1)
 
     def backbone(self) -> Skeleton:
@@ -135,6 +138,7 @@ class Skeleton:
     def check(self, call: Call) -> None:
         """Raise ``InputError`` if the call's tensors do not fit the model. See ``check_call``."""
         check_call(call.values, self.device, self.vocabulary, self.encoder_decoder)
+        check_positions(call.values, self.longest)
 
     def fake(self, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
         """A copy with fake tensors on the real device; tensors of the model's dtype become ``dtype``."""

@@ -57,7 +57,7 @@ class ReliableTrainer(Trainer):
     """See ``reliable``.
 
     Raises:
-        ConfigError: the model is no ``QLoRAModel``, or another trainer is training it.
+        ConfigError: the model is no ``QLoRAModel``, another trainer is training it, or there are several processes.
         CheckpointError: a checkpoint to resume from is damaged or of something else; or one cannot be written, and
             the last one is as it was.
         TrainingError: a loss or gradient that is not finite.
@@ -71,6 +71,10 @@ class ReliableTrainer(Trainer):
             raise ConfigError(
                 f"a model of class {type(self.model).__name__}; accepted: what qlora_fx.transform and from_pretrained "
                 "return"
+            )
+        if self.args.world_size > 1:
+            raise ConfigError(
+                f"{self.args.world_size} processes; accepted: one. Checkpoints of several are not written as one yet"
             )
         self.stop = Stop()
         self.window: list[tuple[dict[str, Any], Any]] = []
@@ -90,6 +94,7 @@ class ReliableTrainer(Trainer):
             folder = last_checkpoint(self.args.output_dir)
         if folder:
             checkpoint.check(str(folder), self.model.base)
+        self.window, self.losses, self.skipped = [], [], 0
         with trained_by(self.model, self), noticed() as self.stop:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         self.stop.leave()

@@ -185,6 +185,55 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(
     assert any(not torch.equal(first[k], v) for k, v in expected.items())
 
 
+def test_rows_by_length_and_metrics_over_logits(tmp_path: Path) -> None:
+    """Batches of like lengths; ``compute_metrics`` gets the reference's logits and labels."""
+    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    runs = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        logits, labels = (torch.as_tensor(t) for t in prediction)
+        seen[-1].append((logits, labels))
+        hits = (logits[:, :-1].argmax(-1) == labels[:, 1:]).float().mean()
+        return {"accuracy": float(hits)}
+
+    for i, model in enumerate(both("Trainer", "eager")):
+        seen.append([])
+        run = trained(
+            model,
+            "Trainer",
+            tmp_path / str(i),
+            steps=4,
+            evaluated=True,
+            metrics=metrics,
+            eval_strategy="steps",
+            eval_steps=2,
+            train_sampling_strategy="group_by_length",
+        )
+        runs.append(run)
+    for name in ("loss", "eval_loss", "eval_accuracy"):
+        a, b = (logged(run, name) for run in runs)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    for (mine, labels), (theirs, their_labels) in zip(*seen, strict=True):
+        assert torch.equal(labels, their_labels)
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_bfloat16_beside_the_reference_under_autocast(tmp_path: Path) -> None:
+    """``bf16=True`` is an autocast there; here ``compute_dtype`` decided. As close as that precision is."""
+    _, theirs = both("Trainer", "eager")
+    base = peer_llama(1)
+    adapter = random_adapter(base, 4, scale=0.05, keep=("lm_head", "score"))
+    lora = LoraConfig(**LORA, task_type="CAUSAL_LM")
+    mine, _ = ours(base, adapter, lora, compute_dtype="bfloat16", backend="eager")
+    runs = [
+        trained(m, "Trainer", tmp_path / str(i), steps=8, bf16=True)
+        for i, m in enumerate((mine, theirs))
+    ]
+    for name, tolerance in (("loss", 5e-3), ("grad_norm", 5e-2)):
+        a, b = (logged(run, name) for run in runs)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=0)
+
+
 def test_checkpoints_have_pefts_files_and_the_best_one_comes_back(tmp_path: Path) -> None:
     mine, theirs = both("Trainer", "eager")
     settings = {"steps": 4, "save_strategy": "steps", "save_steps": 2}

@@ -15,13 +15,20 @@ import qlora_fx
 import pytest
 import torch
 from qlora_fx import CaptureError, ConfigError, GraphError, InputError, ModelError
-from conftest import Toy, batch, tiny_llama
+from conftest import Toy, batch, tiny_gpt2, tiny_llama
 from peft import LoraConfig, get_peft_model
+from qlora_fx.capture.positions import longest_rows
 from qlora_fx.compiler.check_lora import CARRIED, HONOURED, check_lora
 from qlora_fx.compiler.request import Request, check_compute_dtype, check_quantization
 from qlora_fx.units import parse_size
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 
 def nan_in_a_weight() -> nn.Module:
@@ -446,3 +453,41 @@ def test_a_copy_of_a_compiled_model_is_refused_with_what_to_do_instead(
 ) -> None:
     with pytest.raises(ModelError, match=r"cannot be copied or pickled.*save_quantized\(folder\)"):
         duplicate(eager)
+
+
+def test_rows_longer_than_the_learned_positions_are_refused() -> None:
+    """Compiled code on a CPU would end the process there. Rotary positions have no end."""
+    qmodel = qlora_fx.transform(
+        tiny_gpt2(), LoraConfig(r=2, target_modules="all-linear"), backend="eager"
+    )
+    assert bool(qmodel(**batch(1, 64)).loss.isfinite())
+    with pytest.raises(InputError, match="input_ids has rows of 65 tokens; accepted: at most 64"):
+        qmodel(**batch(1, 65))
+    assert longest_rows(tiny_llama(1)) == {}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rows"),
+    [
+        ("bert", {"input_ids": 512}),
+        ("roberta", {"input_ids": 510}),
+        ("opt", {"input_ids": 2048}),
+        ("bart", {"input_ids": 1024, "decoder_input_ids": 1024}),
+        ("whisper", {"decoder_input_ids": 448, "input_ids": 1500}),
+        ("llava", {}),
+        ("t5", {}),
+    ],
+)
+def test_how_many_positions_are_learned(model_type: str, rows: dict[str, int]) -> None:
+    with torch.device("meta"):
+        config = AutoConfig.for_model(model_type)
+        for part in (
+            config,
+            getattr(config, "text_config", None),
+            getattr(config, "vision_config", None),
+        ):
+            for name in ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers"):
+                if hasattr(part, name):
+                    setattr(part, name, 1)
+        model = MODEL_MAPPING[type(config)](config)
+    assert longest_rows(model) == rows

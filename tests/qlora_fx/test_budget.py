@@ -58,7 +58,7 @@ def really_held(qmodel: Any) -> int:
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.slow), "aot_eager"])
 def test_gradients_with_recomputed_blocks_are_the_true_ones(backend: str) -> None:
     model = tiny_llama(4)
     adapter = random_adapter(model, 4, scale=0.05)
