@@ -11,6 +11,7 @@ The optimizer may be made by anyone, a trainer for instance: PyTorch's hooks aro
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -36,11 +37,16 @@ _plans: weakref.WeakKeyDictionary[torch.optim.Optimizer, Plan] = weakref.WeakKey
 
 def update_together(params: Iterable[nn.Parameter]) -> None:
     """From now on bitsandbytes' optimizers update these in runs, whoever makes them."""
-    if not _together:
-        register_optimizer_step_pre_hook(_before_step)
-        register_optimizer_step_post_hook(_after_step)
+    _hook()
     for p in params:
         _together[p] = True
+
+
+@functools.cache
+def _hook() -> None:
+    """Once per process."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
 def padded(count: int) -> int:

@@ -25,8 +25,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 pytestmark = pytest.mark.filterwarnings("ignore:Paged.*CPU")
 
 
-def small(*, r: int = 4, seed: int = 0, backend: str = "eager") -> qlora_fx.QLoRAModel:
-    lora = LoraConfig(r=r, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+def small(
+    *, r: int = 4, seed: int = 0, backend: str = "eager", dropout: float = 0.0
+) -> qlora_fx.QLoRAModel:
+    settings = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": dropout}
+    lora = LoraConfig(r=r, lora_alpha=8, **settings)
     base = tiny_llama(2)
     if seed:
         torch.manual_seed(seed)
@@ -328,7 +331,7 @@ class Hungry(Trainer):
 
 
 def test_memory_that_runs_out_lowers_the_budget_and_repeats_the_step(tmp_path: Path) -> None:
-    models = [small(backend="aot_eager") for _ in range(2)]
+    models = [small(backend="aot_eager", dropout=0.2) for _ in range(2)]
     with pytest.warns(UserWarning, match=r"step 1 ran out of memory.*memory_budget=0\.5"):
         trainer(models[0], tmp_path / "a", kind=reliable(Hungry), max_steps=2).train()
     trainer(models[1], tmp_path / "b", max_steps=2).train()

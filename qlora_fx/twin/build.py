@@ -89,9 +89,7 @@ def show_adapter(
         owner, _, leaf = path.rpartition(".")
         if key not in base.trained:
             owner, _, role = owner.rpartition(".")
-            holder = Node()
-            holder.register_parameter(leaf, tensors[key])
-            adapted_layer(twin, owner).hold(role, name, holder)
+            adapted_layer(twin, owner).hold(role, name, leaf, tensors[key])
         elif is_saved(base.trained[key], whole):
             saved_module(twin, owner, whole, name).register_parameter(leaf, tensors[key])
         else:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from ..errors import ModelError
+from ..runtime.parameter_store import Node
 from ..transformers_internals import BaseTunerLayer
 
 
@@ -22,12 +23,18 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.adapter_layer_names: tuple[str, ...] = ()
         self.base_layer = base_layer
 
-    def hold(self, role: str, name: str, holder: nn.Module) -> None:
-        """Hold the tensors of the adapter ``name`` for ``role``, such as ``lora_A``."""
+    def hold(self, role: str, name: str, leaf: str, tensor: nn.Parameter) -> None:
+        """Hold a tensor of the adapter ``name`` for ``role``, such as ``lora_A``, as ``leaf``.
+
+        That is ``weight`` but for parameters that PEFT has no adapter for, of which there may be several in a module.
+        """
         if role not in self._modules:
             self.add_module(role, nn.ModuleDict())
             self.adapter_layer_names = (*self.adapter_layer_names, role)
-        self.get_submodule(role).add_module(name, holder)
+        holders: Any = self.get_submodule(role)
+        if name not in holders:
+            holders[name] = Node()
+        holders[name].register_parameter(leaf, tensor)
 
     def forget(self, name: str) -> None:
         """Drop the tensors of the adapter ``name``."""

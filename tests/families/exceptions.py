@@ -73,6 +73,7 @@ SAID: dict[str, tuple[str, ...]] = {
     "siglip2": ("unrecognised product", "the weight is computed"),
     "siglip2_vision_model": ("unrecognised product", "the weight is computed"),
     "deberta": ("the weight is computed",),
+    "got_ocr2": ("unrecognised product", "the weight is computed"),
     "funnel": ("the weight is computed", "PEFT has no adapter"),
     "mobilebert": ("the weight is computed",),
     "inkling2_text": ("unrecognised product",),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from qlora_fx import AdapterError, ConfigError, InputError, ModelError
 from conftest import batch, peer_llama, tiny_llama
+from families import FAMILIES, build
 from oracle import ours, random_adapter, reference
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
@@ -336,6 +337,17 @@ def test_parameters_and_counts_are_pefts(capsys: Any) -> None:
     a, b = get_peft_model_state_dict(mine), get_peft_model_state_dict(theirs)
     assert a.keys() == b.keys() == mine.adapter_state_dict().keys()
     assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+@pytest.mark.parametrize("model_type", ["xlnet", "gpt_oss"])
+def test_every_adapter_is_shown_also_of_several_parameters_in_a_module(model_type: str) -> None:
+    """Trainers train what they see: five parameters of one module, stacks of experts with biases."""
+    family = next(f for f in FAMILIES if f.model_type == model_type)
+    qmodel = qlora_fx.transform(
+        build(family), example_inputs=family.batch(2, 12), compute_dtype="float32", backend="eager"
+    )
+    shown = {id(p) for p in qmodel.parameters() if p.requires_grad}
+    assert shown == {id(p) for _, p in qmodel.adapter_parameters()}
 
 
 def test_a_new_head_has_pefts_names_and_trains_as_a_whole(tmp_path: Path) -> None:
