@@ -33,7 +33,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "learning_rate": 5e-4,
         "logging_steps": 5,
         "optim": "paged_adamw_32bit",
-        "gradient_checkpointing": False,  # memory_budget decides what is computed again
+        "activation_checkpointing": False,  # memory_budget decides what is computed again
         "bf16": False,  # compute_dtype decided already
         "report_to": [],
         "save_strategy": "no",

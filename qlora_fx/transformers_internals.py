@@ -278,7 +278,7 @@ def older_gguf_reader() -> Any:
     return modeling_gguf_pytorch_utils
 
 
-# -- capture --------------------------------------------------------------------------------------
+# -- trainers ---------------------------------------------------------------------------------------
 
 
 def last_checkpoint(folder: Any) -> str | None:
@@ -294,6 +294,9 @@ def remove_older_checkpoints(folder: str, limit: int | None, best: str | None) -
     from transformers.trainer_utils import rotate_checkpoints
 
     rotate_checkpoints(folder, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+
+# -- capture --------------------------------------------------------------------------------------
 
 
 def masks_expanded_by(expansion: Callable[[Any], Any]) -> contextlib.AbstractContextManager[Any]:

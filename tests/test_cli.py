@@ -89,6 +89,22 @@ def test_sft_leaves_pefts_files_checkpoints_a_log_and_a_picture(adapter: Path) -
     assert all(norm > 0 for norm in norms)
 
 
+@pytest.mark.slow
+def test_sft_with_nothing_but_a_file_and_a_model(
+    folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """Compiled, three epochs, into out/sft."""
+    monkeypatch.chdir(tmp_path)
+    text = said(capsys, "sft", folder / "sft.jsonl", "--model_name_or_path", folder / "model")
+    assert "7 of 8 linears in 4 bits, 7 adapted" in text
+    log = [json.loads(line) for line in Path("out/sft/log.jsonl").read_text().splitlines()]
+    norms = [float(row["grad_norm"]) for row in log if "grad_norm" in row]
+    assert len(norms) == 9
+    assert all(norm > 0 for norm in norms)
+    saved = load_file("out/sft/adapter_model.safetensors")
+    assert all(bool(t.any()) for key, t in saved.items() if "lora_B" in key)
+
+
 def test_dpo(folder: Path, tmp_path: Path, capsys: Any) -> None:
     text = said(capsys, "dpo", folder / "dpo.jsonl", *words(folder, tmp_path, max_steps=2))
     assert "16 of 24" not in text

@@ -71,19 +71,19 @@ CHANGED: dict[str, tuple[Any, str]] = {
 
 
 def run(command: str, args: list[str]) -> None:
+    import torch
 
     try:
         import trl
     except ImportError:
         raise UsageError(f"qlora-fx {command} needs TRL: pip install 'qlora_fx[trl]'") from None
+    kind, config = {
+        "sft": (trl.SFTTrainer, trl.SFTConfig),
+        "dpo": (trl.DPOTrainer, trl.DPOConfig),
+    }[command]
     parser = Parser(
         command,
-        (
-            CompilerSettings,
-            DataSettings,
-            trl.ModelConfig,
-            {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}[command],
-        ),
+        (CompilerSettings, DataSettings, trl.ModelConfig, config),
         positional={
             **dict.fromkeys((".yaml", ".yml"), "--config"),
             **dict.fromkeys((".jsonl", ".json"), "--dataset_name"),
@@ -94,12 +94,12 @@ def run(command: str, args: list[str]) -> None:
             **CHANGED,
             "output_dir": (f"out/{command}", OUTPUT),
             "learning_rate": (RATE[command], ""),
+            "dataloader_pin_memory": (torch.cuda.is_available(), ""),
         },
     )
     compiler, data, model, settings = parser.parse(args)
     check(model, settings)
     resume = where_to_resume(settings)
-    kind = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer}[command]
     train(command, kind, compiler, data, model, settings, resume)
 
 

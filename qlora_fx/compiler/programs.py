@@ -67,7 +67,7 @@ class Programs:
                 one.uncompiled.replace(adapter)
 
     def __iter__(self) -> Iterator[Program]:
-        return (one.program for several in self.captured.values() for one in several)
+        return (program for program, _ in self.runs())
 
     def runs(self) -> Iterator[tuple[Program, fx.GraphModule]]:
         """Every program, and the graph that it runs."""

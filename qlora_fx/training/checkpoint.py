@@ -26,16 +26,16 @@ def base_fingerprint(base: Base) -> str:
     trained = {
         t.key for s in base.sites.values() if s.adapt for t in base.adapter.tensors(s).values()
     }
-    sum32 = 0
+    found = 0
     for key, tensor in sorted(base.store.items()):
         if key in trained or key in base.trained:
             continue
         flat = tensor.detach().reshape(-1).view(torch.uint8) if tensor.numel() else tensor
         ends = (flat[:SAMPLE], flat[-SAMPLE:])
-        sum32 = zlib.crc32(f"{key} {tensor.dtype} {list(tensor.shape)}".encode(), sum32)
+        found = zlib.crc32(f"{key} {tensor.dtype} {list(tensor.shape)}".encode(), found)
         for end in ends:
-            sum32 = zlib.crc32(end.cpu().contiguous().numpy().tobytes(), sum32)
-    return f"{sum32:08x}"
+            found = zlib.crc32(end.cpu().contiguous().numpy().tobytes(), found)
+    return f"{found:08x}"
 
 
 def description(base: Base) -> dict[str, Any]:
@@ -113,12 +113,13 @@ def check(folder: str | os.PathLike[str], base: Base) -> None:
             )
     saved, here = flat(content["of"]), flat(description(base))
     for name, value in saved.items():
-        if here.get(name) != value:
-            what = "another base: its weights are" if name == "base" else f"{name}="
-            raise CheckpointError(
-                f"{path} was saved from {what}{'' if name == 'base' else repr(value)}"
-                f"{' not those of this model' if name == 'base' else f', this model has {here.get(name)!r}'}"
-            )
+        if here.get(name) == value:
+            continue
+        if name == "base":
+            what = "another base: its weights are not those of this model"
+        else:
+            what = f"{name}={value!r}, this model has {here.get(name)!r}"
+        raise CheckpointError(f"{path} was saved from {what}")
     now = versions()
     others = [
         f"{name} {was} then, {now.get(name, 'none')} now"

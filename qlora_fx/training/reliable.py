@@ -110,21 +110,20 @@ class ReliableTrainer(Trainer):
             p.grad = None
         random = random_state(self.args.device)
         loss: torch.Tensor
+        budget = ""
         try:
             loss = super().training_step(model, dict(inputs), num_items_in_batch)
         except (RuntimeError, MemoryError) as error:
-            budget = is_out_of_memory(error) and lower_budget(self.model)
+            if is_out_of_memory(error):
+                budget = lower_budget(self.model)
             if not budget:
                 raise
             let_go(error)
+        if budget:  # outside of the handler, which would hold the frames of the failed step
             warnings.warn(
                 f"step {self.state.global_step + 1} ran out of memory; trying it again with memory_budget={budget}",
                 stacklevel=users_stacklevel(),
             )
-            again = True
-        else:
-            again = False
-        if again:  # outside of the handler, which would hold the frames of the failed step
             for p in params:
                 p.grad = None
             set_random_state(self.args.device, random)
