@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..torch_versions import with_vectors
 from .kernel import CAUSAL, Inputs, Kernel, empty_gradients, empty_output
 
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -123,6 +124,7 @@ def library() -> Any:
     # Conversions to bfloat16 are one instruction then.
     flags = ("-mavx512bf16",) if torch.cpu._is_avx512_bf16_supported() else ()
     try:
-        return CppCodeCache.load(source, extra_flags=flags, needs_vec_isa=True)
+        how = with_vectors(CppCodeCache.load_async)
+        return CppCodeCache.load(source, extra_flags=flags, **how)
     except (CppCompileError, OSError, RuntimeError):
         return None
