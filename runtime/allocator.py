@@ -61,6 +61,8 @@ def give_back(device: torch.device, tensors: Iterable[torch.Tensor]) -> None:
     gc.collect()
     if device.type == "cpu":
         trim()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def trim() -> None:

@@ -11,6 +11,9 @@ import torch
 CANDIDATES = (torch.bfloat16, torch.float32)
 """Dtypes with at least bfloat16's range and accuracy. float16 has less range, so it is only used on demand."""
 
+BFLOAT16 = (8, 0)
+"""The compute capability from which on CUDA devices multiply in bfloat16 (CUDA C++ Programming Guide)."""
+
 
 @dataclass(frozen=True)
 class ComputeDtype:
@@ -29,25 +32,30 @@ class ComputeDtype:
 def fastest(device: str) -> ComputeDtype:
     """Time one GEMM of training's shape, [512, 1024] x [1024, 1024], in each candidate dtype.
 
-    The best of five runs counts, after one to warm up; under 0.1 s on a two-core CPU. Cached per device.
+    The best of five runs counts, after one to warm up; under 0.1 s on a two-core CPU. Cached per device. On a GPU
+    such a product is mostly its launch, so nothing is timed: bfloat16 where the GPU has it, for its matrix units
+    multiply that many times faster than float32; else float32, which is slow but right.
     """
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if torch.cuda.get_device_capability(device) >= BFLOAT16:
+            return ComputeDtype(torch.bfloat16, f"{name} has matrix units for it")
+        return ComputeDtype(
+            torch.float32, f"{name} has no bfloat16; float16 is faster where asked for"
+        )
     rows, size = 512, 1024
     gflops: dict[torch.dtype, float] = {}
     for dtype in CANDIDATES:
         a = torch.ones(rows, size, dtype=dtype, device=device)
         b = torch.ones(size, size, dtype=dtype, device=device)
-        best = min(seconds(a, b, device) for _ in range(6))
+        best = min(seconds(a, b) for _ in range(6))
         gflops[dtype] = 2 * rows * size * size / best / 1e9
     choice = max(gflops, key=lambda d: gflops[d])
     measured = ", ".join(f"{str(d).removeprefix('torch.')} {g:.0f}" for d, g in gflops.items())
     return ComputeDtype(choice, f"fastest on {device}: GFLOP/s {measured}")
 
 
-def seconds(a: torch.Tensor, b: torch.Tensor, device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+def seconds(a: torch.Tensor, b: torch.Tensor) -> float:
     start = time.perf_counter()
     torch.nn.functional.linear(a, b)
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
     return time.perf_counter() - start

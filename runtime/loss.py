@@ -11,19 +11,41 @@ does more products than a frozen head needs and cannot be compiled.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .loss_triton import losses_to_gradients as fused
+from .loss_triton import takes
 from .ops import dequantized, scales
 
-CHUNK_BYTES = 32 << 20
-"""Logits held at a time."""
-TILE_BYTES = 4 << 20
-"""Logits in float32 at a time."""
-VOCABULARY = 8192
-"""Rows of a head that are dequantized or cast at a time; a multiple of every blocksize."""
+
+class Sizes(NamedTuple):
+    """How much is computed at a time.
+
+    Attributes:
+        chunk: bytes of logits held.
+        tile: bytes of logits in float32, where PyTorch's operators turn them into gradients.
+        vocabulary: rows of a head that are dequantized or cast; a multiple of every blocksize.
+    """
+
+    chunk: int
+    tile: int
+    vocabulary: int
+
+
+SIZES = {
+    "cpu": Sizes(32 << 20, 4 << 20, 8192),  # what caches hold
+    "cuda": Sizes(
+        256 << 20, 64 << 20, 32768
+    ),  # 1,000 rows of 128,000 in 16 bits: products that fill a GPU
+}
+"""By type of device."""
+
+
+def sizes_on(device: torch.device) -> Sizes:
+    return SIZES.get(device.type, SIZES["cpu"])
 
 
 @torch.library.custom_op("qlora_fx::linear_cross_entropy", mutates_args=())
@@ -64,7 +86,7 @@ def linear_cross_entropy(
     total = torch.zeros((), dtype=torch.float32, device=x.device)
     grad = torch.empty_like(picked)
     head = Head(weight, shape, blocksize, quant_type, x.dtype)
-    step = max(1, CHUNK_BYTES // (shape[0] * x.element_size()))
+    step = max(1, sizes_on(x.device).chunk // (shape[0] * x.element_size()))
     memory = x.new_empty(min(step, len(rows)), shape[0])
     for start in range(0, len(rows), step):
         chunk = picked[start : start + step]
@@ -109,7 +131,14 @@ torch.library.register_autograd("qlora_fx::linear_cross_entropy", _backward, set
 
 
 def workspace(
-    rows: Any, vocabulary: int, inner: int, itemsize: int, *, dense: bool, smaller: Any = min
+    rows: Any,
+    vocabulary: int,
+    inner: int,
+    itemsize: int,
+    *,
+    dense: bool,
+    device: torch.device,
+    smaller: Any = min,
 ) -> Any:
     """Bytes that ``linear_cross_entropy`` takes for itself while it runs, if all rows but a few have a label.
 
@@ -117,12 +146,16 @@ def workspace(
         rows: a number, or a symbol where ``smaller`` takes symbols.
         dense: whether the head is read as it is stored, neither dequantized nor cast.
     """
-    chunk = smaller(rows, max(1, CHUNK_BYTES // (vocabulary * itemsize)))
-    tile = smaller(rows, max(1, TILE_BYTES // (4 * vocabulary))) if itemsize < 4 else 0
+    sizes = sizes_on(device)
+    chunk = smaller(rows, max(1, sizes.chunk // (vocabulary * itemsize)))
+    fuses = device.type == "cuda"  # and takes no float32 copy
+    tile = (
+        smaller(rows, max(1, sizes.tile // (4 * vocabulary))) if itemsize < 4 and not fuses else 0
+    )
     total = chunk * vocabulary * itemsize + 4 * tile * vocabulary + chunk * inner * itemsize
     total += 2 * rows * inner * itemsize  # those rows, and their gradient
     if not dense:  # two parts of the head at the change, their logits, and a sum in float32
-        part = min(VOCABULARY, vocabulary)
+        part = min(sizes.vocabulary, vocabulary)
         total += 2 * part * inner * itemsize + chunk * part * itemsize + 8 * chunk * inner
     return total
 
@@ -131,8 +164,10 @@ def losses_to_gradients(
     logits: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float
 ) -> Tensor:
     """The sum of the rows' losses; ``logits`` becomes its gradient, before scale, cap and bias."""
+    if takes(logits):
+        return fused(logits, bias, labels, scale, softcap)
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
-    step = min(len(logits), max(1, TILE_BYTES // (4 * logits.shape[1])))
+    step = min(len(logits), max(1, sizes_on(logits.device).tile // (4 * logits.shape[1])))
     low = logits.dtype != torch.float32
     if low:
         memory = torch.empty(step, logits.shape[1], dtype=torch.float32, device=logits.device)
@@ -186,15 +221,16 @@ class Head:
         if not self.quant_type and self.weight.dtype == self.dtype:
             yield 0, self.vocabulary, self.weight
             return
-        for first in range(0, self.vocabulary, VOCABULARY):
-            stop = min(first + VOCABULARY, self.vocabulary)
+        size = sizes_on(self.weight.device).vocabulary
+        for first in range(0, self.vocabulary, size):
+            stop = min(first + size, self.vocabulary)
             if self.quant_type:
                 yield first, stop, self.dequantized(first, stop)
             else:
                 yield first, stop, self.weight[first:stop].to(self.dtype)
 
     def dequantized(self, first: int, stop: int) -> Tensor:
-        """Rows of whole blocks, for ``VOCABULARY`` is a multiple of the blocksize."""
+        """Rows of whole blocks, for ``Sizes.vocabulary`` is a multiple of the blocksize."""
         size = self.inner
         packed = self.weight.view(torch.uint8)[first * size // 2 : (stop * size + 1) // 2]
         scale = self.absmax[first * size // self.blocksize : -(-stop * size // self.blocksize)]

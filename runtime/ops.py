@@ -19,6 +19,9 @@ _bnb = torch.ops.bitsandbytes
 
 NESTED_BLOCKSIZE = 256
 
+ELEMENTS = (1 << 31) - 1
+"""Largest number of values in one call of bitsandbytes' kernels, which count in 32 bits."""
+
 ANY_STRIDES = (torch.Tag.flexible_layout,)
 """Of operators whose kernels take any strides. Otherwise Inductor gives them those of the trace, written as numbers
 where it knows them for one size only."""
@@ -80,6 +83,26 @@ def _groups(ends: Tensor) -> Iterator[tuple[int, int, int]]:
             start = stop
 
 
+# Note [Groups on a GPU]
+# To slice rows by group, the host must know where groups end, and waits for the device: once per product, and a launch
+# per group. ``aten::_grouped_mm`` (PyTorch, since 2.9) reads the ends on the device. It takes bfloat16 whose rows are
+# 16 bytes or a multiple; everything else goes group by group.
+
+
+def takes_groups(x: Tensor, *sizes: int) -> bool:
+    """Whether one launch computes grouped products of rows like these with matrices of these sizes.
+
+    Note [Groups on a GPU].
+    """
+    return x.is_cuda and x.dtype == torch.bfloat16 and not any(size % 8 for size in sizes)
+
+
+def zero_behind(y: Tensor, ends: Tensor) -> Tensor:
+    """``y`` with zeros in the rows of no group, which the kernel leaves as they were."""
+    rows = torch.arange(y.shape[0], device=y.device)
+    return y.masked_fill_((rows >= ends[-1])[:, None], 0)
+
+
 @torch.library.custom_op("qlora_fx::grouped_linear", mutates_args=())
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """``x[s:e] @ weight[i].T`` for each group of rows.
@@ -92,10 +115,25 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         ``[rows, out]`` in the dtype of ``x``.
     """
-    y = x.new_zeros(x.shape[0], weight.shape[1])
+    return grouped_product(x, weight.transpose(1, 2), ends)
+
+
+def grouped_product(x: Tensor, factors: Tensor, ends: Tensor) -> Tensor:
+    """``x[s:e] @ factors[i]`` for each group of rows; ``factors`` ``[groups, in, out]``."""
+    if takes_groups(x, *factors.shape[1:]):
+        y: Tensor = torch._grouped_mm(x.contiguous(), whole_strides(factors), offs=ends.int())
+        return zero_behind(y, ends)
+    y = x.new_zeros(x.shape[0], factors.shape[2])
     for i, start, stop in _groups(ends):
-        torch.mm(x[start:stop], weight[i].t(), out=y[start:stop])
+        torch.mm(x[start:stop], factors[i], out=y[start:stop])
     return y
+
+
+def whole_strides(t: Tensor) -> Tensor:
+    """Matrices whose rows or columns are contiguous and aligned, as the grouped kernel wants them."""
+    step = {t.stride(-1), t.stride(-2)} - {1}
+    fine = 1 in t.stride()[-2:] and not any(s % 8 for s in step) and t.stride(0) % 8 == 0
+    return t if fine else t.contiguous()
 
 
 @grouped_linear.register_fake
@@ -112,6 +150,12 @@ def grouped_outer(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     Returns:
         ``[groups, out, in]``; zero where a group has no rows.
     """
+    if takes_groups(x, grad.shape[1], x.shape[1]):
+        seen = (ends[-1] > torch.arange(x.shape[0], device=x.device))[:, None]
+        summed: Tensor = torch._grouped_mm(
+            (grad * seen).t(), (x * seen).contiguous(), offs=ends.int()
+        )
+        return summed
     out = grad.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
     for i, start, stop in _groups(ends):
         torch.mm(grad[start:stop].t(), x[start:stop], out=out[i])
@@ -169,6 +213,11 @@ def grouped_linear_4bit(
     Returns:
         ``[rows, out]`` (``[rows, in]`` if ``transpose``).
     """
+    if takes_groups(x, *shape):
+        stack = dense_stack(
+            packed, absmax, nested_absmax, offset, nested_quant_map, shape, blocksize, quant_type
+        )
+        return grouped_product(x, stack if transpose else stack.transpose(1, 2), ends)
     y = x.new_zeros(x.shape[0], shape[1] if transpose else shape[0])
     for i, start, stop in _groups(ends):
         scale = absmax[i]
@@ -177,6 +226,34 @@ def grouped_linear_4bit(
         weight = dequantized(packed[i], scale, blocksize, quant_type, shape, x.dtype)
         torch.mm(x[start:stop], weight if transpose else weight.t(), out=y[start:stop])
     return y
+
+
+def dense_stack(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    nested_quant_map: Tensor | None,
+    shape: Sequence[int],
+    blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    """A stack of experts in bfloat16, ``[experts, out, in]``, in as few launches as there can be."""
+    if nested_absmax is not None and offset is not None and nested_quant_map is not None:
+        nested = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE, 1)[:, : absmax.shape[1]]
+        absmax = nested_quant_map[absmax.int()] * nested + offset[:, None]
+    experts, size = packed.shape[0], math.prod(shape)
+    packed = packed.view(experts, -1)
+    stack = packed.new_empty(experts, *shape, dtype=torch.bfloat16)
+    step = max(1, ELEMENTS // size) if size % blocksize == 0 else 1
+    for first in range(0, experts, step):
+        part = slice(first, first + step)
+        codes, scale = packed[part].reshape(-1, 1), absmax[part].flatten()
+        rows = stack[part].shape
+        _bnb.dequantize_4bit.out(
+            codes, scale, blocksize, quant_type, list(rows), torch.bfloat16, out=stack[part]
+        )
+    return stack
 
 
 @grouped_linear_4bit.register_fake

@@ -48,7 +48,13 @@ class Wrong(AssertionError):
     """A number that is not what it should be."""
 
 
-def walk(family: Family, *, steps: tuple[str, ...] = STEPS, backend: str = "inductor") -> Walk:
+def walk(
+    family: Family,
+    *,
+    steps: tuple[str, ...] = STEPS,
+    backend: str = "inductor",
+    device: str = "cpu",
+) -> Walk:
     """Take a family along the path; errors are reported, not raised."""
     result = Walk()
     step = ""
@@ -66,7 +72,7 @@ def walk(family: Family, *, steps: tuple[str, ...] = STEPS, backend: str = "indu
             result.said[name] = said
 
     try:
-        follow(family, steps, backend, taking)
+        follow(family, steps, backend, torch.device(device), taking)
     except Exception as error:
         text = str(error).strip() or "-"
         result.error = f"{step}: {type(error).__name__}: {text[:600]}"
@@ -88,9 +94,14 @@ def ours(warning: warnings.WarningMessage) -> bool:
     return any(words in str(warning.message) for words in OURS)
 
 
-def follow(family: Family, steps: tuple[str, ...], backend: str, taking: Any) -> None:
-    model = build(family).train()
-    first, second = family.batch(3, 21), family.batch(2, 17)
+def follow(
+    family: Family, steps: tuple[str, ...], backend: str, device: torch.device, taking: Any
+) -> None:
+    model: Any = build(family).train().to(device)
+    first, second = (
+        {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        for batch in (family.batch(3, 21), family.batch(2, 17))
+    )
     with taking("transform"):
         qmodel = qlora_fx.transform(
             copy.deepcopy(model),
@@ -183,7 +194,7 @@ def loaded(model: Any, qmodel: Any, batch: Any, folder: Path, backend: str) -> N
         example_inputs=batch,
         backend=backend,
         model_class=type(model),
-        device="cpu",
+        device=next(model.parameters()).device,
         progress=False,
     )
     again.load_adapter_state_dict(qmodel.train().adapter_state_dict())

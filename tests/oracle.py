@@ -119,7 +119,7 @@ def reference(
             new.bias = bias  # type: ignore[assignment]
         path, _, leaf = name.rpartition(".")
         setattr(q.get_submodule(path), leaf, new)
-    q = q.to("cpu").train()
+    q = q.to(next(model.parameters()).device).train()
     for p in q.parameters():
         if p.is_floating_point():
             p.requires_grad_(False)

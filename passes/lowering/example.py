@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -116,7 +117,13 @@ class Example:
         if text is None:
             return None
         env = self.env
-        return lambda sizes: env.evaluate_guards_expression(text, [max(s, 2) for s in sizes])
+
+        @functools.lru_cache(maxsize=1024)
+        def holds(sizes: tuple[int, ...]) -> bool:
+            found: bool = env.evaluate_guards_expression(text, [max(s, 2) for s in sizes])
+            return found
+
+        return holds
 
 
 def hint_of(env: ShapeEnv, term: sympy.Expr) -> int:

@@ -85,7 +85,7 @@ def loss_workspace(node: fx.Node) -> sympy.Expr:
     x, head = args["x"].meta["val"], args["weight"][0].meta["val"]
     dense = not args["quant_type"] and head.dtype == x.dtype
     shape = (expression(x.shape[0]), *args["shape"], x.dtype.itemsize)
-    return workspace(*shape, dense=dense, smaller=sympy.Min)  # type: ignore[no-any-return]
+    return workspace(*shape, dense=dense, device=x.device, smaller=sympy.Min)  # type: ignore[no-any-return]
 
 
 def loss_without_grad(node: fx.Node) -> None:

@@ -86,7 +86,7 @@ def bind_call(
     without_flash_arguments(values, getattr(known.model, "config", None))
     count = values.get("num_items_in_batch")
     if isinstance(count, int):
-        values["num_items_in_batch"] = torch.tensor(count, device=device)
+        values["num_items_in_batch"] = torch.full((), count, device=device)  # waits for no copy
     return Call(values, None if logits is None else bool(logits))
 
 

@@ -63,6 +63,13 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
+def numbered(device: torch.device) -> torch.device:
+    """The device as its tensors name it: "cuda" is the current one, ``cuda:0`` for instance."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 class Skeleton:
     """The model's Python without its weights: what is traced for each new signature.
 
@@ -85,7 +92,7 @@ class Skeleton:
 
     def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
         tensors = dict(named_tensors(model))
-        self.device = next(iter(tensors.values())).device if device is None else device
+        self.device = numbered(next(iter(tensors.values())).device if device is None else device)
         self.dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
         first: dict[int, str] = {}
         self.keys = {name: first.setdefault(id(t), name) for name, t in tensors.items()}

@@ -133,10 +133,13 @@ class Programs:
 
     def add(self, signature: Signature, capture: Capture, result: Result) -> CapturedGraph:
         """Take in a captured graph, whose constants go to the store."""
-        store = self.base.store
-        for name, tensor in capture.constants.items():
-            store.tensors[name] = tensor.to(self.base.device)
-        gm = result.gm
+        store, gm = self.base.store, result.gm
+        for node in gm.graph.nodes:
+            constant = capture.constants.get(node.meta.get("stored", ""))
+            if (
+                constant is not None
+            ):  # where the graph was traced with it: the model moves it itself
+                store.tensors[node.meta["stored"]] = constant.to(node.meta["val"].device)
         keys = [n.meta["stored"] for n in gm.graph.nodes if "stored" in n.meta]
         stored = [(key, self.adapter.get(key, store[key])) for key in keys]
         inputs = [(n.meta["input"], n.meta["val"]) for n in gm.graph.nodes if "input" in n.meta]

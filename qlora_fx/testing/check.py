@@ -97,7 +97,7 @@ def randomize_adapter(qmodel: QLoRAModel, *, scale: float = 0.05, seed: int = 1)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in qmodel.adapter_parameters():
-            values = torch.randn(p.shape, generator=generator) * scale
+            values = torch.randn(p.shape, generator=generator).to(p.device) * scale
             p.copy_(p + values if name in qmodel.base.trained else values)
 
 

@@ -94,5 +94,8 @@ class Base:
 
 
 def activation_dtype(skeleton: Skeleton, config: Config) -> torch.dtype:
-    """The wider of the model's dtype and the compute dtype."""
+    """The wider of the model's dtype and the compute dtype; of the two 16-bit ones that with the larger range."""
+    both = {skeleton.dtype, config.compute_dtype}
+    if both == {torch.float16, torch.bfloat16}:
+        return torch.bfloat16
     return torch.promote_types(skeleton.dtype, config.compute_dtype)

@@ -2,7 +2,8 @@
 
 kernel   what every kernel can do, what is known of masks
 onednn   compiled for this machine: oneDNN's block products, without what a mask hides
-pytorch  PyTorch's kernel, for all that the others decline
+pytorch  PyTorch's kernel for CPUs, for all that the others decline
+cuda     PyTorch's kernels for GPUs: FlashAttention where the mask is causal, the memory-efficient one elsewhere
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import GraphError
+from .cuda import Definition, Efficient, Flash
 from .kernel import ANY, CAUSAL, Inputs, Kernel, Mask, MaskKind
 from .onednn import OneDnn
 from .pytorch import PyTorch
@@ -28,7 +30,7 @@ __all__ = [
     "prepare",
 ]
 
-KERNELS: tuple[Kernel, ...] = (OneDnn(), PyTorch())
+KERNELS: tuple[Kernel, ...] = (OneDnn(), PyTorch(), Flash(), Efficient(), Definition())
 """The first that takes a call's tensors computes it. The last one of each device takes everything there."""
 
 

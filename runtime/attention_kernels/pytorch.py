@@ -86,7 +86,8 @@ def additive_mask(mask: Mask, q: Tensor) -> Tensor | None:
     if mask.seen is None:
         return None
     hidden = ~mask.seen & mask.seen.any(-1, keepdim=True)
-    return torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
+    zeros = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
+    return zeros.masked_fill_(hidden, float("-inf"))
 
 
 def zero_where_nothing_is_seen(t: Tensor, mask: Mask) -> Tensor:

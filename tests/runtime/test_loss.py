@@ -54,8 +54,7 @@ def test_loss_and_gradient_are_the_definitions(
     monkeypatch: pytest.MonkeyPatch, scale: float, softcap: float, head: str, small: bool
 ) -> None:
     if small:  # many chunks of rows, tiles of rows and parts of the vocabulary
-        for name, value in (("CHUNK_BYTES", 800), ("TILE_BYTES", 300), ("VOCABULARY", 64)):
-            monkeypatch.setattr(module, name, value)
+        monkeypatch.setitem(module.SIZES, "cpu", module.Sizes(chunk=800, tile=300, vocabulary=64))
     x, weight, bias = random(ROWS, SIZE), random(VOCABULARY, SIZE, seed=2), None
     storage, kind = [weight], ""
     if head == "bfloat16":

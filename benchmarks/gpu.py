@@ -1,0 +1,456 @@
+"""Training on a GPU beside PEFT + bitsandbytes: time, memory, launches of a step, and the bound of its products.
+
+    python benchmarks/gpu.py [--models 1b 8b moe] [--rounds 5] [--json figures.json]
+
+Models have the shapes of Llama-3.2-1B, Llama-3.1-8B and six layers of Qwen3-30B-A3B, with random weights in bfloat16:
+nothing is downloaded. Each lives in a process of its own with all its stacks, which take turns, one step each, round
+after round; the processes compile at the same time and are measured one after the other. A step is forward and
+backward; an optimizer's is timed apart. Times are of CUDA events. The bound is the time of the step's matrix products
+alone on buffers made beforehand (each linear's forward and input gradient, LoRA's, the head's; no attention).
+``peak`` is torch.cuda.max_memory_allocated above what all stacks hold, ``held`` what a stack holds itself. transformers +
+bitsandbytes keeps experts dense and PEFT leaves them without adapters, so that the ``moe`` row has no reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder, whose profile.py would hide Python's own
+
+SHAPES = ((1, 512), (4, 1024), (1, 4096))
+RANK = 16
+MODELS: dict[str, dict[str, Any]] = {
+    "1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
+    "moe": {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--json", help="write the figures to this file as they come")
+    p.add_argument("--worker", choices=list(MODELS), help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.worker:
+        work(args)
+        return
+    found: list[dict[str, Any]] = []
+    workers = {name: start(name, args) for name in args.models}
+    for name, process in workers.items():
+        lines(process, lambda line: line == "ready")
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+
+        def note(line: str, name: str = name) -> bool:
+            print(f"{name} {line}", flush=True)
+            if line.startswith("{"):
+                found.append({"model": name, **json.loads(line)})
+                if args.json:
+                    Path(args.json).write_text(json.dumps(found, indent=1))
+            return False
+
+        lines(process, note)
+        process.wait()
+    print(table(found))
+
+
+def start(name: str, args: argparse.Namespace) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--worker", name, "--rounds", str(args.rounds)]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+
+
+def lines(process: subprocess.Popen[str], until: Callable[[str], bool]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if until(line.rstrip("\n")):
+            return
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    rows = [
+        "| model | batch | stack | step ms (min-max) | tokens/s | x bound | x reference | peak GB | held GB | launches | waits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for f in found:
+        if "median_ms" not in f:
+            continue
+        rows.append(
+            f"| {f['model']} | {f['rows']} x {f['tokens']} | {f['stack']} | {f['median_ms']:.1f} "
+            f"({f['min_ms']:.1f}-{f['max_ms']:.1f}) | {f['tokens_per_s']:.0f} | {f['x_bound']:.2f} | "
+            f"{f.get('x_reference', 0):.2f} | {f['peak_gb']:.2f} | {f['held_gb']:.2f} | {f.get('launches', '-')} | "
+            f"{f.get('waits', '-')} |"
+        )
+    return "\n".join(rows)
+
+
+# -- a model's process -----------------------------------------------------------------------------
+
+
+def work(args: argparse.Namespace) -> None:
+    import torch
+
+    warnings.filterwarnings("ignore")
+    name = args.worker
+    model = dense_model(name)
+    stacks: dict[str, Any] = {}
+    held: dict[str, float] = {}
+    reports: list[dict[str, Any]] = []
+    for stack, make in makers(name).items():
+        before, began = torch.cuda.memory_allocated(), time.perf_counter()
+        if stack == "qlora_fx":  # it takes the dense weights over
+            before -= sum(p.nbytes for p in model.parameters())
+        try:
+            stacks[stack] = make(model)
+            for parameter_name, parameter in stacks[stack].named_parameters():
+                if "lora_B" in parameter_name:  # at zero, lora_A would have no gradient
+                    torch.nn.init.normal_(parameter, std=0.02)
+            run(stacks[stack], 1, 512)
+        except Exception as error:
+            reports.append({"stack": stack, "error": f"{type(error).__name__}: {error}"[:400]})
+            continue
+        torch.cuda.synchronize()
+        gc.collect()
+        held[stack] = (torch.cuda.memory_allocated() - before) / 1e9
+        reports.append({"stack": stack, "first_step_s": round(time.perf_counter() - began, 1)})
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    for stack in stacks.values():  # what is left to compile
+        for rows, tokens in SHAPES:
+            for _ in range(2):
+                run(stack, rows, tokens)
+    say("ready")
+    sys.stdin.readline()
+    for report in reports:
+        say(json.dumps(report))
+    say(f"device: {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for rows, tokens in SHAPES:
+        measure(name, stacks, held, rows, tokens, args.rounds)
+    say(json.dumps(optimizers(stacks)))
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def dense_model(name: str) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    settings = {**MODELS[name], "max_position_embeddings": 8192, "use_cache": False}
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        if name == "moe":
+            model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**settings))
+    torch.set_default_dtype(before)
+    return model
+
+
+def makers(name: str) -> dict[str, Callable[[Any], Any]]:
+    ours: dict[str, Callable[[Any], Any]] = {"qlora_fx": lambda model: qlora(model)}
+    if name == "moe":
+        return ours
+    return {
+        "reference": lambda model: reference(model, checkpointing=False),
+        "reference, checkpointing": lambda model: reference(model, checkpointing=True),
+        **ours,
+    }
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+
+
+def qlora(model: Any) -> Any:
+    import qlora_fx
+
+    return qlora_fx.transform(model, lora())
+
+
+def reference(model: Any, *, checkpointing: bool) -> Any:
+    """bitsandbytes' Linear4bit in the place of each linear, PEFT's LoRA on it: what the usual recipe loads."""
+    import copy
+
+    import bitsandbytes as bnb
+    import torch
+    from peft import get_peft_model
+
+    linears = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and path != "lm_head"
+    }
+    memo: dict[int, Any] = {}
+    for module in linears.values():  # weights that are quantized are not copied before
+        memo[id(module.weight)] = torch.nn.Parameter(torch.empty(0, device="cuda"), False)
+    q = copy.deepcopy(model, memo)
+    for path, module in linears.items():
+        new = bnb.nn.Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            compress_statistics=True,
+            quant_type="nf4",
+            device="meta",
+        )
+        new.weight = bnb.nn.Params4bit(
+            module.weight.data,
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=True,
+            module=new,
+        ).to("cuda")
+        parent, _, leaf = path.rpartition(".")
+        setattr(q.get_submodule(parent), leaf, new)
+    for p in q.parameters():
+        p.requires_grad_(False)
+    if checkpointing:
+        q.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        q.enable_input_require_grads()
+    return get_peft_model(q, lora()).train()
+
+
+def batch(rows: int, tokens: int) -> dict[str, Any]:
+    import torch
+
+    ids = torch.randint(5, 100000, (rows, tokens), device="cuda")
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def run(stack: Any, rows: int, tokens: int) -> Any:
+    import torch
+
+    stack.zero_grad(set_to_none=True)
+    # As Trainer's bf16=True does it: PEFT keeps adapters in float32. Ours multiplies in bfloat16 by itself.
+    mine = type(stack).__module__.startswith("qlora_fx")
+    with contextlib.nullcontext() if mine else torch.autocast("cuda", torch.bfloat16):
+        loss = stack(**batch(rows, tokens)).loss
+    loss.backward()
+    return loss
+
+
+def timed(step: Callable[[], Any]) -> float:
+    """Milliseconds."""
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def measure(
+    name: str, stacks: dict[str, Any], held: dict[str, float], rows: int, tokens: int, rounds: int
+) -> None:
+    import torch
+
+    products = bound(name, rows * tokens)
+    for _ in range(2):
+        timed(products)
+    steps: dict[str, Callable[[], Any]] = {
+        stack: (lambda model=model: run(model, rows, tokens)) for stack, model in stacks.items()
+    }
+    steps["bound"] = products
+    times: dict[str, list[float]] = {stack: [] for stack in steps}
+    for step in steps.values():
+        timed(step)
+    for _ in range(rounds):
+        for stack, step in steps.items():
+            times[stack].append(timed(step))
+    floor = statistics.median(times["bound"])
+    del products, steps["bound"]
+    torch.cuda.empty_cache()
+    usual = min(
+        (statistics.median(times[s]) for s in stacks if s.startswith("reference")), default=None
+    )
+    for stack, model in stacks.items():
+        for other in stacks.values():
+            other.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = float(run(model, rows, tokens).detach())
+        torch.cuda.synchronize()
+        peak = (torch.cuda.max_memory_allocated() - before) / 1e9
+        trained = [p for p in model.parameters() if p.requires_grad]
+        norms = [float(p.grad.norm()) for p in trained if p.grad is not None]
+        median = statistics.median(times[stack])
+        found = {
+            "stack": stack,
+            "rows": rows,
+            "tokens": tokens,
+            "median_ms": median,
+            "min_ms": min(times[stack]),
+            "max_ms": max(times[stack]),
+            "tokens_per_s": rows * tokens / median * 1e3,
+            "bound_ms": floor,
+            "x_bound": median / floor,
+            **({} if usual is None else {"x_reference": median / usual}),
+            "peak_gb": peak,
+            "held_gb": held[stack],
+            "loss": loss,
+            "gradients": f"{sum(n > 0 for n in norms)} of {len(trained)} not zero",
+            **profiled(lambda model=model: run(model, rows, tokens)),
+        }
+        say(json.dumps(found))
+
+
+def bound(name: str, tokens: int) -> Callable[[], None]:
+    """The products of one step on buffers made beforehand."""
+    import torch
+
+    c = MODELS[name]
+    h, d = c["hidden_size"], c["head_dim"]
+    q, kv = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
+    layer = [(q, h), (kv, h), (kv, h), (h, q)]
+    if name != "moe":
+        m = c["intermediate_size"]
+        layer += [(m, h), (m, h), (h, m)]
+    linears = layer * c["num_hidden_layers"]
+    made: dict[tuple[int, ...], Any] = {}
+
+    def buffer(*shape: int) -> Any:
+        if shape not in made:
+            made[shape] = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        return made[shape]
+
+    def products() -> None:
+        for out, inn in linears:
+            x, y, w = buffer(tokens, inn), buffer(tokens, out), buffer(out, inn)
+            a, b, z = buffer(RANK, inn), buffer(out, RANK), buffer(tokens, RANK)
+            torch.mm(x, w.t())
+            torch.mm(y, w)
+            torch.mm(x, a.t())
+            torch.mm(z, b.t())
+            torch.mm(y.t(), z)
+            torch.mm(y, b)
+            torch.mm(z.t(), x)
+            torch.mm(z, a)
+        if name == "moe":
+            m, e = c["moe_intermediate_size"], c["num_experts"]
+            n = tokens * c["num_experts_per_tok"]
+            ends = torch.arange(1, e + 1, device="cuda", dtype=torch.int32) * (n // e)
+            for out, inn in ((2 * m, h), (h, m)) * c["num_hidden_layers"]:
+                x, y, w = buffer(n, inn), buffer(n, out), buffer(e, out, inn)
+                torch._grouped_mm(x, w.transpose(1, 2), offs=ends)
+                torch._grouped_mm(y, w, offs=ends)
+        for start in range(0, tokens, 1024):
+            n = min(1024, tokens - start)
+            x, y, w = buffer(n, h), buffer(n, c["vocab_size"]), buffer(c["vocab_size"], h)
+            torch.mm(x, w.t())
+            torch.mm(y, w)
+
+    return products
+
+
+def profiled(step: Callable[[], Any]) -> dict[str, Any]:
+    """Launches, waits and the kernels that take longest, of one step."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    try:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+            step()
+            torch.cuda.synchronize()
+        events = found.events()
+        kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+        totals: dict[str, list[float]] = {}
+        for e in kernels:
+            entry = totals.setdefault(e.name, [0, 0.0])
+            entry[0] += 1
+            entry[1] += e.device_time_total / 1e3
+        waits = sum(e.name in ("cudaStreamSynchronize", "cudaEventSynchronize") for e in events)
+        top = sorted(totals.items(), key=lambda item: -item[1][1])[:14]
+        return {
+            "launches": len(kernels),
+            "waits": waits,
+            "busy_ms": round(sum(t for _, t in totals.values()), 2),
+            "kernels": [[name[:70], count, round(ms, 3)] for name, (count, ms) in top],
+        }
+    except Exception as error:
+        return {"profile": f"{type(error).__name__}: {error}"[:200]}
+
+
+def optimizers(stacks: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of an update of all adapters, by stack."""
+    import bitsandbytes as bnb
+
+    found: dict[str, Any] = {"optimizer": "PagedAdamW8bit"}
+    for stack, model in stacks.items():
+        try:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimizer = bnb.optim.PagedAdamW8bit(trained, lr=1e-5)
+            run(model, 1, 512)
+            for _ in range(3):
+                timed(optimizer.step)
+            found[stack] = round(statistics.median(timed(optimizer.step) for _ in range(5)), 2)
+            states = optimizer.state.values()
+            found[f"{stack}: paged"] = sum(getattr(s["state1"], "is_paged", False) for s in states)
+        except Exception as error:
+            found[stack] = f"{type(error).__name__}: {error}"[:200]
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Attention on a GPU: PyTorch's kernels, called by name, so that a causal mask is not read and heads are not repeated.
+
+``scaled_dot_product_attention`` in a captured model has a mask, so that PyTorch never takes FlashAttention for it,
+and is marked as random for the sake of dropout, so that recomputation keeps its result.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .kernel import CAUSAL, Inputs, Kernel, Mask, empty_output
+from .pytorch import (
+    additive_mask,
+    repeat_heads,
+    sum_over_heads,
+    zero_where_nothing_is_seen,
+)
+
+aten = torch.ops.aten
+HALF = (torch.bfloat16, torch.float16)
+FLASH_SIZE = 256
+"""Largest head size of PyTorch's FlashAttention-2."""
+ALIGNMENT = 8
+"""Head sizes, and the rows of a bias, must be a multiple of it (16 bytes of 16 bits)."""
+SUMS = 32
+"""The memory-efficient kernel pads the rows of its log-sum-exp to a multiple of it (``kAlignLSE``)."""
+
+
+@functools.cache
+def capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+class Flash(Kernel):
+    """FlashAttention-2, ``aten::_scaled_dot_product_flash_attention``: causal, in 16 bits; keys stay as few as they are."""
+
+    name = "flash"
+    device = "cuda"
+    mask_kinds = (CAUSAL,)
+
+    def takes(self, inputs: Inputs) -> bool:
+        q, _, v, mask, _ = inputs
+        return (
+            mask.seen is None
+            and q.dtype in HALF
+            and max(q.shape[3], v.shape[3]) <= FLASH_SIZE
+            and capability(q.device.index) >= (8, 0)
+        )
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        q, k, v, _, scale = inputs
+        query, keys, values = aligned(q, k, v)
+        result, lse, *_ = aten._scaled_dot_product_flash_attention(
+            query, keys, values, 0.0, True, return_debug_mask=False, scale=scale
+        )
+        return in_place_of_output(result, q, v), lse
+
+    def backward(
+        self, inputs: Inputs, out: Tensor, lse: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, _, scale = inputs
+        query, keys, values, result, grad = aligned(q, k, v, out, grad)
+        rows = q.shape[2]
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
+            grad, query, keys, values, result, lse, None, None, rows, rows, 0.0, True,
+            *no_random_state(q), scale=scale,
+        )  # fmt: skip
+        return tuple(
+            g[..., : t.shape[3]].contiguous() for g, t in zip((dq, dk, dv), (q, k, v), strict=True)
+        )  # type: ignore[return-value]
+
+
+class Efficient(Kernel):
+    """The memory-efficient kernel, ``aten::_scaled_dot_product_efficient_attention``: any mask, up to 32 bits.
+
+    It reads a mask as a bias, and wants keys and values once per query head.
+    """
+
+    name = "efficient"
+    device = "cuda"
+
+    def takes(self, inputs: Inputs) -> bool:
+        return inputs.q.dtype in (*HALF, torch.float32) and inputs.q.numel() > 0
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        q, k, v, mask, scale = inputs
+        query, keys, values = aligned(q, repeat_heads(k, q), repeat_heads(v, q))
+        result, lse, *_ = aten._scaled_dot_product_efficient_attention(
+            query, keys, values, bias(mask, q), True, 0.0, mask.seen is None, scale=scale
+        )
+        result = zero_where_nothing_is_seen(result, mask)
+        return in_place_of_output(result, q, v), lse[..., : q.shape[2]].contiguous()
+
+    def backward(
+        self, inputs: Inputs, out: Tensor, lse: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, mask, scale = inputs
+        grad = zero_where_nothing_is_seen(grad, mask)
+        query, keys, values, result, grad = aligned(
+            q, repeat_heads(k, q), repeat_heads(v, q), out, grad
+        )
+        sums = torch.nn.functional.pad(lse, (0, -lse.shape[2] % SUMS), value=float("inf"))
+        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+            grad, query, keys, values, bias(mask, q), result, sums, *no_random_state(q), 0.0,
+            [True, True, True, False], mask.seen is None, scale=scale,
+        )  # fmt: skip
+        dq, dk, dv = dq[..., : q.shape[3]], dk[..., : k.shape[3]], dv[..., : v.shape[3]]
+        return dq.contiguous(), sum_over_heads(dk, k), sum_over_heads(dv, v)
+
+
+class Definition(Kernel):
+    """What attention is, with all scores held at once: for float64."""
+
+    name = "definition"
+    device = "cuda"
+
+    def takes(self, inputs: Inputs) -> bool:
+        return True
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        q, v = inputs.q, inputs.v
+        p, sums = self.probabilities(inputs)
+        out, lse = empty_output(q, v)
+        return out.copy_(p @ repeat_heads(v, q)), lse.copy_(sums)
+
+    def backward(
+        self, inputs: Inputs, out: Tensor, lse: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, _, scale = inputs
+        p, _ = self.probabilities(inputs)
+        dp = grad @ repeat_heads(v, q).mT - (grad * out).sum(-1, keepdim=True)
+        scores = scale * p * dp
+        dq = scores @ repeat_heads(k, q)
+        return dq, sum_over_heads(scores.mT @ q, k), sum_over_heads(p.mT @ grad, v)
+
+    def probabilities(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Softmax, and the log-sum-exp of the scores."""
+        q, k, _, mask, scale = inputs
+        scores = scale * q @ repeat_heads(k, q).mT
+        seen = mask.seen
+        if seen is None:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~seen, float("-inf"))
+        p = scores.softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0)
+        return p, scores.logsumexp(-1).masked_fill(~seen.any(-1), 0)
+
+
+def aligned(*tensors: Tensor) -> list[Tensor]:
+    """With heads of one size, filled up with zeros, that the kernels can read: rows contiguous and aligned."""
+    size = max(t.shape[3] for t in tensors)
+    size += -size % ALIGNMENT
+    if any(t.shape[3] != size for t in tensors):
+        return [torch.nn.functional.pad(t, (0, size - t.shape[3])) for t in tensors]
+    return [t if readable(t) else t.contiguous() for t in tensors]
+
+
+def readable(t: Tensor) -> bool:
+    steps = (s for s, size in zip(t.stride()[:3], t.shape, strict=False) if size > 1)
+    return t.stride(3) == 1 and not any(s % ALIGNMENT for s in steps)
+
+
+def in_place_of_output(result: Tensor, q: Tensor, v: Tensor) -> Tensor:
+    """The result with the strides of ``empty_output``, which it has unless heads were filled up."""
+    out, _ = empty_output(q, v)
+    result = result[..., : v.shape[3]]
+    return result if result.stride() == out.stride() else out.copy_(result)
+
+
+def bias(mask: Mask, q: Tensor) -> Tensor | None:
+    """``additive_mask`` whose rows are aligned, expanded to ``[batch, heads, queries, keys]``."""
+    if mask.seen is None:
+        return None
+    keys = mask.seen.shape[3]
+    padded = torch.nn.functional.pad(mask.seen, (0, -keys % ALIGNMENT))
+    added = additive_mask(Mask(padded, mask.kind), q)
+    assert added is not None
+    return added[..., :keys].expand(q.shape[0], q.shape[1], q.shape[2], keys)
+
+
+def no_random_state(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Seed and offset of a dropout that is none."""
+    empty = torch.empty((), dtype=torch.int64, device=q.device)
+    return empty, empty
