@@ -78,12 +78,19 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--json", help="write the figures to this file as they come")
     p.add_argument("--worker", choices=list(MODELS), help=argparse.SUPPRESS)
+    p.add_argument("--plan", choices=list(MODELS), help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.worker:
         work(args)
         return
+    if args.plan:
+        planned(args.plan)
+        return
     found: list[dict[str, Any]] = []
-    workers = {name: start(name, args) for name in args.models}
+    workers = {name: start(args, "--worker", name) for name in args.models}
+    plans = {name: start(args, "--plan", name) for name in args.models}
+    for process in plans.values():
+        lines(process, lambda line: bool(print(line, flush=True)))
     for name, process in workers.items():
         lines(process, lambda line: line == "ready")
         assert process.stdin is not None
@@ -103,8 +110,8 @@ def main() -> None:
     print(table(found))
 
 
-def start(name: str, args: argparse.Namespace) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, "--worker", name, "--rounds", str(args.rounds)]
+def start(args: argparse.Namespace, *what: str) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, *what, "--rounds", str(args.rounds)]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )
@@ -432,6 +439,28 @@ def profiled(step: Callable[[], Any]) -> dict[str, Any]:
         return {"profile": f"{type(error).__name__}: {error}"[:200]}
 
 
+def is_paged(state: Any) -> bool:
+    """Also where it is a view: adapters are updated by the million."""
+    return any(getattr(t, "is_paged", False) for t in (state, state._base))
+
+
+def planned(name: str) -> None:
+    """What qlora_fx.plan says of the same steps, from the config alone."""
+    import qlora_fx
+    from transformers import LlamaConfig, Qwen3MoeConfig
+
+    kind = Qwen3MoeConfig if name == "moe" else LlamaConfig
+    settings = {**MODELS[name], "max_position_embeddings": 8192, "use_cache": False}
+    for rows, tokens in SHAPES:
+        plan = qlora_fx.plan(
+            kind(**settings), lora(), batch_size=rows, sequence_length=tokens,
+            optimizer="PagedAdamW8bit",
+        )  # fmt: skip
+        gb = (plan.peak - plan.optimizer) / 1e9  # paged state is not in max_memory_allocated
+        found = {"plan": name, "rows": rows, "tokens": tokens, "peak_and_held_gb": round(gb, 3)}
+        say(json.dumps(found))
+
+
 def optimizers(stacks: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of an update of all adapters, by stack."""
     import bitsandbytes as bnb
@@ -446,7 +475,7 @@ def optimizers(stacks: dict[str, Any]) -> dict[str, Any]:
                 timed(optimizer.step)
             found[stack] = round(statistics.median(timed(optimizer.step) for _ in range(5)), 2)
             states = optimizer.state.values()
-            found[f"{stack}: paged"] = sum(getattr(s["state1"], "is_paged", False) for s in states)
+            found[f"{stack}: paged"] = sum(is_paged(s["state1"]) for s in states)
         except Exception as error:
             found[stack] = f"{type(error).__name__}: {error}"[:200]
     return found

@@ -149,11 +149,16 @@ class Definition(Kernel):
 
 
 def aligned(*tensors: Tensor) -> list[Tensor]:
-    """With heads of one size, filled up with zeros, that the kernels can read: rows contiguous and aligned."""
+    """With heads of one size, filled up with zeros, that the kernels can read: rows contiguous and aligned.
+
+    Filled up they are laid out ``[batch, sequence, heads, size]``: the memory-efficient kernel's backward takes that of
+    the output for granted (``o_strideM`` in PyTorch's ``kernel_backward.h``).
+    """
     size = max(t.shape[3] for t in tensors)
     size += -size % ALIGNMENT
     if any(t.shape[3] != size for t in tensors):
-        return [torch.nn.functional.pad(t, (0, size - t.shape[3])) for t in tensors]
+        pad = torch.nn.functional.pad
+        return [pad(t.transpose(1, 2), (0, size - t.shape[3])).transpose(1, 2) for t in tensors]
     return [t if readable(t) else t.contiguous() for t in tensors]
 
 

@@ -211,5 +211,7 @@ def test_storage_is_bitsandbytes(shape: tuple[int, int], kind: str, double: bool
     assert torch.equal(parts["packed"].flatten(), packed.flatten())
     mine = FourBit(q).dequantize(parts, shape, torch.float32)
     torch.testing.assert_close(mine, bnb.dequantize_4bit(packed, state), rtol=0, atol=1e-6)
+    if weight.numel() % 64:
+        return  # bitsandbytes compiles that for a CPU with torch.compile, which takes a minute
     on_cpu = FourBit(q).dequantize({k: v.cpu() for k, v in parts.items()}, shape, torch.float32)
     torch.testing.assert_close(mine.cpu(), on_cpu, rtol=1e-5, atol=1e-6)
