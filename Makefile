@@ -6,7 +6,9 @@ INSTALLED := $(VENV)/.installed
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all test-wheel lint format bench clean
+GPU_PYTHON ?= python3
+
+.PHONY: demo test test-all test-wheel gpu lint format bench clean
 
 demo: $(INSTALLED)  ## fine-tune SmolLM2-135M and take the adapter home to PEFT; DEMO="--resume" adds flags
 	$(BIN)/python examples/finetune.py $(DEMO)
@@ -26,6 +28,11 @@ test-wheel: $(INSTALLED)  ## build the wheel and test what it installs, away fro
 	cp -r tests examples pyproject.toml build/wheel
 	cd build/wheel && venv/bin/python -m pytest -q -p no:cacheprovider --ignore tests/test_packaging.py \
 		--ignore tests/test_docs.py
+
+gpu:  ## what only a GPU shows, with the machine's own torch, bitsandbytes and PEFT: tests, then figures; build/gpu has both
+	mkdir -p build/gpu
+	PYTHONPATH=$(CURDIR) QLORA_FX_GPU_LOG=build/gpu/tests.jsonl $(GPU_PYTHON) -m pytest -q tests/cuda -p no:cacheprovider -n 8
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/gpu.py --json build/gpu/figures.json
 
 lint: $(INSTALLED)  ## formatting, lints and types
 	$(BIN)/ruff format --check .

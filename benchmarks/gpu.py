@@ -439,9 +439,12 @@ def profiled(step: Callable[[], Any]) -> dict[str, Any]:
         return {"profile": f"{type(error).__name__}: {error}"[:200]}
 
 
-def is_paged(state: Any) -> bool:
-    """Also where it is a view: adapters are updated by the million."""
-    return any(getattr(t, "is_paged", False) for t in (state, state._base))
+def is_paged(state: Any, optimizer: Any) -> bool:
+    """Also where it is a part of a run's: adapters are updated by the million."""
+    return any(
+        whole.data_ptr() <= state.data_ptr() < whole.data_ptr() + whole.nbytes
+        for whole in optimizer.page_mng.paged_tensors
+    )
 
 
 def planned(name: str) -> None:
@@ -475,7 +478,7 @@ def optimizers(stacks: dict[str, Any]) -> dict[str, Any]:
                 timed(optimizer.step)
             found[stack] = round(statistics.median(timed(optimizer.step) for _ in range(5)), 2)
             states = optimizer.state.values()
-            found[f"{stack}: paged"] = sum(is_paged(s["state1"]) for s in states)
+            found[f"{stack}: paged"] = sum(is_paged(s["state1"], optimizer) for s in states)
         except Exception as error:
             found[stack] = f"{type(error).__name__}: {error}"[:200]
     return found

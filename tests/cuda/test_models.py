@@ -182,15 +182,18 @@ def test_optimizer_state_is_paged_also_after_a_resume(name: str) -> None:
     for a, b in zip(straight, resumed, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)  # kernels add up in any order
     for optimizer in (first, second):
-        large = [
-            s["state1"]
-            for s in optimizer.state.values()
-            if s["state1"].untyped_storage().nbytes() > 100_000
-        ]
-        assert large
-        assert all(
-            getattr(t, "is_paged", False) or getattr(t._base, "is_paged", False) for t in large
-        )
+        for state in optimizer.state.values():
+            if state["state1"].untyped_storage().nbytes() > 100_000:
+                assert is_paged(state["state1"], optimizer)
+        assert any(is_paged(s["state1"], optimizer) for s in optimizer.state.values())
+
+
+def is_paged(state: torch.Tensor, optimizer: Any) -> bool:
+    """Whether it lies in managed memory. Adapters are updated by the million: each state is a part of a run's."""
+    return any(
+        whole.data_ptr() <= state.data_ptr() < whole.data_ptr() + whole.nbytes
+        for whole in optimizer.page_mng.paged_tensors
+    )
 
 
 def trainer(kind: Any, qmodel: Any, folder: Path, **changes: Any) -> Any:
