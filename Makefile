@@ -31,7 +31,8 @@ test-wheel: $(INSTALLED)  ## build the wheel and test what it installs, away fro
 
 gpu:  ## what only a GPU shows, with the machine's own torch, bitsandbytes and PEFT: tests, then figures; build/gpu has both
 	mkdir -p build/gpu
-	PYTHONPATH=$(CURDIR) QLORA_FX_GPU_LOG=build/gpu/tests.jsonl $(GPU_PYTHON) -m pytest -q tests/cuda -p no:cacheprovider -n 8
+	PYTHONPATH=$(CURDIR) QLORA_FX_GPU_LOG=build/gpu/tests.jsonl $(GPU_PYTHON) -m pytest -q tests/cuda -n 8 \
+		-p no:cacheprovider -p no:benchmark -W default -W "error:Inductor cannot compile"
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/gpu.py --json build/gpu/figures.json
 
 lint: $(INSTALLED)  ## formatting, lints and types
