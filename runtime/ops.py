@@ -243,17 +243,21 @@ def dense_stack(
         nested = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE, 1)[:, : absmax.shape[1]]
         absmax = nested_quant_map[absmax.int()] * nested + offset[:, None]
     experts, size = packed.shape[0], math.prod(shape)
-    packed = packed.view(experts, -1)
-    stack = packed.new_empty(experts, *shape, dtype=torch.bfloat16)
     step = max(1, ELEMENTS // size) if size % blocksize == 0 else 1
+    stacks = []
     for first in range(0, experts, step):
-        part = slice(first, first + step)
-        codes, scale = packed[part].reshape(-1, 1), absmax[part].flatten()
-        rows = stack[part].shape
-        _bnb.dequantize_4bit.out(
-            codes, scale, blocksize, quant_type, list(rows), torch.bfloat16, out=stack[part]
+        codes, scale = packed[first : first + step], absmax[first : first + step]
+        stacks.append(
+            dequantized(
+                codes.reshape(-1, 1),
+                scale.flatten(),
+                blocksize,
+                quant_type,
+                (len(codes), *shape),
+                torch.bfloat16,
+            )
         )
-    return stack
+    return stacks[0] if len(stacks) == 1 else torch.cat(stacks)
 
 
 @grouped_linear_4bit.register_fake
