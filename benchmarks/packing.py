@@ -29,6 +29,13 @@ def main() -> None:
         "--tokens", type=int, default=1024, help="of a packed row (default: %(default)s)"
     )
     p.add_argument("--batch", type=int, default=8, help="padded documents (default: %(default)s)")
+    p.add_argument(
+        "--text",
+        nargs="+",
+        default=[str(ROOT / "tests" / "data" / "alice.txt")],
+        help="files; a document is what stands between two blank lines (default: the tests' text)",
+    )
+    p.add_argument("--documents", type=int, help="only the first so many (default: all)")
     p.add_argument("--rank", type=int, default=16, help="LoRA rank (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=3, help="turns (default: %(default)s)")
     args = p.parse_args()
@@ -43,9 +50,9 @@ def main() -> None:
     args.worker = str(step.fastest_dtype()).replace("bfloat16", "bf16")
     qmodel, _ = step.ours(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    text = (ROOT / "tests" / "data" / "alice.txt").read_text()
+    text = "\n\n".join(Path(file).read_text() for file in args.text)
     documents = [tokenizer(part)["input_ids"] for part in text.split("\n\n") if part.strip()]
-    documents = [ids[: args.tokens] for ids in documents if len(ids) > 1]
+    documents = [ids[: args.tokens] for ids in documents if len(ids) > 1][: args.documents]
     rows = packed(documents, args.tokens)
     groups = [documents[i : i + args.batch] for i in range(0, len(documents), args.batch)]
     kinds: dict[str, list[dict[str, torch.Tensor]]] = {

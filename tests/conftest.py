@@ -9,7 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: before PyTor
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +24,12 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 101
+
+
+def only_slow_but(some: Iterable[Any], every: Iterable[Any]) -> list[Any]:
+    """Parameters ``every``; those that are not in ``some`` run in ``make test-all`` alone."""
+    kept = tuple(some)
+    return [v if v in kept else pytest.param(v, marks=pytest.mark.slow) for v in every]
 
 
 def tiny_llama(layers: int = 2, **changes: Any) -> LlamaForCausalLM:

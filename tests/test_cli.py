@@ -112,6 +112,23 @@ def test_dpo(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+def test_flags_win_over_yaml_and_yaml_over_the_defaults(tmp_path: Path, monkeypatch: Any) -> None:
+    from qlora_fx.cli import train
+
+    seen: list[Any] = []
+    monkeypatch.setattr(train, "train", lambda *arguments: seen.append(arguments))
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model_name_or_path: a\ndataset_name: b.jsonl\nmax_steps: 99\nlearning_rate: 3e-4\n"
+    )
+    main(["sft", str(config), "--max_steps", "4", "--output_dir", str(tmp_path / "out")])
+    _, _, _, data, model, settings, resume = seen[0]
+    assert (model.model_name_or_path, data.dataset_name) == ("a", "b.jsonl")
+    assert (settings.max_steps, settings.learning_rate, resume) == (4, 3e-4, None)
+    assert settings.save_steps == 100
+
+
+@pytest.mark.slow
 def test_flags_win_over_yaml_and_a_stopped_run_goes_on(
     folder: Path, tmp_path: Path, capsys: Any
 ) -> None:

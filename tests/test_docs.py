@@ -60,6 +60,7 @@ def test_the_example_of_experts_passes_its_own_check() -> None:
     assert done.stderr == "", "no stray warnings"
 
 
+@pytest.mark.slow
 def test_the_example_of_loading_saves_and_merges(tmp_path: Path) -> None:
     done = subprocess.run(
         [

@@ -14,6 +14,7 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
+from conftest import only_slow_but
 from families import FAMILIES, build
 from peft import LoraConfig, PeftModel, get_peft_model
 from qlora_fx.testing.check import dense_weights, randomize_adapter, relative_error
@@ -54,7 +55,7 @@ def loaded(base: Any, folder: Path) -> Any:
         return PeftModel.from_pretrained(base, folder, is_trainable=True).train()
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", only_slow_but(("mixtral", "gpt_oss"), TYPES))
 def test_saved_here_loaded_by_peft_with_the_same_gradients(model_type: str, tmp_path: Path) -> None:
     qmodel, base, batch = pair(model_type)
     qmodel.save_pretrained(tmp_path)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import batch, peer_llama
+from conftest import batch, only_slow_but, peer_llama
 from oracle import Float64, ours, random_adapter, reference, step, truth
 from peft import LoraConfig
 
@@ -80,10 +80,7 @@ def models(dtype: torch.dtype) -> Iterator[Any]:
 
 
 def backends(*default: str) -> list[Any]:
-    """All of them; those that are not named take minutes."""
-    slow = pytest.mark.slow
-    every = ("inductor", "aot_eager", "eager")
-    return [b if b in default else pytest.param(b, marks=slow) for b in every]
+    return only_slow_but(default, ("inductor", "aot_eager", "eager"))
 
 
 @pytest.mark.parametrize("backend", backends("aot_eager"))
@@ -117,6 +114,7 @@ def test_errors_are_no_larger_than_the_references_on_smollm2(backend: str) -> No
     assert_no_larger([ratios(model, batches, torch.float32, backend, 1e-5)])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_the_loss_curve_stays_with_the_references() -> None:
     """20 steps from the same weights, adapters and batches of text; AdamW of the same kind on both sides."""

@@ -13,7 +13,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from qlora_fx import AdapterError, ConfigError, InputError, ModelError
-from conftest import batch, peer_llama, tiny_llama
+from conftest import batch, only_slow_but, peer_llama, tiny_llama
 from families import FAMILIES, build
 from oracle import ours, random_adapter, reference
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -380,7 +380,13 @@ def test_a_new_head_has_pefts_names_and_trains_as_a_whole(tmp_path: Path) -> Non
     assert mine.adapter_state_dict().keys() == get_peft_model_state_dict(theirs).keys()
 
 
-@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+@pytest.mark.parametrize(
+    "options",
+    only_slow_but(
+        [{}, {"modules_to_save": ["lm_head"]}],
+        [{}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}],
+    ),
+)
 def test_the_backbone_runs_over_the_same_weights_with_gradients(options: Any) -> None:
     qmodel = small(**options)
     qlora_fx.testing.randomize_adapter(qmodel)

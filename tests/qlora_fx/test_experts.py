@@ -63,6 +63,7 @@ def test_experts_are_right_when_compiled(backend: str) -> None:
     assert norms[f"{EXPERTS}.down_proj"] > 0
 
 
+@pytest.mark.slow
 def test_experts_in_bfloat16_are_right() -> None:
     report = check(
         tiny_mixtral(),

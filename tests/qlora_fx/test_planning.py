@@ -110,6 +110,7 @@ def test_a_plan_reads_no_weight_and_takes_no_memory_for_one(monkeypatch: Any) ->
     assert plan.methods()["full"] > plan.methods()["lora"] > plan.methods()["qlora"] == plan.peak
 
 
+@pytest.mark.slow
 def test_the_timeline_names_the_place_of_the_peak() -> None:
     plan = qlora_fx.plan(config(), LoraConfig(**LORA), batch_size=2, sequence_length=64)
     places = [moment.place for moment in plan.timeline]
@@ -178,6 +179,7 @@ def test_a_folder_with_a_config_alone_is_enough(tmp_path: Path) -> None:
         qlora_fx.plan(tmp_path / "gone")
 
 
+@pytest.mark.slow
 def test_a_model_with_weights_can_be_planned_and_is_left_alone() -> None:
     model = tiny_llama(2)
     before = {n: p.clone() for n, p in model.named_parameters()}

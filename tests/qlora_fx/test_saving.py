@@ -11,7 +11,7 @@ import pytest
 import torch
 from qlora_fx import ConfigError
 from checkpoints import EAGER, MODELS, assert_same_store, bnb_folder, save, tiny_mixtral
-from conftest import batch, peer_llama, tiny_gpt2, tiny_llama
+from conftest import batch, only_slow_but, peer_llama, tiny_gpt2, tiny_llama
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -116,7 +116,7 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", only_slow_but(["routers", "tied"], OWN))
 def test_what_bitsandbytes_cannot_say_is_saved_in_a_format_that_loads_here(
     name: str, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from qlora_fx import CheckpointError
 from checkpoints import EAGER, assert_same_store, save
-from conftest import batch, peer_llama
+from conftest import batch, only_slow_but, peer_llama
 from transformers import AutoModelForCausalLM, GgufConfig
 
 
@@ -165,7 +165,7 @@ def lfm2_file(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("write", [llama_file, lfm2_file])
+@pytest.mark.parametrize("write", only_slow_but([llama_file], [llama_file, lfm2_file]))
 def test_a_gguf_file_gives_the_bytes_of_transformers_loading_it(write: Any, tmp_path: Path) -> None:
     file = write(tmp_path / "model.gguf")
     qmodel = qlora_fx.from_pretrained(file, **EAGER)
