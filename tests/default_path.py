@@ -198,8 +198,7 @@ def loaded(model: Any, qmodel: Any, batch: Any, folder: Path, backend: str) -> N
         progress=False,
     )
     again.load_adapter_state_dict(qmodel.train().adapter_state_dict())
-    with torch.no_grad():
-        one, other = leaves(qmodel(**batch)), leaves(again(**batch))
+    one, other = leaves(qmodel(**batch)), leaves(again(**batch))
     for name, value in one.items():
         error = relative_error(other[name], value)
         if error > 1e-5:

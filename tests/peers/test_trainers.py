@@ -324,6 +324,25 @@ def test_it_is_a_peft_model_around_a_model_of_the_users_class() -> None:
     qmodel.add_model_tags(["tag"])
 
 
+def test_lm_evaluation_harness_gets_what_it_asks_for() -> None:
+    """Of an object given as ``HFLM(pretrained=...)``, by a reading of lm_eval/models/huggingface.py of August 2026."""
+    mine = small()
+    assert isinstance(mine, torch.nn.Module)
+    assert (mine.device, mine.dtype) == (torch.device("cpu"), torch.float32)
+    assert mine.config.model_type == "llama"
+    assert isinstance(mine.name_or_path, str)
+    mine.eval()
+    mine.tie_weights()
+    assert mine.num_parameters() > 0
+    ids = batch(2, 9, padded=0)["input_ids"]
+    with torch.no_grad():
+        logits = mine(ids).logits
+        assert torch.equal(logits, mine(input_ids=ids).logits)
+    assert logits.shape == (2, 9, mine.config.vocab_size)
+    told = {"max_length": 11, "use_cache": True, "do_sample": False, "pad_token_id": 0}
+    assert mine.generate(input_ids=ids, **told).shape == (2, 11)
+
+
 def test_parameters_and_counts_are_pefts(capsys: Any) -> None:
     model = peer_llama(1)
     lora = LoraConfig(**LORA)
