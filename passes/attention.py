@@ -30,8 +30,8 @@ def attention(gm: fx.GraphModule, *, config: Any) -> PassResult:
     A captured model builds a mask of ``[sequence, sequence]`` and its kernel reads all of it. What the batch
     made of it is seen by ``mask_kind`` once per call: exactly causal, or anything else (padding, a window), of
     which the tiles that hide everything are skipped. Keys that a model repeats for its query heads are taken as
-    they were before. Where no kernel of ours is for the device, PyTorch's are kept. On a GPU that is so: seeing
-    the mask would wait for the device.
+    they were before. Where no kernel of ours is for the device, PyTorch's are kept. On a GPU the look at the mask
+    waits for the device, once per call of the model.
 
     Before::
 

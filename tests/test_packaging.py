@@ -52,6 +52,7 @@ def test_every_file_that_is_no_python_is_packaged() -> None:
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("doctor",),
     ("qlora_fx",),
     ("testing", "training"),
     ("transform", "from_pretrained"),
