@@ -174,11 +174,15 @@ def test_generate_and_merge_take_the_model_that_the_adapter_names(
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
-def test_plan_explain_and_check(folder: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.slow
+def test_plan(folder: Path, tmp_path: Path, capsys: Any) -> None:
     picture = tmp_path / "plan.png"
     text = said(capsys, "plan", folder / "model", "--sequence_length", 16, "--plot", picture)
     assert "peak" in text
     assert picture.exists()
+
+
+def test_explain_and_check(folder: Path, capsys: Any) -> None:
     text = said(capsys, "explain", folder / "model")
     assert "7 of 8 linears quantized, 7 adapted" in text
     assert "adapters 0 B" not in text

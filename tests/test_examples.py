@@ -202,7 +202,7 @@ def run(folder: Path, out: Path, *options: str) -> subprocess.CompletedProcess[s
     return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", only_slow_but(["eager"], ["eager", "inductor"]))
 def test_the_whole_example_runs(backend: str, small_model: Path, tmp_path: Path) -> None:
     done = run(small_model, tmp_path, "--backend", backend)
     assert done.returncode == 0, done.stderr
@@ -284,6 +284,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(small_model: Path, tmp_path
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == state["step"] + 2
 
 
+@pytest.mark.slow
 def test_resuming_nothing_or_something_else_is_refused(small_model: Path, tmp_path: Path) -> None:
     done = run(small_model, tmp_path, "--resume")
     assert done.returncode == 1

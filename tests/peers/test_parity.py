@@ -91,7 +91,7 @@ def test_errors_are_no_larger_than_the_references_in_float32(backend: str) -> No
     )
 
 
-@pytest.mark.parametrize("backend", backends("eager"))
+@pytest.mark.parametrize("backend", backends())
 def test_errors_are_no_larger_than_the_references_in_bfloat16(backend: str) -> None:
     batches = [batch(seed=i) for i in range(16)]
     assert_no_larger(

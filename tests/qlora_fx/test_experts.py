@@ -139,6 +139,7 @@ def fixed_choice(gate: Any) -> Any:
     return forward
 
 
+@pytest.mark.slow
 def test_dropout_acts_on_experts_in_training_only() -> None:
     lora = LoraConfig(**LORA, lora_dropout=0.5)
     qmodel = transformed(tiny_mixtral(), lora)

@@ -15,13 +15,13 @@ import pytest
 import torch
 from qlora_fx import CheckpointError, ConfigError
 from checkpoints import EAGER, MODELS, assert_same_store, save
-from conftest import batch, tiny_llama
+from conftest import batch, only_slow_but, tiny_llama
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", only_slow_but(["tied", "gpt2", "mixtral"], MODELS))
 def test_a_folder_gives_the_bytes_that_transform_gives(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()
     folder = save(model, tmp_path / "model", max_shard_size="40KB")

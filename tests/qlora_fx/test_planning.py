@@ -96,6 +96,7 @@ def test_the_plan_is_what_a_step_allocates(budget: float) -> None:
     assert plan.split.bytes == told.total
 
 
+@pytest.mark.slow
 def test_a_plan_reads_no_weight_and_takes_no_memory_for_one(monkeypatch: Any) -> None:
     """Seventy billion parameters: planned within this process."""
     wide = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
@@ -216,6 +217,7 @@ def test_a_lower_rank_keeps_the_scaling() -> None:
     assert stable.lora_alpha / 8**0.5 == pytest.approx(4 / 16**0.5)
 
 
+@pytest.mark.slow
 def test_storage_settings_are_planned_as_they_are_stored() -> None:
     single = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     plan = qlora_fx.plan(config(), LoraConfig(**LORA), single, compute_dtype="bfloat16")
