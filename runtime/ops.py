@@ -151,10 +151,7 @@ def grouped_outer(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
         ``[groups, out, in]``; zero where a group has no rows.
     """
     if takes_groups(x, grad.shape[1], x.shape[1]):
-        seen = (ends[-1] > torch.arange(x.shape[0], device=x.device))[:, None]
-        summed: Tensor = torch._grouped_mm(
-            (grad * seen).t(), (x * seen).contiguous(), offs=ends.int()
-        )
+        summed: Tensor = torch._grouped_mm(grad.t(), x.contiguous(), offs=ends.int())
         return summed
     out = grad.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
     for i, start, stop in _groups(ends):

@@ -15,7 +15,7 @@ import obtain
 import pytest
 import torch
 from qlora_fx import DataError
-from conftest import peer_llama
+from conftest import only_slow_but, peer_llama
 from data import IGNORE, Formatter, batches, dates, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -85,6 +85,9 @@ def test_the_kernel_of_last_resort_is_the_definition(kind: str) -> None:
     out, lse = kernels.Definition().forward(inputs)
     torch.testing.assert_close(out, expected)
     assert lse.dtype == torch.float32
+    seen_by_some = seen.any(-1).expand_as(lse)
+    torch.testing.assert_close(lse[seen_by_some], scores.logsumexp(-1)[seen_by_some].float())
+    assert not lse.isneginf().any(), "a kernel would divide by it"
     found = kernels.Definition().backward(inputs, out, lse, grad)
     for mine, wanted in zip(found, torch.autograd.grad(expected, true, grad), strict=True):
         torch.testing.assert_close(mine, wanted)
@@ -155,6 +158,15 @@ def test_products_in_one_launch_are_those_group_by_group(
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
         assert other[ends[-1] :].count_nonzero() == 0 or len(other) == 4
+
+
+def test_matrices_that_the_grouped_product_cannot_read_are_copied() -> None:
+    plain = torch.zeros(4, 64, 96)
+    assert operators.whole_strides(plain) is plain
+    turned = plain.transpose(1, 2)
+    assert operators.whole_strides(turned) is turned
+    for odd in (torch.zeros(4, 64, 97)[..., :96], torch.zeros(4, 64, 96, 2)[..., 0]):
+        assert operators.whole_strides(odd).is_contiguous()
 
 
 def test_a_stack_is_dequantized_in_pieces_that_32_bits_count(
