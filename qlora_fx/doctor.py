@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,8 +67,9 @@ def run(command: str, args: list[str]) -> None:
         ("libraries and caches", libraries),
     ]
     if not settings.quick:
-        names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        sections += [(f"training on {n}", lambda n=n: training(torch.device(n))) for n in names]  # type: ignore[misc]
+        sections += [
+            (f"training on {n}", partial(training, torch.device(n))) for n in every_device()
+        ]
     lines: list[str] = []
     failed = 0
     for title, section in sections:
@@ -83,6 +85,11 @@ def run(command: str, args: list[str]) -> None:
         Path(settings.out).write_text("\n".join([*lines, last]) + "\n")
     if failed:
         raise SystemExit(1)
+
+
+def every_device() -> list[str]:
+    """The CPU first."""
+    return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 
 
 def versions() -> Iterator[Finding]:
@@ -109,8 +116,7 @@ def devices() -> Iterator[Finding]:
         f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}, "
         f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free",
     )
-    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    for name in names[1:]:
+    for name in every_device()[1:]:
         free, total = torch.cuda.mem_get_info(name)
         major, less = torch.cuda.get_device_capability(name)
         yield Finding(
@@ -118,7 +124,7 @@ def devices() -> Iterator[Finding]:
             f"{name}: {torch.cuda.get_device_name(name)}, compute capability {major}.{less}, "
             f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free",
         )
-    for name in names:
+    for name in every_device():
         choice = fastest(name)
         dtype = str(choice.dtype).removeprefix("torch.")
         yield Finding(OK, f"{name} multiplies in {dtype} ({choice.reason})")
@@ -126,7 +132,7 @@ def devices() -> Iterator[Finding]:
 
 def libraries() -> Iterator[Finding]:
     yield bitsandbytes()
-    for name in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+    for name in every_device():
         q = torch.zeros(1, 2, 64, 64, device=name, dtype=fastest(name).dtype)
         kernel = kernel_for(Inputs(q, q, q, Mask.of(None, None), 0.125)).name
         slow = name == "cpu" and kernel == "pytorch"
