@@ -86,6 +86,10 @@ def main() -> None:
     if args.plan:
         planned(args.plan)
         return
+    import torch
+
+    if not torch.cuda.is_available():
+        p.error("PyTorch sees no CUDA GPU here")
     found: list[dict[str, Any]] = []
     workers = {name: start(args, "--worker", name) for name in args.models}
     plans = {name: start(args, "--plan", name) for name in args.models}

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .gpu import BFLOAT16, capability
+
 CANDIDATES = (torch.bfloat16, torch.float32)
 """Dtypes with at least bfloat16's range and accuracy. float16 has less range, so it is only used on demand."""
-
-BFLOAT16 = (8, 0)
-"""The compute capability from which on CUDA devices multiply in bfloat16 (CUDA C++ Programming Guide)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def fastest(device: str) -> ComputeDtype:
     """
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
-        if torch.cuda.get_device_capability(device) >= BFLOAT16:
+        if capability(torch.device(device)) >= BFLOAT16:
             return ComputeDtype(torch.bfloat16, f"{name} has matrix units for it")
         return ComputeDtype(
             torch.float32, f"{name} has no bfloat16; float16 is faster where asked for"

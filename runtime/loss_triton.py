@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton_package
 
+from .gpu import TRITON, capability
+
 BLOCK = 4096
 """Logits that a program holds at a time."""
 
@@ -65,7 +67,7 @@ if has_triton_package():
 
 def takes(logits: Tensor) -> bool:
     """True where the kernel can run."""
-    return logits.is_cuda and has_triton_package()
+    return logits.is_cuda and has_triton_package() and capability(logits.device) >= TRITON
 
 
 def losses_to_gradients(

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .gpu import BFLOAT16, capability
+
 ops: Any = torch.ops.qlora_fx
 _bnb = torch.ops.bitsandbytes
 
@@ -94,7 +96,8 @@ def takes_groups(x: Tensor, *sizes: int) -> bool:
 
     Note [Groups on a GPU].
     """
-    return x.is_cuda and x.dtype == torch.bfloat16 and not any(size % 8 for size in sizes)
+    able = x.is_cuda and x.dtype == torch.bfloat16 and capability(x.device) >= BFLOAT16
+    return able and not any(size % 8 for size in sizes)
 
 
 def zero_behind(y: Tensor, ends: Tensor) -> Tensor:

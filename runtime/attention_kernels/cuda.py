@@ -6,11 +6,10 @@ and is marked as random for the sake of dropout, so that recomputation keeps its
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
+from ..gpu import BFLOAT16, capability
 from .kernel import CAUSAL, Inputs, Kernel, Mask, empty_output
 from .pytorch import (
     additive_mask,
@@ -29,11 +28,6 @@ SUMS = 32
 """The memory-efficient kernel pads the rows of its log-sum-exp to a multiple of it (``kAlignLSE``)."""
 
 
-@functools.cache
-def capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
 class Flash(Kernel):
     """FlashAttention-2, ``aten::_scaled_dot_product_flash_attention``: causal, in 16 bits; keys stay as few as they are."""
 
@@ -47,7 +41,7 @@ class Flash(Kernel):
             mask.seen is None
             and q.dtype in HALF
             and max(q.shape[3], v.shape[3]) <= FLASH_SIZE
-            and capability(q.device.index) >= (8, 0)
+            and capability(q.device) >= BFLOAT16
         )
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from qlora_fx.capture.skeleton import numbered
 from qlora_fx.config import Quantization
-from qlora_fx.runtime import fastest_dtype, loss
+from qlora_fx.runtime import fastest_dtype, loss, loss_triton
 from qlora_fx.runtime import ops as operators
 from qlora_fx.runtime.attention_kernels import Inputs, kernel_for
 from qlora_fx.runtime.attention_kernels import cuda as kernels
@@ -63,7 +63,7 @@ def test_which_kernel_takes_a_call_on_a_gpu(
     capability: tuple[int, int],
     expected: str,
 ) -> None:
-    monkeypatch.setattr(kernels, "capability", lambda index: capability)
+    monkeypatch.setattr(kernels, "capability", lambda device: capability)
     q: Any = OnCuda(torch.empty(1, 4, 8, size, dtype=dtype))
     mask = Mask(None, CAUSAL.code) if causal else Mask(torch.ones(1, 1, 8, 8).bool(), 0)
     assert kernel_for(Inputs(q, q, q, mask, 0.1)).name == expected
@@ -224,6 +224,24 @@ def test_the_loss_kernel_under_tritons_interpreter() -> None:
     assert done.stdout.endswith("right\n"), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("capability", "loss_kernel", "groups"),
+    [((6, 1), False, False), ((7, 5), True, False), ((8, 6), True, True)],
+)
+def test_older_gpus_take_pytorchs_operators(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], loss_kernel: bool, groups: bool
+) -> None:
+    monkeypatch.setattr(loss_triton, "capability", lambda device: capability)
+    monkeypatch.setattr(loss_triton, "has_triton_package", lambda: True)
+    monkeypatch.setattr(operators, "capability", lambda device: capability)
+    x: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda:0"))
+    assert loss_triton.takes(x) == loss_kernel
+    assert operators.takes_groups(x, 64, 96) == groups
+    assert not operators.takes_groups(x, 64, 20)
+    x.dtype = torch.float32
+    assert not operators.takes_groups(x, 64, 96)
+
+
 # -- dtypes and devices ----------------------------------------------------------------------------
 
 
@@ -234,7 +252,7 @@ def test_bfloat16_where_the_gpu_has_it(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(fastest_dtype, "capability", lambda device: capability)
     choice = fastest_dtype.fastest.__wrapped__("cuda:0")
     assert choice.dtype == dtype
     assert choice.reason.startswith("a GPU has ")

@@ -1,0 +1,18 @@
+"""What a GPU can do."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+TRITON = (7, 0)
+"""The compute capability from which on Triton compiles for a device."""
+BFLOAT16 = (8, 0)
+"""The one from which on devices multiply in bfloat16, and FlashAttention-2 runs (CUDA C++ Programming Guide)."""
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device: ``(9, 0)`` for Hopper."""
+    return torch.cuda.get_device_capability(device)
