@@ -3,7 +3,7 @@
 Tests build the same few tiny models over and over. What is traced of one depends on its Python, its config and the
 call, what the compiler makes of that also on the request, neither on the weights: both are kept and handed out again;
 each test fills a store of its own.
-Nothing is kept of a capture that warned, is observed, logged or dumped.
+Nothing is kept of a capture that warned, is observed, logged or dumped, or of a pipeline that a test has changed.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def shared() -> Iterator[None]:
     bodies: list[Any] = []  # kept, so that an id stays its own
     partitions: dict[Any, Any] = {}
     original, build = compiler.compile_call, CompiledBody.build
+    passes = pipeline.run
     partitioned, export = CompiledBody.partitioned, Skeleton.export
 
     def export_once(
@@ -107,7 +108,8 @@ def shared() -> Iterator[None]:
     ) -> Any:
         key = identity(skeleton, config, call, signature)
         logged = pipeline.dump_folder() is not None or pipeline.log.isEnabledFor(10)
-        if key is None or observe is not None or logged:
+        changed = pipeline.run is not passes  # a test has put another pipeline in its place
+        if key is None or observe is not None or logged or changed:
             return original(skeleton, config, call, signature, observe)
         if key not in captures:
             with warnings.catch_warnings(record=True) as caught:
