@@ -39,9 +39,7 @@ def fastest(device: str) -> ComputeDtype:
         name = torch.cuda.get_device_name(device)
         if capability(torch.device(device)) >= BFLOAT16:
             return ComputeDtype(torch.bfloat16, f"{name} has matrix units for it")
-        return ComputeDtype(
-            torch.float32, f"{name} has no bfloat16; float16 is faster where asked for"
-        )
+        return ComputeDtype(torch.float32, f"{name} has no bfloat16")
     rows, size = 512, 1024
     gflops: dict[torch.dtype, float] = {}
     for dtype in CANDIDATES:

@@ -1,4 +1,4 @@
-"""What a GPU can do."""
+"""Which GPU, and what it can do."""
 
 from __future__ import annotations
 
@@ -16,3 +16,10 @@ BFLOAT16 = (8, 0)
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device: ``(9, 0)`` for Hopper."""
     return torch.cuda.get_device_capability(device)
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The device as its tensors name it: "cuda" is the current one, ``cuda:0`` for instance."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .loss_triton import losses_to_gradients as fused
-from .loss_triton import takes
+from . import loss_triton
 from .ops import dequantized, scales
 
 
@@ -37,9 +36,7 @@ class Sizes(NamedTuple):
 
 SIZES = {
     "cpu": Sizes(32 << 20, 4 << 20, 8192),  # what caches hold
-    "cuda": Sizes(
-        256 << 20, 64 << 20, 32768
-    ),  # 1,000 rows of 128,000 in 16 bits: products that fill a GPU
+    "cuda": Sizes(256 << 20, 64 << 20, 32768),  # what fills a GPU: 1,000 rows of 128,000 in 16 bits
 }
 """By type of device."""
 
@@ -148,10 +145,8 @@ def workspace(
     """
     sizes = sizes_on(device)
     chunk = smaller(rows, max(1, sizes.chunk // (vocabulary * itemsize)))
-    fuses = device.type == "cuda"  # and takes no float32 copy
-    tile = (
-        smaller(rows, max(1, sizes.tile // (4 * vocabulary))) if itemsize < 4 and not fuses else 0
-    )
+    in_place = itemsize == 4 or loss_triton.runs_on(device)
+    tile = 0 if in_place else smaller(rows, max(1, sizes.tile // (4 * vocabulary)))
     total = chunk * vocabulary * itemsize + 4 * tile * vocabulary + chunk * inner * itemsize
     total += 2 * rows * inner * itemsize  # those rows, and their gradient
     if not dense:  # two parts of the head at the change, their logits, and a sum in float32
@@ -164,8 +159,8 @@ def losses_to_gradients(
     logits: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float
 ) -> Tensor:
     """The sum of the rows' losses; ``logits`` becomes its gradient, before scale, cap and bias."""
-    if takes(logits):
-        return fused(logits, bias, labels, scale, softcap)
+    if loss_triton.runs_on(logits.device):
+        return loss_triton.losses_to_gradients(logits, bias, labels, scale, softcap)
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     step = min(len(logits), max(1, sizes_on(logits.device).tile // (4 * logits.shape[1])))
     low = logits.dtype != torch.float32

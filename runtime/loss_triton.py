@@ -65,9 +65,9 @@ if has_triton_package():
             tl.store(pointer + columns, grad.to(logits.dtype.element_ty), mask=inside)
 
 
-def takes(logits: Tensor) -> bool:
-    """True where the kernel can run."""
-    return logits.is_cuda and has_triton_package() and capability(logits.device) >= TRITON
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernel can run there."""
+    return device.type == "cuda" and has_triton_package() and capability(device) >= TRITON
 
 
 def losses_to_gradients(

@@ -53,9 +53,12 @@ def scales(
     offset: Tensor | None = None,
     nested_quant_map: Tensor | None = None,
 ) -> Tensor:
-    """The float32 absmax of a matrix in 4 bits, from 8 bits where it is quantized itself."""
-    if nested_absmax is None or offset is None:
+    """The float32 absmax of a matrix in 4 bits, or of each of a stack, from 8 bits where it is quantized itself."""
+    if nested_absmax is None or offset is None or nested_quant_map is None:
         return absmax
+    if absmax.dim() == 2:  # a stack, whose matrices begin blocks of their own
+        spread = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE, 1)[:, : absmax.shape[1]]
+        return nested_quant_map[absmax.int()] * spread + offset[:, None]
     nested: Tensor = _bnb.dequantize_blockwise(
         absmax, nested_absmax, nested_quant_map, NESTED_BLOCKSIZE, torch.float32
     )
@@ -239,9 +242,7 @@ def dense_stack(
     quant_type: str,
 ) -> Tensor:
     """A stack of experts in bfloat16, ``[experts, out, in]``, in as few launches as there can be."""
-    if nested_absmax is not None and offset is not None and nested_quant_map is not None:
-        nested = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE, 1)[:, : absmax.shape[1]]
-        absmax = nested_quant_map[absmax.int()] * nested + offset[:, None]
+    absmax = scales(absmax, nested_absmax, offset, nested_quant_map)
     experts, size = packed.shape[0], math.prod(shape)
     step = max(1, ELEMENTS // size) if size % blocksize == 0 else 1
     stacks = []

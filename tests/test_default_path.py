@@ -25,14 +25,14 @@ TWELVE = (
 )
 
 
-def check(family: Family, steps: tuple[str, ...] = STEPS) -> None:
+def check(family: Family, steps: tuple[str, ...] = STEPS, device: str = "cpu") -> None:
     model_type = family.model_type
     left_out = set()
     if model_type in NO_PEFT:
         left_out.add("peft")
     if model_type in NO_CHECKPOINT:
         left_out.add("checkpoint")
-    result = walk(family, steps=tuple(s for s in steps if s not in left_out))
+    result = walk(family, steps=tuple(s for s in steps if s not in left_out), device=device)
     if model_type in REFUSED:
         assert REFUSED[model_type] in result.error, result.error
         return

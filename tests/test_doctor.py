@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from qlora_fx import doctor
+from qlora_fx.cli import doctor
+from qlora_fx.cli.main import main
 
 
 def said(capsys: Any, *words: str, status: int | None = None) -> str:
     capsys.readouterr()
     if status is None:
-        doctor.main(words)
+        main(["doctor", *words])
     else:
         with pytest.raises(SystemExit) as stopped:
-            doctor.main(words)
+            main(["doctor", *words])
         assert stopped.value.code == status
     return str(capsys.readouterr().out)
 

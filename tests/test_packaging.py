@@ -50,9 +50,8 @@ def test_every_file_that_is_no_python_is_packaged() -> None:
 
 
 LAYERS = (
-    ("__main__",),
+    ("__main__", "doctor"),
     ("cli",),
-    ("doctor",),
     ("qlora_fx",),
     ("testing", "training"),
     ("transform", "from_pretrained"),

@@ -1,4 +1,4 @@
-"""One call of torch.export: what it is given, what it prints, and what its failure says."""
+"""One call of torch.export: what it is given, what it prints, what its failure says, and what is no part of a forward."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from ..errors import CaptureError
 
@@ -73,3 +74,41 @@ def capture_error(model: Any, error: Exception, inputs: Mapping[str, Any]) -> Ca
         "torch.where or torch.cond there, or pass example_inputs= that take another path. "
         "The model is unchanged."
     )
+
+
+def without_writes(program: ExportedProgram, model: str) -> set[str]:
+    """Take out what the model writes to a weight's ``.data`` (Gemma 3n clamps one in train mode), and say so.
+
+    Returns:
+        Names of the inputs that nobody reads.
+
+    Raises:
+        CaptureError: it writes to a weight as such, so that each call would change it (RWKV in eval mode).
+    """
+    graph = program.graph_module.graph
+    specs = program.graph_signature.input_specs
+    weights = {
+        s.arg.name: s.target for s in specs if s.kind in (InputKind.PARAMETER, InputKind.BUFFER)
+    }
+    for node in reversed(graph.find_nodes(op="placeholder")):
+        for user in list(node.users):
+            schema = getattr(user.target, "_schema", None)
+            if schema is None or not schema.is_mutable or user.args[0] is not node:
+                continue
+            if node.name in weights and len(node.users) == 1 and not user.users:
+                graph.erase_node(user)  # bookkeeping that nothing reads: a batch norm's count
+                continue
+            if node.name in weights:
+                raise CaptureError(
+                    f"{model} changes {weights[node.name]} during forward ({schema.name}): each call of a captured graph "
+                    "would change it again. Accepted: models whose forward does not write to their weights"
+                )
+            if user.users:
+                continue
+            warnings.warn(
+                f"{model} changes a weight of its own during forward ({schema.name}); that is left out: the base "
+                "is frozen",
+                stacklevel=2,
+            )
+            graph.erase_node(user)
+    return {n.name for n in graph.find_nodes(op="placeholder") if not n.users}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,11 +24,12 @@ from torch.utils import _pytree as pytree
 from transformers import Conv1D
 
 from ..errors import CaptureError
+from ..runtime.gpu import numbered
 from ..transformers_internals import experts_implementation, set_experts_implementation
 from .arguments import Call, bind_call, is_encoder_decoder, vocabulary_size
 from .check_call import check_call
 from .dynamic_shapes import automatic_dims, example, is_about_dims, resized, shared_dims
-from .export import capture_error, export, quiet
+from .export import capture_error, export, quiet, without_writes
 from .export_patches import Patches, always, ways
 from .flat_graph import Flattener
 from .known_arguments import KnownArguments
@@ -61,13 +61,6 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer, also under its tied names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
-
-
-def numbered(device: torch.device) -> torch.device:
-    """The device as its tensors name it: "cuda" is the current one, ``cuda:0`` for instance."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 class Skeleton:
@@ -252,44 +245,6 @@ class Skeleton:
         assert out_spec is not None
         guards = list(getattr(program, "_guards_code", None) or [])
         return Capture(gm, out_spec, guards, constants)
-
-
-def without_writes(program: ExportedProgram, model: str) -> set[str]:
-    """Take out what the model writes to a weight's ``.data`` (Gemma 3n clamps one in train mode), and say so.
-
-    Returns:
-        Names of the inputs that nobody reads.
-
-    Raises:
-        CaptureError: it writes to a weight as such, so that each call would change it (RWKV in eval mode).
-    """
-    graph = program.graph_module.graph
-    specs = program.graph_signature.input_specs
-    weights = {
-        s.arg.name: s.target for s in specs if s.kind in (InputKind.PARAMETER, InputKind.BUFFER)
-    }
-    for node in reversed(graph.find_nodes(op="placeholder")):
-        for user in list(node.users):
-            schema = getattr(user.target, "_schema", None)
-            if schema is None or not schema.is_mutable or user.args[0] is not node:
-                continue
-            if node.name in weights and len(node.users) == 1 and not user.users:
-                graph.erase_node(user)  # bookkeeping that nothing reads: a batch norm's count
-                continue
-            if node.name in weights:
-                raise CaptureError(
-                    f"{model} changes {weights[node.name]} during forward ({schema.name}): each call of a captured graph "
-                    "would change it again. Accepted: models whose forward does not write to their weights"
-                )
-            if user.users:
-                continue
-            warnings.warn(
-                f"{model} changes a weight of its own during forward ({schema.name}); that is left out: the base "
-                "is frozen",
-                stacklevel=2,
-            )
-            graph.erase_node(user)
-    return {n.name for n in graph.find_nodes(op="placeholder") if not n.users}
 
 
 def holders(model: nn.Module) -> dict[str, str]:

@@ -12,15 +12,15 @@ from typing import Any
 
 COMMANDS = {
     "sft": (
-        "cli.train",
+        "train",
         "fine-tune on text, prompts with completions, or conversations (TRL's SFTTrainer)",
     ),
-    "dpo": ("cli.train", "train on preferences (TRL's DPOTrainer)"),
-    "plan": ("cli.inspect", "memory of one training step, from the config alone"),
-    "explain": ("cli.inspect", "which linears are quantized and adapted, which are not, and why"),
-    "check": ("cli.inspect", "a compiled training step beside float64"),
-    "merge": ("cli.inspect", "an ordinary checkpoint with the adapter in its weights"),
-    "generate": ("cli.inspect", "text from a model, with or without an adapter"),
+    "dpo": ("train", "train on preferences (TRL's DPOTrainer)"),
+    "plan": ("inspect", "memory of one training step, from the config alone"),
+    "explain": ("inspect", "which linears are quantized and adapted, which are not, and why"),
+    "check": ("inspect", "a compiled training step beside float64"),
+    "merge": ("inspect", "an ordinary checkpoint with the adapter in its weights"),
+    "generate": ("inspect", "text from a model, with or without an adapter"),
     "doctor": ("doctor", "what is installed, what answers, and whether a step is right here"),
 }
 """By name: the module, and what it does."""
@@ -57,7 +57,7 @@ def find(name: Sequence[str]) -> Callable[[str, list[str]], None] | None:
         near = get_close_matches(name[0], COMMANDS, 1)
         meant = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"no command {name[0]!r}{meant} accepted: {', '.join(COMMANDS)}")
-    module: Any = importlib.import_module(f"qlora_fx.{COMMANDS[name[0]][0]}")
+    module: Any = importlib.import_module(f"qlora_fx.cli.{COMMANDS[name[0]][0]}")
     return module.run  # type: ignore[no-any-return]
 
 

@@ -123,6 +123,14 @@ class MergeSettings:
 
 
 @dataclass
+class DoctorSettings:
+    """Of the report on a machine."""
+
+    out: str | None = flag(None, "file that the report is written to, too")
+    quick: bool = flag(False, "leave out the training steps, which take a minute each")
+
+
+@dataclass
 class GenerateSettings:
     """Of ``QLoRAModel.generate``."""
 

@@ -136,9 +136,8 @@ class Programs:
         store, gm = self.base.store, result.gm
         for node in gm.graph.nodes:
             constant = capture.constants.get(node.meta.get("stored", ""))
-            if (
-                constant is not None
-            ):  # where the graph was traced with it: the model moves it itself
+            if constant is not None:
+                # Where the graph was traced with it: the model moves it itself.
                 store.tensors[node.meta["stored"]] = constant.to(node.meta["val"].device)
         keys = [n.meta["stored"] for n in gm.graph.nodes if "stored" in n.meta]
         stored = [(key, self.adapter.get(key, store[key])) for key in keys]

@@ -13,6 +13,7 @@ from ..gpu import BFLOAT16, capability
 from .kernel import CAUSAL, Inputs, Kernel, Mask, empty_output
 from .pytorch import (
     additive_mask,
+    pad_to_one_size,
     repeat_heads,
     sum_over_heads,
     zero_where_nothing_is_seen,
@@ -143,17 +144,13 @@ class Definition(Kernel):
 
 
 def aligned(*tensors: Tensor) -> list[Tensor]:
-    """With heads of one size, filled up with zeros, that the kernels can read: rows contiguous and aligned.
+    """With heads of one size that the kernels can read: rows contiguous and aligned.
 
-    Filled up they are laid out ``[batch, sequence, heads, size]``: the memory-efficient kernel's backward takes that of
-    the output for granted (``o_strideM`` in PyTorch's ``kernel_backward.h``).
+    The memory-efficient kernel's backward takes the layout of the output for granted, ``[batch, sequence, heads, size]``
+    (``o_strideM`` in PyTorch's ``kernel_backward.h``): ``pad_to_one_size`` gives it.
     """
-    size = max(t.shape[3] for t in tensors)
-    size += -size % ALIGNMENT
-    if any(t.shape[3] != size for t in tensors):
-        pad = torch.nn.functional.pad
-        return [pad(t.transpose(1, 2), (0, size - t.shape[3])).transpose(1, 2) for t in tensors]
-    return [t if readable(t) else t.contiguous() for t in tensors]
+    whole = pad_to_one_size(*tensors, multiple=ALIGNMENT)
+    return [t if readable(t) else t.contiguous() for t in whole]
 
 
 def readable(t: Tensor) -> bool:

@@ -75,10 +75,17 @@ def sum_over_heads(grad: Tensor, t: Tensor) -> Tensor:
     return grad.reshape(batch, heads, -1, rows, size).sum(2)
 
 
-def pad_to_one_size(*tensors: Tensor) -> list[Tensor]:
-    """All with the largest head size, filled up with zeros."""
+def pad_to_one_size(*tensors: Tensor, multiple: int = 1) -> list[Tensor]:
+    """All with the largest head size, or the next multiple, filled up with zeros.
+
+    What is filled up is laid out ``[batch, sequence, heads, size]``, as a model's heads are.
+    """
     size = max(t.shape[3] for t in tensors)
-    return [torch.nn.functional.pad(t, (0, size - t.shape[3])) for t in tensors]
+    size += -size % multiple
+    if all(t.shape[3] == size for t in tensors):
+        return list(tensors)
+    pad = torch.nn.functional.pad
+    return [pad(t.transpose(1, 2), (0, size - t.shape[3])).transpose(1, 2) for t in tensors]
 
 
 def additive_mask(mask: Mask, q: Tensor) -> Tensor | None:

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from qlora_fx.capture.skeleton import numbered
 from qlora_fx.config import Quantization
 from qlora_fx.runtime import fastest_dtype, loss, loss_triton
 from qlora_fx.runtime import ops as operators
 from qlora_fx.runtime.attention_kernels import Inputs, kernel_for
 from qlora_fx.runtime.attention_kernels import cuda as kernels
 from qlora_fx.runtime.attention_kernels.kernel import CAUSAL, Mask, empty_output
+from qlora_fx.runtime.gpu import numbered
 from qlora_fx.runtime.schemes.four_bit import FourBit
 from qlora_fx.weights.base import activation_dtype
 from torch import Tensor
@@ -186,7 +186,8 @@ def test_a_stack_is_dequantized_in_pieces_that_32_bits_count(
 # -- loss ------------------------------------------------------------------------------------------
 
 
-def test_on_a_gpu_logits_are_held_by_the_thousand_rows() -> None:
+def test_on_a_gpu_logits_are_held_by_the_thousand_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_triton, "runs_on", lambda device: device.type == "cuda")
     rows, vocabulary, inner = 4096, 128256, 2048
     held = {
         name: loss.workspace(rows, vocabulary, inner, 2, dense=True, device=torch.device(name))
@@ -235,7 +236,7 @@ def test_older_gpus_take_pytorchs_operators(
     monkeypatch.setattr(loss_triton, "has_triton_package", lambda: True)
     monkeypatch.setattr(operators, "capability", lambda device: capability)
     x: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda:0"))
-    assert loss_triton.takes(x) == loss_kernel
+    assert loss_triton.runs_on(x.device) == loss_kernel
     assert operators.takes_groups(x, 64, 96) == groups
     assert not operators.takes_groups(x, 64, 20)
     x.dtype = torch.float32
