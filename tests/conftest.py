@@ -29,7 +29,11 @@ VOCABULARY = 101
 def only_slow_but(some: Iterable[Any], every: Iterable[Any]) -> list[Any]:
     """Parameters ``every``; those that are not in ``some`` run in ``make test-all`` alone."""
     kept = tuple(some)
-    return [v if v in kept else pytest.param(v, marks=pytest.mark.slow) for v in every]
+    return [v if v in kept else pytest.param(*several(v), marks=pytest.mark.slow) for v in every]
+
+
+def several(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def tiny_llama(layers: int = 2, **changes: Any) -> LlamaForCausalLM:

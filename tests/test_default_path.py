@@ -1,6 +1,6 @@
 """Every model type of the table, taken along the path that its users take (default_path.py).
 
-T5 takes its compiled training step, at two shapes, in the default run; twelve that differ most and then all others take
+T5 takes its training step, at two shapes, in the default run; twelve that differ most and then all others take
 the whole of it in ``make test-all``. A part of them:
 ``pytest -m slow tests/test_default_path.py -k "gemma or qwen"``. What deviates is listed here with its reason; anything else that
 falls back, is captured again or is refused is a failure.
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import only_slow_but
 from default_path import STEPS, Walk, walk
 from families import FAMILIES, NOT_TRIED, Family
 from families.exceptions import CAPTURED_AGAIN, NO_CHECKPOINT, NO_PEFT, REFUSED, SAID
@@ -25,14 +26,14 @@ TWELVE = (
 )
 
 
-def check(family: Family, steps: tuple[str, ...] = STEPS, device: str = "cpu") -> None:
+def check(family: Family, steps: tuple[str, ...] = STEPS, **options: Any) -> None:
     model_type = family.model_type
     left_out = set()
     if model_type in NO_PEFT:
         left_out.add("peft")
     if model_type in NO_CHECKPOINT:
         left_out.add("checkpoint")
-    result = walk(family, steps=tuple(s for s in steps if s not in left_out), device=device)
+    result = walk(family, steps=tuple(s for s in steps if s not in left_out), **options)
     if model_type in REFUSED:
         assert REFUSED[model_type] in result.error, result.error
         return
@@ -50,9 +51,10 @@ def unexpected(model_type: str, result: Walk) -> list[str]:
     return [m for m in found if not any(words in m for words in SAID.get(model_type, ()))]
 
 
-def test_a_compiled_step_at_two_shapes() -> None:
-    family = BY_TYPE["t5"]
-    check(replace(family, config=family.config | {"num_layers": 1}), steps=("shape",))
+@pytest.mark.parametrize("backend", only_slow_but(["aot_eager"], ["aot_eager", "inductor"]))
+def test_a_compiled_step_at_two_shapes(backend: str) -> None:
+    family = replace(BY_TYPE["t5"], config=BY_TYPE["t5"].config | {"num_layers": 1})
+    check(family, steps=("shape",), backend=backend)
 
 
 @pytest.mark.slow

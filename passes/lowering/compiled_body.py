@@ -12,9 +12,11 @@ from torch._functorch import config as functorch
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError
+from torch._inductor.virtualized import V
 
 from .example import Example
 from .free_sizes import FreeSize, free_sizes
+from .on_gpu import OneWeightAtATime, OnGpu
 from .operators import operator_of
 from .partition import Partition
 from .warm_up import warm_up
@@ -122,10 +124,16 @@ class CompiledBody(nn.Module):
             warm_up.thread.join()
         with tracing(TracingContext(example.mode)):
             if self.backend == "inductor":
-                patches = {"custom_partitioner_fn": example.partition}
+                patches = {
+                    "custom_partitioner_fn": example.partition,
+                    "post_grad_custom_pre_pass": OnGpu(),
+                }
                 try:
                     # The backward too is compiled now: a refusal of it is ours to handle, not the user's.
-                    with functorch.patch(force_non_lazy_backward_lowering=True):
+                    with (
+                        functorch.patch(force_non_lazy_backward_lowering=True),
+                        V.set_choices_handler(OneWeightAtATime()),
+                    ):
                         run: Any = compile_fx(example.gm, example.args, config_patches=patches)
                 except InductorError as error:
                     self.warn_once(error)

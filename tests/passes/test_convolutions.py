@@ -82,7 +82,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     "name",
-    [n if n == "wide depthwise" else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS],
+    [n if n == "dense" else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS],
 )
 def test_gradients_are_right_and_every_length_is_one_compilation(name: str) -> None:
     model = Mixer(**OPTIONS[name])

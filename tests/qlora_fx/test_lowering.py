@@ -48,6 +48,7 @@ def test_equal_blocks_share_one_program_and_their_gradients_are_right(trained: A
         assert relative_error(p.grad, true_grads[f"base_model.model.{name}"]) < LIMIT, name
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_below_the_first_adapter() -> None:
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoraConfig(r=4, target_modules=names, layers_to_transform=[2, 3])

@@ -363,6 +363,7 @@ def test_optimizer_takes_groups_of_adapters_and_nothing_else(adapted: Any) -> No
         qmodel.paged_optimizer(1e-4, optimizer="SGD")
 
 
+@pytest.mark.slow
 def test_generate_equals_greedy_decoding_of_the_true_model(adapted: Any) -> None:
     model, qmodel, adapter = adapted
     dense, _ = truth(model, adapter, 2.0)

@@ -129,12 +129,14 @@ def test_the_timeline_names_the_place_of_the_peak() -> None:
         assert line in str(plan)
 
 
+@pytest.mark.slow
 def test_the_plan_draws_itself(tmp_path: Path) -> None:
     plan = qlora_fx.plan(config(), LoraConfig(**LORA))
     plan.plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_fit_gives_up_what_costs_least_first() -> None:
     lora = LoraConfig(**(LORA | {"r": 16}))
     asked: dict[str, Any] = {"batch_size": 8, "sequence_length": 256, "memory_budget": 1.0}

@@ -1,0 +1,219 @@
+"""What Inductor is given for a GPU: the same values, by fewer launches. Run here on a CPU, as graphs and compiled."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import qlora_fx
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from conftest import batch, peer_llama
+from qlora_fx.passes.lowering import compiled_body, on_gpu
+from qlora_fx.runtime.ops import NESTED_BLOCKSIZE, whole_rows
+from qlora_fx.testing.check import randomize_adapter
+from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+ops, aten, prims = torch.ops.bitsandbytes, torch.ops.aten, torch.ops.prims
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the passes take CPU tensors for a GPU's."""
+    monkeypatch.setattr(on_gpu, "on_gpu", lambda val: True)
+
+
+def traced(function: Any, *args: Any, mode: str = "fake") -> fx.GraphModule:
+    """As Inductor's passes see it: casts in its words."""
+    table = {aten._to_copy.default: select_decomp_table()[aten._to_copy.default]}
+    return make_fx(function, decomposition_table=table, tracing_mode=mode)(*args)
+
+
+def rewrite(gm: fx.GraphModule) -> None:
+    with next(iter(gm.graph.find_nodes(op="placeholder"))).meta["val"].fake_mode:
+        on_gpu.OnGpu()(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def stored(shape: tuple[int, int], kind: str, blocksize: int, double: bool) -> dict[str, Any]:
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=blocksize, quant_type=kind, compress_statistics=double
+    )
+    found = {"packed": packed, "absmax": state.absmax}
+    if double:
+        found |= {"nested_absmax": state.state2.absmax, "nested_quant_map": state.state2.code}
+        found |= {"offset": state.offset}
+    return found
+
+
+def by_bitsandbytes(
+    parts: dict[str, Any], shape: tuple[int, int], kind: str, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    absmax = parts["absmax"]
+    if "offset" in parts:
+        nested = (parts["nested_absmax"], parts["nested_quant_map"], NESTED_BLOCKSIZE)
+        absmax = ops.dequantize_blockwise(absmax, *nested, torch.float32) + parts["offset"]
+    rows = whole_rows(shape, blocksize)
+    dense: Tensor = ops.dequantize_4bit(parts["packed"], absmax, blocksize, kind, rows, dtype)
+    return dense.view(shape)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    ("shape", "blocksize"), [((64, 48), 64), ((300, 128), 64), ((33, 7), 64), ((48, 160), 128)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_is_bitwise_bitsandbytes_in_a_graph_without_its_operators(
+    everywhere: None,
+    shape: tuple[int, int],
+    blocksize: int,
+    kind: str,
+    double: bool,
+    dtype: torch.dtype,
+) -> None:
+    parts = stored(shape, kind, blocksize, double)
+    names, values = list(parts), list(parts.values())
+
+    def weight(*values: Tensor) -> Tensor:
+        return by_bitsandbytes(dict(zip(names, values, strict=True)), shape, kind, blocksize, dtype)
+
+    gm = traced(weight, *values)
+    assert theirs(gm.graph)
+    true = gm(*values)
+    rewrite(gm)
+    assert not theirs(gm.graph)
+    assert torch.equal(gm(*values), true)
+
+
+def theirs(graph: fx.Graph) -> list[str]:
+    return [str(n.target) for n in graph.nodes if "bitsandbytes" in str(n.target)]
+
+
+def test_nothing_changes_on_a_cpu() -> None:
+    parts = stored((64, 64), "nf4", 64, True)
+    values = list(parts.values())
+
+    def weight(*values: Tensor) -> Tensor:
+        return by_bitsandbytes(
+            dict(zip(parts, values, strict=True)), (64, 64), "nf4", 64, torch.float32
+        )
+
+    gm = traced(weight, *values)
+    before = str(gm.graph)
+    rewrite(gm)
+    assert str(gm.graph) == before
+
+
+def test_bytes_held_as_another_dtype_stay_bitsandbytes(everywhere: None) -> None:
+    parts = stored((64, 64), "nf4", 64, False)
+    parts["packed"] = parts["packed"].view(-1, 2).view(torch.bfloat16)
+    values = list(parts.values())
+
+    def weight(*values: Tensor) -> Tensor:
+        return by_bitsandbytes(
+            dict(zip(parts, values, strict=True)), (64, 64), "nf4", 64, torch.float32
+        )
+
+    gm = traced(weight, *values)
+    rewrite(gm)
+    assert len(theirs(gm.graph)) == 1
+
+
+def products(x: Tensor, *parameters: Tensor) -> list[Tensor]:
+    """As the linears of a block: two parameters are stacked, and the last lies otherwise."""
+    *factors, odd = [p.to(torch.bfloat16) for p in parameters[2:]]
+    both = torch.cat(parameters[:2]).to(torch.bfloat16)
+    return [x @ both.t(), *(x @ f.t() for f in factors), x @ odd.t()]
+
+
+def test_parameters_are_cast_by_one_kernel_for_eight(everywhere: None) -> None:
+    x = torch.randn(5, 16).to(torch.bfloat16)
+    parameters = [torch.randn(n, 16) for n in (2, 2, 4, 6, 8, 3, 5, 7)] + [torch.randn(3, 16)]
+    parameters[-1] = parameters[-1].t().contiguous().t()  # is cast by itself
+    gm = traced(products, x, *parameters)
+    true = gm(x, *parameters)
+    assert targets(gm)[prims.convert_element_type.default] == 8
+    rewrite(gm)
+    counts = targets(gm)
+    assert counts[prims.convert_element_type.default] == 2
+    assert counts[aten.cat.default] == 1
+    assert all(torch.equal(a, b) for a, b in zip(gm(x, *parameters), true, strict=True))
+
+
+def targets(gm: fx.GraphModule) -> Counter[Any]:
+    return Counter(n.target for n in gm.graph.nodes)
+
+
+def test_a_product_of_the_size_of_a_parameter_writes_float32_itself(everywhere: None) -> None:
+    def gradients(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (grad.t() @ x).float(), grad @ x.t()
+
+    half = torch.zeros(6, 4, dtype=torch.bfloat16)
+    gm = traced(gradients, half, half)
+    rewrite(gm)
+    counts = targets(gm)
+    assert counts[aten.mm.dtype] == 1
+    assert counts[aten.mm.default] == 1
+    assert counts[prims.convert_element_type.default] == 0
+    node = next(iter(gm.graph.find_nodes(op="call_function", target=aten.mm.dtype)))
+    assert node.args[2] is torch.float32
+    assert node.meta["val"].dtype == torch.float32
+
+
+def test_activations_keep_their_product_and_cast(everywhere: None) -> None:
+    """A result with a row per token costs more to write in float32 than the launch of a cast that is fused anyway."""
+
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return (x @ weight).float()
+
+    half = torch.zeros(6, 6, dtype=torch.bfloat16)
+    gm = traced(forward, half, half, mode="symbolic")
+    rewrite(gm)
+    assert targets(gm)[aten.mm.default] == 1
+
+
+@pytest.mark.slow
+@torch._inductor.config.patch(force_disable_caches=True)
+def test_a_compiled_step_is_the_same_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through Inductor, which has to fuse it, with the passes and without. In float32: nothing is cast."""
+    found = []
+    for taken in (False, True):
+        monkeypatch.setattr(on_gpu, "on_gpu", lambda val, taken=taken: taken)
+        # Compilations are shared between tests where the compiler is the same: tests/sharing.py.
+        monkeypatch.setattr(compiled_body, "compile_fx", partial(compile_fx))
+        qmodel = qlora_fx.transform(peer_llama(1), compute_dtype=torch.float32)
+        randomize_adapter(qmodel)
+        qmodel(**batch()).loss.backward()
+        qmodel.zero_grad()
+        with Operators() as called, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            qmodel(**batch()).loss.backward()
+        gradients = {n: p.grad for n, p in qmodel.adapter_parameters()}
+        found.append((sum("bitsandbytes" in n for n in called.names), gradients))
+    (before, true), (after, got) = found
+    assert (before, after) == (22, 0)
+    for name, gradient in true.items():
+        assert gradient is not None
+        assert gradient.norm() > 0, name
+        assert torch.equal(gradient, got[name]), name
+
+
+class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
