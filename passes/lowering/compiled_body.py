@@ -217,7 +217,33 @@ def tuple_output(body: fx.GraphModule, sizes: int) -> fx.GraphModule:
         graph.placeholder(f"size_{i}")
     value = graph.graph_copy(body.graph, mapping)
     graph.output(value if isinstance(value, tuple) else (value,))
+    copy_what_stands_alone(graph)
     return fx.GraphModule(nn.Module(), graph)
+
+
+def copy_what_stands_alone(graph: fx.Graph) -> None:
+    """Of a tensor and empty ones, ``cat`` is a contiguous copy; Inductor's keeps the strides, and a view behind it fails.
+
+    Rotary embeddings of a whole head are written so: what passes by is empty.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+        read: Any = node.args[0]
+        filled = [n for n in read if all(isinstance(s, torch.SymInt) or s for s in shape_of(n))]
+        if len(filled) == 1 < len(read):
+            with graph.inserting_before(node):
+                copy = graph.call_function(
+                    torch.ops.aten.clone.default,
+                    (filled[0],),
+                    {"memory_format": torch.contiguous_format},
+                )
+            copy.meta.update(node.meta)
+            node.replace_all_uses_with(copy)
+            graph.erase_node(node)
+
+
+def shape_of(node: fx.Node) -> torch.Size:
+    shape: torch.Size = node.meta["val"].shape
+    return shape
 
 
 def skip_gradients(graph: fx.Graph) -> None:

@@ -58,7 +58,7 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {'passed' if self.passed else 'FAILED'}, relative errors against float64, "
-            f"tolerance {self.tolerance:.0e}"
+            f"tolerance {self.tolerance:.1e}"
         ]
         for name, error in self.outputs.items():
             lines.append(f"  output {name}: {error:.1e} (eager {self.eager_outputs[name]:.1e})")

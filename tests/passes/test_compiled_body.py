@@ -156,3 +156,39 @@ def test_where_a_formula_is_not_enough_the_symbols_are_passed() -> None:
     halved = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default).args[0]
     assert [size.term.is_symbol for size in free_sizes([x, halved])] == [True, True]
     assert [size.term.is_symbol for size in free_sizes([halved])] == [True, False]
+
+
+class Rotated(torch.nn.Module):
+    """What passes by a rotary embedding of the whole head is empty; transformers' gpt_neox_japanese views the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.linear(x).unflatten(2, (2, 4)).transpose(1, 2)
+        whole = torch.cat((heads[..., :4] * 2, heads[..., 4:]), -1)
+        return whole.view(-1, *whole.shape[2:])
+
+
+def test_a_tensor_is_copied_where_only_empty_ones_stand_beside_it() -> None:
+    gm = captured(Rotated()).gm
+    aten = torch.ops.aten
+    assert len(gm.graph.find_nodes(op="call_function", target=aten.cat.default)) == 1
+    body = CompiledBody(gm, "inductor")
+    copied = compiled_body.tuple_output(gm, 0).graph
+    assert not copied.find_nodes(op="call_function", target=aten.cat.default)
+    run(body, 4)
+    assert body.compilations == 1
+
+
+def test_tensors_that_are_not_empty_stay_side_by_side() -> None:
+    class Both(Rotated):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x)
+            return torch.cat((y, x[..., 8:], x), -1)
+
+    gm = captured(Both()).gm
+    cat = torch.ops.aten.cat.default
+    copied = compiled_body.tuple_output(gm, 0).graph
+    assert len(copied.find_nodes(op="call_function", target=cat)) == 1
