@@ -7,8 +7,9 @@ WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 GPU_PYTHON ?= python3
+OLDEST_PYTHON ?= python3
 
-.PHONY: demo test test-all test-wheel gpu lint format bench clean
+.PHONY: demo test test-all test-wheel test-oldest gpu lint format bench clean
 
 demo: $(INSTALLED)  ## fine-tune SmolLM2-135M and take the adapter home to PEFT; DEMO="--resume" adds flags
 	$(BIN)/python examples/finetune.py $(DEMO)
@@ -28,6 +29,12 @@ test-wheel: $(INSTALLED)  ## build the wheel and test what it installs, away fro
 	cp -r tests examples pyproject.toml build/wheel
 	cd build/wheel && venv/bin/python -m pytest -q -p no:cacheprovider --ignore tests/test_packaging.py \
 		--ignore tests/test_docs.py
+
+test-oldest:  ## the default suite with the oldest releases that are supported; OLDEST_PYTHON=python3.12
+	$(OLDEST_PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip --quiet --disable-pip-version-check install -c constraints-oldest.txt \
+		--editable ".[demo,test]"
+	build/oldest/bin/python -m pytest -q $(WORKERS) -p no:cacheprovider
 
 gpu:  ## what only a GPU shows, with the machine's own torch, bitsandbytes and PEFT: tests, then figures; build/gpu has both
 	mkdir -p build/gpu

@@ -6,7 +6,7 @@ import re
 import warnings
 from importlib.metadata import version
 
-TESTED = {"transformers": ("5.23", "5.23"), "peft": ("0.21", "0.21")}
+TESTED = {"transformers": ("5.17", "5.23"), "peft": ("0.21", "0.21")}
 """Oldest and newest minor release that the tests were run with."""
 
 

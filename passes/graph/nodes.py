@@ -71,11 +71,14 @@ def fake_value(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
     key = (target, str(fx.map_arg((args, kwargs), description)))
     found = known.get(key)
     if found is None:
-        # The dispatcher in Python: PyTorch's C++ would ask for sizes as numbers, and so fix free ones.
-        with mode, torch.no_grad(), enable_python_dispatcher():
-            found = target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
-        known[key] = found
+        found = known[key] = computed_value(mode, target, args, kwargs)
     return found
+
+
+def computed_value(mode: Any, target: Any, args: Any, kwargs: Any) -> Any:
+    # The dispatcher in Python: PyTorch's C++ would ask for sizes as numbers, and so fix free ones.
+    with mode, torch.no_grad(), enable_python_dispatcher():
+        return target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
 
 
 def description(node: fx.Node) -> str:

@@ -58,6 +58,7 @@ def always(model: nn.Module) -> Iterator[None]:
         numbers_as_nodes(),
         masks_by_broadcasting(),
         no_gradients_of_their_own(),
+        chances_that_are_zero(model),
     ):
         yield
 
@@ -136,6 +137,27 @@ def numbers_as_nodes() -> Iterator[None]:
         yield
     finally:
         torch.tensor = original
+
+
+@contextlib.contextmanager
+def chances_that_are_zero(model: nn.Module) -> Iterator[None]:
+    """Where no layer is ever dropped (LayerDrop, ``config.layerdrop``), draw nothing to decide it.
+
+    transformers drew a number (``torch.rand([])``) for each layer and compared it with 0 before release 5.23, which a
+    capture cannot follow.
+    """
+    configs = [vars(m.config) for m in model.modules() if hasattr(m, "config")]
+    chances = [v for c in configs for k, v in c.items() if k.endswith("layerdrop")]
+    if not chances or any(chances):
+        yield
+        return
+    original = torch.rand
+
+    def rand(*size: Any, **options: Any) -> Any:
+        return 1.0 if size == ([],) else original(*size, **options)
+
+    with mock.patch.object(torch, "rand", rand):
+        yield
 
 
 @contextlib.contextmanager

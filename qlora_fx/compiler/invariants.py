@@ -15,7 +15,14 @@ from torch import fx
 
 from ..config import Config
 from ..passes.adapt import has_branch, is_adapter_key
-from ..passes.graph.nodes import CANONICAL, is_packed, parameter_behind, sites, verdict_of
+from ..passes.graph.nodes import (
+    CANONICAL,
+    computed_value,
+    is_packed,
+    parameter_behind,
+    sites,
+    verdict_of,
+)
 from ..passes.graph.site import Site, Verdict
 from ..passes.linears.spellings import recognise
 from ..passes.quantize import reads_storage
@@ -151,9 +158,7 @@ def values_match_fake_kernels(gm: fx.GraphModule) -> Iterator[Violation]:
             continue
         if node.target is operator.getitem:
             continue
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        with val.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
-            new = node.target(*args, **kwargs)
+        new = computed_value(val.fake_mode, node.target, node.args, node.kwargs)  # type: ignore[attr-defined]
         if new.dtype != val.dtype or [str(s) for s in new.shape] != [str(s) for s in val.shape]:
             yield (
                 node,

@@ -5,6 +5,8 @@ What is random in train mode is off: dropout, dropped layers and paths, router n
 
 from __future__ import annotations
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
 from .build import Family, build
 from .causal import CAUSAL
 from .causal_others import CAUSAL_OTHERS
@@ -23,9 +25,9 @@ from .vision_language import VISION_LANGUAGE
 from .vision_language_qwen import VISION_LANGUAGE_QWEN
 from .vision_pyramids import VISION_PYRAMIDS
 
-__all__ = ["FAMILIES", "NOT_TRIED", "Family", "build"]
+__all__ = ["ALL", "FAMILIES", "NOT_TRIED", "Family", "build"]
 
-FAMILIES: tuple[Family, ...] = (
+ALL: tuple[Family, ...] = (
     *CAUSAL,
     *CAUSAL_OTHERS,
     *MIXTURES,
@@ -42,3 +44,5 @@ FAMILIES: tuple[Family, ...] = (
     *STATE_SPACE,
     *LINEAR_ATTENTION,
 )
+FAMILIES = tuple(f for f in ALL if f.model_type in CONFIG_MAPPING_NAMES)
+"""Those that the installed transformers has."""
