@@ -14,6 +14,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError
 from torch._inductor.virtualized import V
 
+from ...runtime.torch_versions import no_tiled_outer_loops
 from .example import Example
 from .free_sizes import FreeSize, free_sizes
 from .on_gpu import OneWeightAtATime, OnGpu
@@ -133,6 +134,7 @@ class CompiledBody(nn.Module):
                     with (
                         functorch.patch(force_non_lazy_backward_lowering=True),
                         V.set_choices_handler(OneWeightAtATime()),
+                        no_tiled_outer_loops(),
                     ):
                         run: Any = compile_fx(example.gm, example.args, config_patches=patches)
                 except InductorError as error:

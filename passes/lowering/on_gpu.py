@@ -44,6 +44,7 @@ from torch._inductor.pattern_matcher import (
     register_graph_pattern,
 )
 
+from ...runtime import torch_versions
 from ...runtime.ops import NESTED_BLOCKSIZE
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -277,7 +278,7 @@ class OnGpu(CustomGraphPass):  # type: ignore[misc]
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, torch_versions.__file__))  # what it does to Inductor
 
 
 class OneWeightAtATime(InductorChoices):  # type: ignore[misc]

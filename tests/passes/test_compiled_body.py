@@ -192,3 +192,34 @@ def test_tensors_that_are_not_empty_stay_side_by_side() -> None:
     cat = torch.ops.aten.cat.default
     copied = compiled_body.tuple_output(gm, 0).graph
     assert len(copied.find_nodes(op="call_function", target=cat)) == 1
+
+
+class Transposed(torch.nn.Module):
+    """As a layer norm over channels that stand before positions has it in its backward (SqueezeBERT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift, self.weight = (
+            torch.nn.Parameter(torch.randn(48, generator=torch.Generator().manual_seed(i)))
+            for i in range(3)
+        )
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        y = (y * self.scale + self.shift).transpose(1, 2)
+        rows = ((x + y).transpose(1, 2) - z) * z
+        total = (x.transpose(1, 2) * self.weight * rows).sum(2, keepdim=True)
+        return rows * total
+
+
+def test_vectorized_outer_loops_do_not_mix_rows() -> None:
+    """github.com/pytorch/pytorch/issues/185702."""
+    module = Transposed()
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        name: torch.randn(3, *shape, generator=generator)
+        for name, shape in (("x", (48, 21)), ("y", (21, 48)), ("z", (21, 1)))
+    }
+    known = inputs | {name: p.detach() for name, p in module.named_parameters()}
+    body = CompiledBody(captured(module, inputs).gm, "inductor")
+    result = body(*(known[n.meta.get("stored") or n.name] for n in body.inputs), 0)[0]
+    torch.testing.assert_close(result, module(**inputs), rtol=1e-4, atol=1e-2)
