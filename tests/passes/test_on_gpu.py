@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from functools import partial
@@ -12,12 +13,14 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from conftest import batch, peer_llama
+from functorch.compile import make_boxed_func
 from qlora_fx.passes.lowering import compiled_body, on_gpu
 from qlora_fx.runtime.ops import NESTED_BLOCKSIZE, whole_rows
 from qlora_fx.testing.check import randomize_adapter
 from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 ops, aten, prims = torch.ops.bitsandbytes, torch.ops.aten, torch.ops.prims
@@ -36,7 +39,8 @@ def traced(function: Any, *args: Any, mode: str = "fake") -> fx.GraphModule:
 
 
 def rewrite(gm: fx.GraphModule) -> None:
-    with next(iter(gm.graph.find_nodes(op="placeholder"))).meta["val"].fake_mode:
+    vals = [n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")]
+    with next(val.fake_mode for val in vals if isinstance(val, FakeTensor)):
         on_gpu.OnGpu()(gm.graph)
     gm.graph.lint()
     gm.recompile()
@@ -217,3 +221,34 @@ class Operators(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def test_what_a_step_of_a_llama_block_launches(
+    everywhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Per weight one kernel, for all parameters two casts, per adapter's gradient one product into float32."""
+    found: dict[bool, fx.GraphModule] = {}
+
+    def seen(gm: fx.GraphModule, inputs: Any, *, is_backward: bool = False, **_: Any) -> Any:
+        copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        rewrite(copied)
+        if targets(copied)[aten._unsafe_index.Tensor]:
+            found[is_backward] = copied
+        return make_boxed_func(gm.forward)
+
+    monkeypatch.setattr(compiled_body, "compile_fx", partial(compile_fx, inner_compile=seen))
+    qmodel = qlora_fx.transform(peer_llama(2).bfloat16(), compute_dtype=torch.bfloat16)
+    qmodel(**batch()).loss.backward()
+    forward, backward = targets(found[False]), targets(found[True])
+    for gm in found.values():
+        assert not theirs(gm.graph)
+        casts = gm.graph.find_nodes(op="call_function", target=prims.convert_element_type.default)
+        assert sum(bool(on_gpu.sources(cast)) for cast in casts) == 0
+    weights = 7
+    # Each looks up the levels of its absmax and the 16 values.
+    assert forward[aten._unsafe_index.Tensor] == backward[aten._unsafe_index.Tensor] == 2 * weights
+    # A of q, k and v are one factor, and so are those of gate and up.
+    assert forward[aten.mm.default] + forward[aten.addmm.default] == weights + 4 + weights
+    assert backward[aten.mm.dtype] == 4 + weights
+    rotary = 2
+    assert (forward[aten.cat.default], backward[aten.cat.default]) == (2 + rotary, 2)
