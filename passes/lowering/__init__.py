@@ -3,6 +3,7 @@
 compiled_body  a body, compiled as it is called
 example        with which arguments, and for which sizes the result is right
 free_sizes     the sizes that it is compiled for any value of
+on_gpu         what Inductor is given for a GPU instead: fewer launches
 partition      what its forward keeps for its backward
 live_bytes     what is live while it runs
 operators      FLOPs, workspace and gradients of the operators that are taken whole
