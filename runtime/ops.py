@@ -57,12 +57,20 @@ def scales(
     if nested_absmax is None or offset is None or nested_quant_map is None:
         return absmax
     if absmax.dim() == 2:  # a stack, whose matrices begin blocks of their own
-        spread = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE, 1)[:, : absmax.shape[1]]
-        return nested_quant_map[absmax.int()] * spread + offset[:, None]
+        return scales_by_formula(absmax, nested_absmax, offset, nested_quant_map)
     nested: Tensor = _bnb.dequantize_blockwise(
         absmax, nested_absmax, nested_quant_map, NESTED_BLOCKSIZE, torch.float32
     )
     return nested + offset
+
+
+def scales_by_formula(
+    absmax: Tensor, nested_absmax: Tensor, offset: Tensor, nested_quant_map: Tensor
+) -> Tensor:
+    """``scales`` of 8 bits in PyTorch's operators; a byte is always inside the map."""
+    spread = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE, -1)[..., : absmax.shape[-1]]
+    levels: Tensor = torch.ops.aten._unsafe_index(nested_quant_map, [absmax.int()])
+    return levels * spread + offset[..., None]
 
 
 def dequantized(

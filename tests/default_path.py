@@ -21,6 +21,7 @@ from typing import Any
 import qlora_fx
 import torch
 from families import Family, build
+from families.exceptions import ROUNDING
 from peft import PeftModel
 from qlora_fx.testing import compare, randomize_adapter, relative_error
 from qlora_fx.testing.reference import dense_weights
@@ -98,6 +99,7 @@ def follow(
     family: Family, steps: tuple[str, ...], backend: str, device: torch.device, taking: Any
 ) -> None:
     model: Any = build(family).train().to(device)
+    limit = ROUNDING.get(family.model_type)
     first, second = (
         {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         for batch in (family.batch(3, 21), family.batch(2, 17))
@@ -112,15 +114,15 @@ def follow(
     whole(qmodel, model)
     randomize_adapter(qmodel)
     with taking("train"):
-        right(model, qmodel, first)
+        right(model, qmodel, first, limit)
     if "budget" in steps:
         with taking("budget"):
             qmodel.memory_budget = 0.0
-            right(model, qmodel, first)
+            right(model, qmodel, first, limit)
             qmodel.memory_budget = 1.0
     if "shape" in steps:
         with taking("shape"):
-            right(model, qmodel, second)
+            right(model, qmodel, second, limit)
     if "eval" in steps:
         with taking("eval"), torch.no_grad():
             outputs = leaves(qmodel.eval()(**first))
@@ -128,7 +130,7 @@ def follow(
                 raise Wrong("outputs in eval mode are not finite")
     if "train again" in steps:
         with taking("train again"):
-            right(model, qmodel.train(), first)
+            right(model, qmodel.train(), first, limit)
     with tempfile.TemporaryDirectory() as folder:
         if "peft" in steps:
             with taking("peft"):
@@ -152,9 +154,9 @@ def whole(qmodel: Any, model: Any) -> None:
         raise Wrong("other parameters train than the adapters")
 
 
-def right(model: Any, qmodel: Any, batch: Any) -> None:
+def right(model: Any, qmodel: Any, batch: Any, limit: float | None) -> None:
     """Outputs and the gradients of all adapters beside float64; half of them at least are not zero."""
-    report = compare(model, qmodel, batch, all_outputs=False)
+    report = compare(model, qmodel, batch, limit, all_outputs=False)
     if not report.passed:
         raise Wrong(str(report))
     if sum(line.norm > 0 for line in report.sites) < len(report.sites) / 2:

@@ -230,7 +230,12 @@ def copy_what_stands_alone(graph: fx.Graph) -> None:
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
         read: Any = node.args[0]
-        filled = [n for n in read if all(isinstance(s, torch.SymInt) or s for s in shape_of(n))]
+        shapes = [n.meta["val"].shape for n in read]
+        filled = [
+            n
+            for n, shape in zip(read, shapes, strict=True)
+            if all(isinstance(size, torch.SymInt) or size for size in shape)
+        ]
         if len(filled) == 1 < len(read):
             with graph.inserting_before(node):
                 copy = graph.call_function(
@@ -241,11 +246,6 @@ def copy_what_stands_alone(graph: fx.Graph) -> None:
             copy.meta.update(node.meta)
             node.replace_all_uses_with(copy)
             graph.erase_node(node)
-
-
-def shape_of(node: fx.Node) -> torch.Size:
-    shape: torch.Size = node.meta["val"].shape
-    return shape
 
 
 def skip_gradients(graph: fx.Graph) -> None:

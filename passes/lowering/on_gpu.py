@@ -25,7 +25,7 @@ up to ``CASTS_AT_ONCE`` of them into one buffer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -44,8 +44,7 @@ from torch._inductor.pattern_matcher import (
     register_graph_pattern,
 )
 
-from ...runtime import torch_versions
-from ...runtime.ops import NESTED_BLOCKSIZE
+from ...runtime import ops, torch_versions
 
 aten, prims = torch.ops.aten, torch.ops.prims
 operators = torch.ops.bitsandbytes
@@ -67,23 +66,16 @@ def dense(
         absmax: ``[blocks]``, float32, or uint8 with ``nested``.
         quant_map: the 16 values.
         shape: of the result.
-        nested: ``nested_absmax`` ``[ceil(blocks / 256)]``, the map of 256 values, ``offset``.
+        nested: ``nested_absmax`` ``[ceil(blocks / 256)]``, ``offset``, the map of 256 values.
     """
     n = math.prod(shape)
     if nested is not None:
-        nested_absmax, nested_quant_map, offset = nested
-        levels = aten._unsafe_index(nested_quant_map, [absmax.int()])
-        absmax = levels * repeated(nested_absmax, NESTED_BLOCKSIZE, absmax.shape[0]) + offset
+        absmax = ops.scales_by_formula(absmax, *nested)
     shift = 4 - 4 * torch.arange(2, dtype=torch.int32, device=packed.device)
     codes = (packed.reshape(-1, 1).int() >> shift) & 15
     values: Tensor = aten._unsafe_index(quant_map, [codes.reshape(-1)[:n]])
-    values = values * repeated(absmax, blocksize, n)
+    values = values * absmax.repeat_interleave(blocksize)[:n]
     return values.to(dtype).reshape(list(shape))
-
-
-def repeated(t: Tensor, times: int, size: int) -> Tensor:
-    """The first ``size`` of each element ``times`` over."""
-    return t[:, None].expand(-1, times).reshape(-1)[:size]
 
 
 def on_gpu(val: Tensor) -> bool:
@@ -120,53 +112,45 @@ def table(kind: str, device: torch.device) -> Tensor:
 
 
 PATTERNS = PatternMatcherPass(pass_name="one kernel to dequantize")  # type: ignore[no-untyped-call]
-OPTIONS = [KeywordArg(name) for name in ("blocksize", "quant_type", "shape", "dtype")]
-NESTED = ("nested_absmax", "nested_quant_map", "offset")
+Replacement = Callable[..., None]
+NESTED = ("nested_absmax", "offset", "nested_quant_map")
 LEVELS = CallFunction(
     operators.dequantize_blockwise.default,
-    KeywordArg("absmax"),
-    *map(KeywordArg, NESTED[:2]),
+    *map(KeywordArg, ("absmax", "nested_absmax", "nested_quant_map")),
     Ignored(),  # type: ignore[no-untyped-call]
     Ignored(),  # type: ignore[no-untyped-call]
     _users=MULTIPLE,
 )
-ABSMAX = CallFunction(aten.add.Tensor, LEVELS, KeywordArg(NESTED[2]), _users=MULTIPLE)
+ABSMAX = CallFunction(aten.add.Tensor, LEVELS, KeywordArg("offset"), _users=MULTIPLE)
 
 
-@register_graph_pattern(  # type: ignore[untyped-decorator]
-    CallFunction(
-        operators.dequantize_4bit.default, KeywordArg("packed"), ABSMAX, *OPTIONS, _users=MULTIPLE
-    ),
-    pass_dict=PATTERNS,
-    extra_check=held_as_bytes,
-)
-def doubly_quantized(match: Match, **values: Any) -> None:
-    replace(match, values, [values[name] for name in NESTED])
+def instead_of_weights(absmax: Any) -> Callable[[Replacement], Replacement]:
+    """Decorates what replaces a weight that was made with this ``absmax``."""
+    options = map(KeywordArg, ("blocksize", "quant_type", "shape", "dtype"))
+    pattern = CallFunction(
+        operators.dequantize_4bit.default, KeywordArg("packed"), absmax, *options, _users=MULTIPLE
+    )
+    register: Any = register_graph_pattern
+    return register(pattern, pass_dict=PATTERNS, extra_check=held_as_bytes)  # type: ignore[no-any-return]
 
 
-@register_graph_pattern(  # type: ignore[untyped-decorator]
-    CallFunction(
-        operators.dequantize_4bit.default,
-        KeywordArg("packed"),
-        KeywordArg("absmax"),
-        *OPTIONS,
-        _users=MULTIPLE,
-    ),
-    pass_dict=PATTERNS,
-    extra_check=held_as_bytes,
-)
-def quantized(match: Match, **values: Any) -> None:
-    replace(match, values, [])
-
-
-def replace(match: Match, values: dict[str, Any], nested: list[fx.Node]) -> None:
+@instead_of_weights(KeywordArg("absmax"))  # tried after the one below, which it would match too
+@instead_of_weights(ABSMAX)
+def weight(match: Match, **values: Any) -> None:
+    """Note [Dequantizing in one kernel]."""
     blocksize, shape, dtype = (values[k] for k in ("blocksize", "shape", "dtype"))
 
-    def formula(packed: Tensor, absmax: Tensor, quant_map: Tensor, *more: Any) -> Tensor:
-        return dense(packed, absmax, quant_map, blocksize, shape, dtype, more or None)  # type: ignore[arg-type]
+    def formula(packed: Tensor, absmax: Tensor, quant_map: Tensor, *nested: Any) -> Tensor:
+        return dense(packed, absmax, quant_map, blocksize, shape, dtype, nested or None)  # type: ignore[arg-type]
 
-    args = (values["packed"], values["absmax"], quant_map(match), *nested)
-    match.replace_by_example(formula, args)
+    nested = [values[name] for name in NESTED if name in values]
+    match.replace_by_example(
+        formula, [values["packed"], values["absmax"], quant_map(match), *nested]
+    )
+
+
+def fixed(*sizes: Any) -> bool:
+    return not any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 HALF = (torch.bfloat16, torch.float16)
@@ -181,11 +165,7 @@ FLOAT32 = CallFunction(
 def sum_over_tokens(match: Match) -> bool:
     """Whether this product's result is as small as a parameter, and can be float32."""
     a, b = (match.kwargs[k].meta["val"] for k in ("a", "b"))
-    return (
-        on_gpu(a)
-        and a.dtype in HALF
-        and not any(isinstance(s, torch.SymInt) for s in (a.shape[0], b.shape[1]))
-    )
+    return on_gpu(a) and a.dtype in HALF and fixed(a.shape[0], b.shape[1])
 
 
 @register_graph_pattern(FLOAT32, pass_dict=PATTERNS, extra_check=sum_over_tokens)  # type: ignore[untyped-decorator]
@@ -225,7 +205,7 @@ def is_parameter(node: fx.Node) -> bool:
         and on_gpu(val)
         and val.dtype == torch.float32
         and val.is_contiguous()
-        and not any(isinstance(s, torch.SymInt) for s in val.shape)
+        and fixed(*val.shape)
         and val.numel() % ALIGNED == 0
         and val.dim() == 2
     )
@@ -278,7 +258,8 @@ class OnGpu(CustomGraphPass):  # type: ignore[misc]
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__, torch_versions.__file__))  # what it does to Inductor
+        # Also of the formulas' other half, and of what Inductor is kept from.
+        return get_hash_for_files((__file__, ops.__file__, torch_versions.__file__))
 
 
 class OneWeightAtATime(InductorChoices):  # type: ignore[misc]

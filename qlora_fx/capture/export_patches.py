@@ -146,7 +146,7 @@ def chances_that_are_zero(model: nn.Module) -> Iterator[None]:
     transformers drew a number (``torch.rand([])``) for each layer and compared it with 0 before release 5.23, which a
     capture cannot follow.
     """
-    configs = [vars(m.config) for m in model.modules() if hasattr(m, "config")]
+    configs = [getattr(getattr(m, "config", None), "__dict__", {}) for m in model.modules()]
     chances = [v for c in configs for k, v in c.items() if k.endswith("layerdrop")]
     if not chances or any(chances):
         yield

@@ -18,8 +18,10 @@ from qlora_fx.passes.lowering import compiled_body, on_gpu
 from qlora_fx.runtime.ops import NESTED_BLOCKSIZE, whole_rows
 from qlora_fx.testing.check import randomize_adapter
 from torch import Tensor, fx
+from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -70,6 +72,18 @@ def by_bitsandbytes(
     return dense.view(shape)
 
 
+def making(
+    parts: dict[str, Any], shape: tuple[int, int], kind: str, blocksize: int, dtype: torch.dtype
+) -> fx.GraphModule:
+    """The graph that makes a weight of its parts."""
+
+    def weight(*values: Tensor) -> Tensor:
+        given = dict(zip(parts, values, strict=True))
+        return by_bitsandbytes(given, shape, kind, blocksize, dtype)
+
+    return traced(weight, *parts.values())
+
+
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize(
@@ -85,17 +99,12 @@ def test_a_weight_is_bitwise_bitsandbytes_in_a_graph_without_its_operators(
     dtype: torch.dtype,
 ) -> None:
     parts = stored(shape, kind, blocksize, double)
-    names, values = list(parts), list(parts.values())
-
-    def weight(*values: Tensor) -> Tensor:
-        return by_bitsandbytes(dict(zip(names, values, strict=True)), shape, kind, blocksize, dtype)
-
-    gm = traced(weight, *values)
+    gm = making(parts, shape, kind, blocksize, dtype)
     assert theirs(gm.graph)
-    true = gm(*values)
+    true = gm(*parts.values())
     rewrite(gm)
     assert not theirs(gm.graph)
-    assert torch.equal(gm(*values), true)
+    assert torch.equal(gm(*parts.values()), true)
 
 
 def theirs(graph: fx.Graph) -> list[str]:
@@ -103,15 +112,7 @@ def theirs(graph: fx.Graph) -> list[str]:
 
 
 def test_nothing_changes_on_a_cpu() -> None:
-    parts = stored((64, 64), "nf4", 64, True)
-    values = list(parts.values())
-
-    def weight(*values: Tensor) -> Tensor:
-        return by_bitsandbytes(
-            dict(zip(parts, values, strict=True)), (64, 64), "nf4", 64, torch.float32
-        )
-
-    gm = traced(weight, *values)
+    gm = making(stored((64, 64), "nf4", 64, True), (64, 64), "nf4", 64, torch.float32)
     before = str(gm.graph)
     rewrite(gm)
     assert str(gm.graph) == before
@@ -120,16 +121,25 @@ def test_nothing_changes_on_a_cpu() -> None:
 def test_bytes_held_as_another_dtype_stay_bitsandbytes(everywhere: None) -> None:
     parts = stored((64, 64), "nf4", 64, False)
     parts["packed"] = parts["packed"].view(-1, 2).view(torch.bfloat16)
-    values = list(parts.values())
-
-    def weight(*values: Tensor) -> Tensor:
-        return by_bitsandbytes(
-            dict(zip(parts, values, strict=True)), (64, 64), "nf4", 64, torch.float32
-        )
-
-    gm = traced(weight, *values)
+    gm = making(parts, (64, 64), "nf4", 64, torch.float32)
     rewrite(gm)
     assert len(theirs(gm.graph)) == 1
+
+
+class Scheduled:
+    """As much of one of Inductor's nodes as is asked for its buffers."""
+
+    def __init__(self, *buffers: str) -> None:
+        self.used_buffer_names = lambda: set(buffers)
+
+
+def test_no_kernel_dequantizes_two_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InductorChoices, "can_fuse_horizontal", staticmethod(lambda *_: True))
+    weights = [Scheduled(f"{on_gpu.TABLE}_nf4", name) for name in ("buf0", "buf1")]
+    fusible = on_gpu.OneWeightAtATime.can_fuse_horizontal
+    assert not fusible(None, *weights, 1000)
+    assert fusible(None, weights[0], Scheduled("buf2"), 1000)
+    assert fusible(None, Scheduled("buf2"), Scheduled("buf3"), 1000)
 
 
 def products(x: Tensor, *parameters: Tensor) -> list[Tensor]:
@@ -231,6 +241,7 @@ def test_what_a_step_of_a_llama_block_launches(
     found: dict[bool, fx.GraphModule] = {}
 
     def seen(gm: fx.GraphModule, inputs: Any, *, is_backward: bool = False, **_: Any) -> Any:
+        assert isinstance(V.choices, on_gpu.OneWeightAtATime)
         copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         rewrite(copied)
         if targets(copied)[aten._unsafe_index.Tensor]:
