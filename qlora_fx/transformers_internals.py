@@ -12,6 +12,8 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -289,11 +291,19 @@ def last_checkpoint(folder: Any) -> str | None:
     return found
 
 
-def remove_older_checkpoints(folder: str, limit: int | None, best: str | None) -> None:
-    """Keep as many of a trainer's checkpoints as it keeps."""
-    from transformers.trainer_utils import rotate_checkpoints
+def remove_older_checkpoints(
+    folder: str, limit: int | None, best: str | None, remove: Callable[[Path], None]
+) -> None:
+    """Keep as many of a trainer's checkpoints as it keeps; ``remove`` takes one away, for which it has ``shutil.rmtree``."""
+    from transformers import trainer_utils
 
-    rotate_checkpoints(folder, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+    def rmtree(path: str, ignore_errors: bool) -> None:
+        remove(Path(path))
+
+    with mock.patch.object(trainer_utils, "shutil", SimpleNamespace(rmtree=rmtree)):
+        trainer_utils.rotate_checkpoints(
+            folder, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
+        )
 
 
 # -- capture --------------------------------------------------------------------------------------

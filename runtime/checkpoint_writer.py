@@ -72,7 +72,7 @@ class FolderWriter:
                 f"{os.fspath(destination)!r} is a file; accepted: a folder, or a new name"
             )
         name = self.destination.name
-        self.scratch = self.destination.with_name(f".{name}.{os.getpid()}.partial")
+        self.scratch = scratch_of(self.destination)
         self.old = self.destination.with_name(f".{name}.old")
         self.open: dict[str, int] = {}
         self.places: dict[str, tuple[str, int, Spec]] = {}
@@ -88,9 +88,7 @@ class FolderWriter:
                     shutil.rmtree(self.old)
                 else:
                     os.rename(self.old, self.destination)
-            for left in self.destination.parent.glob(f".{self.destination.name}.*.partial"):
-                if not is_running(left.name.split(".")[-2]):
-                    shutil.rmtree(left, ignore_errors=True)
+            remove_litter(self.destination)
             os.mkdir(self.scratch)
         return self
 
@@ -266,6 +264,25 @@ def exchange(one: Path, other: Path) -> bool:
     except (OSError, AttributeError, TypeError):
         return False
     return bool(renameat2(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0)
+
+
+def scratch_of(folder: Path) -> Path:
+    """What this process calls a folder that is not whole."""
+    return folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove what killed processes left of it in parts; its name may be a pattern."""
+    for left in folder.parent.glob(f".{folder.name}.*.partial"):
+        if not is_running(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove it whole: a process that is killed meanwhile leaves no part of it under its name."""
+    scratch = scratch_of(folder)
+    os.rename(folder, scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def is_running(pid: str) -> bool:

@@ -19,6 +19,7 @@ from qlora_fx import AdapterError, CheckpointError, ConfigError, TrainingError
 from conftest import batch, tiny_llama
 from datasets import Dataset
 from peft import LoraConfig
+from qlora_fx.runtime import checkpoint_writer
 from qlora_fx.training import first_non_finite, reliable
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -134,6 +135,23 @@ def killed(folder: Path, count: int) -> int:
     assert found["finished"] >= 1
     assert found["checkpoints"] > 0
     return int(found["killed"])
+
+
+def test_an_old_checkpoint_is_removed_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while its files go, it is no checkpoint any more; what is left of it goes with the next one's."""
+    gone: list[str] = []
+    monkeypatch.setattr(
+        checkpoint_writer.shutil,
+        "rmtree",
+        lambda path, **_: gone.append(Path(path).name),  # killed: nothing of it is removed
+    )
+    litter = tmp_path / ".checkpoint-1.99999999.partial"
+    litter.mkdir()
+    trainer(small(), tmp_path, max_steps=6, save_steps=2, save_total_limit=1).train()
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert {litter.name, f".checkpoint-2.{os.getpid()}.partial"} <= set(gone)
 
 
 @pytest.fixture(scope="module")

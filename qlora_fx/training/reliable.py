@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import CheckpointError, ConfigError, TrainingError, users_stacklevel
 from ..model import QLoRAModel
-from ..runtime.checkpoint_writer import FolderWriter, sync
+from ..runtime.checkpoint_writer import FolderWriter, remove_folder, remove_litter, sync
 from ..transformers_internals import last_checkpoint, remove_older_checkpoints
 from . import checkpoint
 from .memory import is_out_of_memory, let_go, lower_budget
@@ -206,7 +206,8 @@ class ReliableTrainer(Trainer):
             for item in writer.scratch.rglob("*"):
                 sync(item)
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-        remove_older_checkpoints(os.fspath(run), limit, best)
+        remove_litter(run / "checkpoint-*")
+        remove_older_checkpoints(os.fspath(run), limit, best, remove_folder)
         if self.to_push is not None:
             self.to_push = None
             super()._push_from_checkpoint(os.fspath(run / name))
