@@ -9,7 +9,7 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import captured
+from conftest import captured, only_slow_but
 from expecttest import assert_expected_inline
 from peft import LoraConfig
 from qlora_fx.compiler import printer
@@ -81,16 +81,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "name",
-    [n if n == "dense" else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS],
+    ("name", "backend"),
+    only_slow_but(
+        [("dense", "aot_eager")], [("dense", "aot_eager"), *((n, "inductor") for n in OPTIONS)]
+    ),
 )
-def test_gradients_are_right_and_every_length_is_one_compilation(name: str) -> None:
+def test_gradients_are_right_and_every_length_is_one_compilation(name: str, backend: str) -> None:
     model = Mixer(**OPTIONS[name])
     qmodel = qlora_fx.transform(
         copy.deepcopy(model),
         LoraConfig(r=4, target_modules="all-linear"),
         compute_dtype=torch.float32,
         example_inputs={"x": torch.randn(3, 21, 8)},
+        backend=backend,
     )
     randomize_adapter(qmodel)
     for rows, tokens in ((3, 21), (2, 17), (16, 4), (5, 64)):

@@ -141,7 +141,7 @@ def test_a_spelling_is_quantized_and_adapted_with_the_right_numbers(spelling: st
 @pytest.mark.parametrize(
     "spelling",
     only_slow_but(
-        ["a gathered stack", "rows of a fused weight"],
+        ["a gathered stack"],
         ["einsum into heads", "baddbmm", "a gathered stack", "rows of a fused weight"],
     ),
 )

@@ -160,8 +160,10 @@ def test_adapter_with_zero_b_leaves_the_quantized_model_unchanged_bitwise(backen
     assert torch.equal(adapted, plain)
 
 
-def test_disabled_adapter_is_the_quantized_model(adapted: Any) -> None:
-    model, qmodel, _ = adapted
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_disabled_adapter_is_the_quantized_model(adapted: Any, backend: str) -> None:
+    model, _, adapter = adapted
+    qmodel, _ = ours(model, adapter, LoraConfig(**LORA), backend=backend)
     inputs = batch()
     with qmodel.disable_adapter():
         logits = qmodel(**inputs, return_logits=True).logits
@@ -439,7 +441,8 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
 
 
 def test_the_trainers_item_count_is_an_input_not_a_constant(adapted: Any) -> None:
-    _, qmodel, _ = adapted
+    model, _, adapter = adapted
+    qmodel, _ = ours(model, adapter, LoraConfig(**LORA), backend="eager")
     qmodel(**batch(), num_items_in_batch=7)
     graphs = len(qmodel.graph_modules)
     losses = [float(qmodel(**batch(), num_items_in_batch=n).loss.detach()) for n in (10, 20)]
