@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import only_slow_but
 from qlora_fx.errors import GraphError
 from qlora_fx.runtime import attention_kernels
 from qlora_fx.runtime.attention import attention, mask_kind
@@ -157,7 +156,8 @@ def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
     assert bool(torch.isnan(dk[0, 0, :64]).all())
 
 
-@pytest.mark.parametrize("capability", only_slow_but(["default"], ["default", "avx2", None]))
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2", None])
 def test_every_kind_of_cpu_computes_the_same_and_uses_the_compiled_kernel_where_it_can(
     capability: str | None,
 ) -> None:
