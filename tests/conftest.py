@@ -159,9 +159,26 @@ LONGEST = (
 """Files that take longest, first: workers take whole files, and one should not work alone at the end."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part", metavar="K/N", help="the Kth of N parts: every Nth test from the Kth on"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    if part := config.getoption("part"):
+        try:
+            k, n = (int(number) for number in part.split("/"))
+        except ValueError:
+            k = n = 0
+        if not 1 <= k <= n:
+            raise pytest.UsageError(f"--part {part}; accepted: K/N with K from 1 to N")
+        left = [item for i, item in enumerate(items) if i % n != k - 1]
+        config.hook.pytest_deselected(items=left)
+        items[:] = items[k - 1 :: n]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import config as dynamo_config
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
@@ -204,7 +205,9 @@ class Skeleton:
         with mode:
             examples = {k: example(v) for k, v in resized(inputs, self.encoder_decoder).items()}
         spec = dims(examples, self.encoder_decoder)
-        with mode, quiet(), always(model), patches(model):
+        # torch.export makes a mode of its own, too.
+        uncached = dynamo_config.patch(fake_tensor_cache_enabled=False)
+        with mode, uncached, quiet(), always(model), patches(model):
             return export(model, examples, spec)
 
     def finish(self, program: ExportedProgram) -> Capture:
