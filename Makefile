@@ -17,7 +17,7 @@ demo: $(INSTALLED)  ## fine-tune SmolLM2-135M and take the adapter home to PEFT;
 test: $(INSTALLED)  ## the default suite: no GPU, no network, no model downloads
 	$(BIN)/python -m pytest -q $(WORKERS)
 
-test-all: $(INSTALLED) test-wheel  ## also what takes minutes and the demo's model, hours in all; PART=3/8 runs an eighth of it
+test-all: $(INSTALLED) $(if $(PART),,test-wheel)  ## also what takes minutes and the demo's model, hours in all; PART=3/8 runs an eighth of it
 	$(BIN)/python -m pytest -q $(WORKERS) -m "slow or not slow" $(addprefix --part=,$(PART))
 
 test-wheel: $(INSTALLED)  ## build the wheel and test what it installs, away from the sources

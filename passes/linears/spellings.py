@@ -168,6 +168,7 @@ SPELLINGS: dict[Any, Callable[[fx.Node], Product | None]] = {
     aten.matmul.default: matmul,
     aten.linear.default: linear_of_weight,
     aten.einsum.default: einsum,
+    aten.convolution.default: convolution,
     aten.conv1d.default: convolution,
     aten.conv2d.default: convolution,
     aten.conv3d.default: convolution,

@@ -103,6 +103,10 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
         lambda x, w: torch.bmm(flat(x).unsqueeze(1), w[ids(x)]).squeeze(1),
         (4, 8, 6),
     ),
+    "a convolution of width one, every argument given": (
+        lambda x, w: torch.convolution(x.mT, w, None, [1], [0], [1], False, [0], 1).mT,
+        (6, 8, 1),
+    ),
     "rows of a fused weight": (lambda x, w: F.linear(x, w[:6]) * F.linear(x, w[6:]), (12, 8)),
     "rows of a fused weight, by einsum": (
         lambda x, w: torch.einsum("bsd,od->bso", x, w[:6]) * (w[6:] @ x.mT).mT,
