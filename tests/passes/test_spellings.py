@@ -143,6 +143,28 @@ def test_a_spelling_is_quantized_and_adapted_with_the_right_numbers(spelling: st
 
 
 @pytest.mark.parametrize(
+    ("spelling", "a", "b"),
+    [
+        ("a loop over a stack", (4 * 2, 8), (6, 4 * 2)),
+        (
+            "a loop over a stack, transposed",
+            (4 * 2, 6),
+            (8, 4 * 2),
+        ),  # PEFT's, which reads [in, out]
+        ("rows of a fused weight", (2, 8), (12, 2)),
+    ],
+)
+def test_every_matrix_of_a_stack_has_factors_of_its_own(
+    spelling: str, a: tuple[int, int], b: tuple[int, int]
+) -> None:
+    fn, *shapes = SPELLINGS[spelling]
+    qmodel = qlora_fx.transform(
+        Holder(fn, *shapes), LoraConfig(**LORA), backend="eager", example_inputs=inputs()
+    )
+    assert [tuple(v.shape) for v in qmodel.adapter_state_dict().values()] == [a, b]
+
+
+@pytest.mark.parametrize(
     "spelling",
     only_slow_but(
         ["a gathered stack"],

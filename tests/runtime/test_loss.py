@@ -74,6 +74,21 @@ def test_loss_and_gradient_are_the_definitions(
     assert not grad[[0, 4, 5]].any(), "rows without a label have no gradient"
 
 
+def test_no_more_logits_are_held_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    to_gradients = module.losses_to_gradients
+
+    def noted(logits: Tensor, *args: Any) -> Tensor:
+        held.append(logits.nbytes)
+        return to_gradients(logits, *args)
+
+    monkeypatch.setattr(module, "losses_to_gradients", noted)
+    monkeypatch.setitem(module.SIZES, "cpu", module.Sizes(chunk=800, tile=300, vocabulary=64))
+    ours(random(ROWS, SIZE), [random(VOCABULARY, SIZE, seed=2)], None, 1.0, 0.0, "")
+    assert sum(held) == (ROWS - 3) * VOCABULARY * 4
+    assert 400 < max(held) <= 800
+
+
 def test_no_label_at_all_gives_no_gradient() -> None:
     x = random(3, SIZE).requires_grad_()
     none = torch.full((3,), -100)
