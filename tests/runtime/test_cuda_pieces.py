@@ -165,7 +165,8 @@ def test_matrices_that_the_grouped_product_cannot_read_are_copied() -> None:
     assert operators.whole_strides(plain) is plain
     turned = plain.transpose(1, 2)
     assert operators.whole_strides(turned) is turned
-    for odd in (torch.zeros(4, 64, 97)[..., :96], torch.zeros(4, 64, 96, 2)[..., 0]):
+    rows = torch.zeros(4, 64, 97)[..., :96]
+    for odd in (rows, rows.transpose(1, 2), torch.zeros(4, 64, 96, 2)[..., 0]):
         assert operators.whole_strides(odd).is_contiguous()
 
 
