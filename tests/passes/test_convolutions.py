@@ -71,6 +71,15 @@ def test_twice_is_once(config: Config) -> None:
         assert not convolutions(gm, config=config).modified
 
 
+def test_an_input_without_a_batch_is_left_alone(config: Config) -> None:
+    class Unbatched(Mixer):
+        def forward(self, x: torch.Tensor) -> Any:
+            return {"y": self.convolution(self.up(x[0]).mT)}
+
+    gm = captured(Unbatched(), X).gm
+    assert not convolutions(gm, config=config).modified
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "short depthwise": {"groups": 12},
     "short depthwise, as long as its input": {"groups": 12, "padding": "same", "kernel_size": 4},

@@ -78,13 +78,16 @@ class Loss(nn.Module):
         logits = self.head(self.up(x))
         if self.cap:
             logits = self.cap * torch.tanh(logits / self.cap)
+        if self.kind == "divided twice":
+            logits = torch.tanh(logits / 3.0) / 3.0
         if self.kind == "some words":
             return {"loss": F.cross_entropy(logits[:, :, :4].reshape(-1, 4), labels.view(-1))}
         if self.kind == "weighted":
             return {"loss": F.cross_entropy(logits.view(-1, 5), labels.view(-1), torch.ones(5))}
         if self.kind == "penalty":
             return {"loss": F.cross_entropy(logits.view(-1, 5), labels.view(-1)) + logits.mean()}
-        loss = F.cross_entropy(logits.float().view(-1, 5), labels.view(-1), reduction=self.kind)
+        kind = "mean" if self.kind == "divided twice" else self.kind
+        loss = F.cross_entropy(logits.float().view(-1, 5), labels.view(-1), reduction=kind)
         return {"loss": loss, "logits": logits}
 
 
@@ -203,7 +206,7 @@ def test_a_softcap_is_taken_along(config: Config) -> None:
     assert not list(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.div.Tensor))
 
 
-@pytest.mark.parametrize("kind", ["weighted", "penalty", "some words"])
+@pytest.mark.parametrize("kind", ["weighted", "penalty", "some words", "divided twice"])
 def test_a_loss_that_needs_its_logits_keeps_them(config: Config, kind: str) -> None:
     assert unchanged(loss_head, Loss(kind=kind), LABELS, config.with_(return_logits=False))
 

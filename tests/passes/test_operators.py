@@ -56,6 +56,18 @@ CALLS = [
         2 * 9 * 5 * 7,
     ),
     (loss(), 4 * 9 * 70 * 24),
+    (  # half of two products, and of five: what a causal mask leaves
+        called(ops.attention.default, tensor(2, 6, 7, 8), *[tensor(2, n, 7, 8) for n in (6, 3, 3)]),
+        2 * 6 * 7 * 7 * 8 * 2 * 2 // 2,
+    ),
+    (
+        called(
+            ops.attention_backward.default,
+            tensor(2, 6, 7, 8),
+            *[tensor(2, n, 7, 8) for n in (6, 6, 3, 3)],
+        ),
+        2 * 6 * 7 * 7 * 8 * 2 * 5 // 2,
+    ),
     (called(aten.relu.default, tensor(3), tensor(3)), 0),
 ]
 
