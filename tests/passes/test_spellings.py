@@ -69,6 +69,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "linear of the weight": (lambda x, w: F.linear(w, flat(x)), (6, 8)),
     "mv": (lambda x, w: torch.mv(w, x.mean((0, 1))), (6, 8)),
     "einsum": (lambda x, w: torch.einsum("bsd,od->bso", x, w), (6, 8)),
+    "einsum without an arrow": (lambda x, w: torch.einsum("bsd,od", x, w), (6, 8)),
     "einsum into heads": (lambda x, w: torch.einsum("bsd,dhk->bshk", x, w), (8, 3, 5)),
     "einsum with dots and a permutation": (
         lambda x, w: torch.einsum("...d,hdk->...hk", x, w),
