@@ -22,6 +22,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -57,6 +58,7 @@ REFERENCE = {
     ("8b", (1, 4096)): 10344,
 }
 """Launches of PEFT + bitsandbytes, as profiled on that H200."""
+INPUTS = ("input_ids", "attention_mask", "labels")
 LAUNCHES = {
     # FlashAttention-2's forward; its backward's three, and the sums of keys' and values' gradients over heads.
     "qlora_fx.attention": 1,
@@ -117,6 +119,7 @@ def scheduled(graph: Any, one_row: bool) -> Cost:
             half of the attention's operations.
     """
     from qlora_fx.passes.lowering.operators import operator_of
+    from qlora_fx.runtime.loss import SIZES
     from torch._inductor import ir
     from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
     from torch._inductor.virtualized import V
@@ -145,8 +148,6 @@ def scheduled(graph: Any, one_row: bool) -> Cost:
             operations = float(graph.sizevars.size_hint(formula)) if formula else 0.0
             launches = LAUNCHES.get(name, 1)
             if name == "qlora_fx.linear_cross_entropy":
-                from qlora_fx.runtime.loss import SIZES
-
                 x = origin.args[0].meta["val"]
                 shape = next(a for a in origin.args if isinstance(a, list) and type(a[0]) is int)
                 rows = int(graph.sizevars.size_hint(x.shape[0].node.expr))
@@ -227,9 +228,6 @@ def costs(settings: dict[str, Any], shapes: Sequence[tuple[int, int]]) -> Iterat
             yield total
 
 
-INPUTS = ("input_ids", "attention_mask", "labels")
-
-
 def refuse(error: Exception) -> None:
     raise error
 
@@ -242,6 +240,8 @@ def main() -> None:
     p.add_argument("--shapes", nargs="*", default=["1x512", "4x1024", "1x4096"])
     p.add_argument("--json", type=Path, help="write all figures to this file")
     args = p.parse_args()
+    if find_spec("triton") is None:
+        p.error("Inductor asks for Triton: pip install triton")
     logging.getLogger("torch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # Inductor's advice for a GPU that is not there
     shapes = [(int(rows), int(tokens)) for rows, tokens in (s.split("x") for s in args.shapes)]
