@@ -145,12 +145,12 @@ def scheduled(graph: Any, one_row: bool) -> Cost:
                 (n for n in origins if n is not None and n.target is operator), origins[0]
             )
             formula = 0 if origin is None else operator_of(origin).flops(origin)
-            operations = float(graph.sizevars.size_hint(formula)) if formula else 0.0
+            operations = float(graph.sizevars.optimization_hint(formula)) if formula else 0.0
             launches = LAUNCHES.get(name, 1)
             if name == "qlora_fx.linear_cross_entropy":
                 x = origin.args[0].meta["val"]
                 shape = next(a for a in origin.args if isinstance(a, list) and type(a[0]) is int)
-                rows = int(graph.sizevars.size_hint(x.shape[0].node.expr))
+                rows = int(graph.sizevars.optimization_hint(x.shape[0].node.expr))
                 launches = loss_launches(rows, shape[0], x.dtype.itemsize, SIZES["cuda"].chunk)
             if one_row and "attention" in name:
                 operations *= 2
