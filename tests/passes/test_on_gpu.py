@@ -285,4 +285,4 @@ def test_what_inductor_writes_for_a_gpu_launches_a_third_of_the_reference(tmp_pa
     layers, weights = 32, 7
     assert found["kinds"]["qlora_fx.attention"] == layers
     assert found["kinds"]["mm"] + found["kinds"].get("addmm", 0) > 2 * weights * layers
-    assert found["launches"] < 0.35 * 9230
+    assert found["launches"] < found["likely"] < 0.35 * found["reference"]
