@@ -115,7 +115,7 @@ def test_other_arguments_are_captured_lazily_over_the_same_weights(adapted: Any)
     assert len(qmodel.graph_modules) == graphs
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_eval_after_train_after_eval_is_right_each_time(backend: str) -> None:
     model = tiny_llama()
     adapter = random_adapter(model, 4, scale=0.1)
@@ -142,7 +142,7 @@ def test_dropout_draws_anew_each_step_and_scales_by_its_survivors() -> None:
     adapter = random_adapter(
         model, 4, scale=0.04
     )  # small: the network is near linear in its branches
-    qmodel, _ = ours(model, adapter, LoraConfig(**LORA, lora_dropout=0.3), backend="eager")
+    qmodel, _ = ours(model, adapter, LoraConfig(**LORA, lora_dropout=0.3), backend="aot_eager")
     inputs = batch()
     with torch.no_grad():
         draws = torch.stack([qmodel(**inputs, return_logits=True).logits for _ in range(200)])
@@ -442,8 +442,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
 
 
 def test_the_trainers_item_count_is_an_input_not_a_constant(adapted: Any) -> None:
-    model, _, adapter = adapted
-    qmodel, _ = ours(model, adapter, LoraConfig(**LORA), backend="eager")
+    _, qmodel, _ = adapted
     qmodel(**batch(), num_items_in_batch=7)
     graphs = len(qmodel.graph_modules)
     losses = [float(qmodel(**batch(), num_items_in_batch=n).loss.detach()) for n in (10, 20)]
