@@ -84,9 +84,18 @@ LAUNCHES = {
 }
 
 
-def loss_launches(rows: int, vocabulary: int, itemsize: int, chunk: int) -> int:
+def loss_launches(rows: int, rows_of_a_chunk: int) -> int:
     """Which rows have a label: four, two zeros, a count. A chunk: two products, the kernel, a sum, an addition, a copy."""
-    return 7 + 6 * -(-rows // max(1, chunk // (vocabulary * itemsize)))
+    return 7 + 6 * -(-rows // rows_of_a_chunk)
+
+
+class Call(NamedTuple):
+    """What one call in a compiled graph costs; the words are ``Cost``'s."""
+
+    kind: str
+    launches: int
+    operations: float
+    bytes: float
 
 
 @dataclass
@@ -107,45 +116,37 @@ class Cost:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(DEVICES, 0.0))
     kinds: Counter[str] = field(default_factory=Counter)
 
-    def add(self, name: str, launches: int, operations: float, moved: float) -> None:
-        self.launches += launches
-        self.operations += operations
-        self.bytes += moved
-        self.kinds[name] += launches
+    def add(self, call: Call, times: int) -> None:
+        self.launches += times * call.launches
+        self.operations += times * call.operations
+        self.bytes += times * call.bytes
+        self.kinds[call.kind] += times * call.launches
         for device, (peak, bandwidth) in DEVICES.items():
-            self.seconds[device] += max(operations / peak, moved / bandwidth)
-
-    def add_times(self, other: Cost, times: int) -> None:
-        self.launches += times * other.launches
-        self.operations += times * other.operations
-        self.bytes += times * other.bytes
-        for kind, count in other.kinds.items():
-            self.kinds[kind] += times * count
-        for device in DEVICES:
-            self.seconds[device] += times * other.seconds[device]
+            self.seconds[device] += times * max(call.operations / peak, call.bytes / bandwidth)
 
 
-def scheduled(graph: Any, one_row: bool) -> Cost:
-    """The cost of one compiled graph: of what Inductor has scheduled for it.
+def calls(graph: Any, one_row: bool) -> Iterator[Call]:
+    """What Inductor has scheduled for one compiled graph.
 
     Args:
         one_row: the compiler, which is shown two rows at least, saw two of half the length: as many tokens, but
             half of the attention's operations.
     """
+    import torch
+    from qlora_fx.passes.graph.nodes import arguments
     from qlora_fx.passes.lowering.operators import operator_of
-    from qlora_fx.runtime.loss import SIZES
+    from qlora_fx.runtime.loss import rows_of_a_chunk
     from torch._inductor import ir
     from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
     from torch._inductor.virtualized import V
 
-    cost = Cost()
     with V.set_graph_handler(graph):
         for node in graph.scheduler.nodes:
             if isinstance(node, NopKernelSchedulerNode):
                 continue
             moved = node.get_read_write_buffers_sizes()
             if not isinstance(node, ExternKernelSchedulerNode):
-                cost.add("fused", 1, 0, moved)
+                yield Call("fused", 1, 0, moved)
                 continue
             kernel = node.node
             if isinstance(kernel, ir.MultiOutput):  # a part of what another launch gives
@@ -154,22 +155,20 @@ def scheduled(graph: Any, one_row: bool) -> Cost:
             name = str(getattr(operator, "_opname", None) or kernel.python_kernel_name)
             if operator is not None and operator.namespace == "qlora_fx":
                 name = f"qlora_fx.{name}"
-            origins = [kernel.get_origin_node(), *kernel.get_origins()]
-            origin = next(
-                (n for n in origins if n is not None and n.target is operator), origins[0]
-            )
+            same = (n for n in kernel.get_origins() if n.target is operator)
+            origin = next(same, kernel.get_origin_node())
             formula = 0 if origin is None else operator_of(origin).flops(origin)
             operations = float(graph.sizevars.optimization_hint(formula)) if formula else 0.0
             launches = LAUNCHES.get(name, 1)
             if name == "qlora_fx.linear_cross_entropy":
-                x = origin.args[0].meta["val"]
-                shape = next(a for a in origin.args if isinstance(a, list) and type(a[0]) is int)
+                args = arguments(origin)
+                x = args["x"].meta["val"]
                 rows = int(graph.sizevars.optimization_hint(x.shape[0].node.expr))
-                launches = loss_launches(rows, shape[0], x.dtype.itemsize, SIZES["cuda"].chunk)
+                chunk = rows_of_a_chunk(args["shape"][0], x.dtype.itemsize, torch.device("cuda"))
+                launches = loss_launches(rows, chunk)
             if one_row and "attention" in name:
                 operations *= 2
-            cost.add(name, launches, operations, moved)
-    return cost
+            yield Call(name, launches, operations, moved)
 
 
 def costs(settings: dict[str, Any], shapes: Sequence[tuple[int, int]]) -> Iterator[Cost]:
@@ -191,12 +190,12 @@ def costs(settings: dict[str, Any], shapes: Sequence[tuple[int, int]]) -> Iterat
     config = getattr(transformers, f"{kind}Config")(**settings)
     with torch.device("meta"):
         empty = getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16)
-    found: list[Cost] = []
+    found: list[Call] = []
     generate = GraphLowering.codegen
 
     def noted(graph: GraphLowering) -> Any:
         code = generate(graph)
-        found.append(scheduled(graph, shape[0] == 1))
+        found.extend(calls(graph, shape[0] == 1))
         return code
 
     def fake_table(*_: Any) -> Any:
@@ -212,6 +211,7 @@ def costs(settings: dict[str, Any], shapes: Sequence[tuple[int, int]]) -> Iterat
         ),
         inductor.patch(patches),
         mock.patch.object(GraphLowering, "codegen", noted),
+        mock.patch.object(CompiledBody, "warn_once", refuse),
         mock.patch.object(on_gpu, "table", fake_table),
         mock.patch.object(request, "fastest", return_value=ComputeDtype(torch.bfloat16, "fixed")),
     ):
@@ -221,7 +221,6 @@ def costs(settings: dict[str, Any], shapes: Sequence[tuple[int, int]]) -> Iterat
         asked = request.Request.check(lora, None, example_inputs=ids)
         prepared = prepare(empty, asked, torch.device("cuda:0"))
         program = lower(prepared.result.gm)
-        bodies = [body for _, body in program.named_children()]
         for shape in shapes:
             shown = (2, shape[1] // 2) if shape[0] == 1 else shape
             hints = {
@@ -231,18 +230,17 @@ def costs(settings: dict[str, Any], shapes: Sequence[tuple[int, int]]) -> Iterat
                 for size, length in zip(node.meta["val"].shape, shown, strict=True)
             }
             total = Cost()
-            for body in bodies:
+            for _, body in program.named_children():
                 assert isinstance(body, CompiledBody)
-                body.warn_once = refuse  # type: ignore[method-assign]
                 sizes = tuple(int(size.formula.xreplace(hints)) for size in body.free)
                 found.clear()
                 body.build(Key(body.flowing if any(body.flowing) else ()), sizes)
-                for cost in found:
-                    total.add_times(cost, body.calls)
+                for call in found:
+                    total.add(call, body.calls)
             yield total
 
 
-def refuse(error: Exception) -> None:
+def refuse(body: Any, error: Exception) -> None:
     raise error
 
 

@@ -78,7 +78,7 @@ def fake_gpu() -> Iterator[None]:
     if hasattr(torch._C, "_ensureCUDADeviceGuardSet"):  # it would put PyTorch's guard back
         torch._C._ensureCUDADeviceGuardSet = lambda: None
     if not hasattr(torch._C, "_cuda_getCurrentRawStream"):
-        torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]
+        torch._C._cuda_getCurrentRawStream = lambda device: 0
     ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL).pretend()
     properties = SimpleNamespace(**H100)
     said: dict[str, Any] = {

@@ -14,8 +14,8 @@ import time
 
 sys.path = sys.path[1:]  # this folder's profile.py would hide Python's own
 
-import qlora_fx  # noqa: E402
-from transformers import LlamaConfig  # noqa: E402
+import qlora_fx
+from transformers import LlamaConfig
 
 GB = 10**9
 CARDS = (8, 16, 24, 48, 80)

@@ -45,6 +45,10 @@ def sizes_on(device: torch.device) -> Sizes:
     return SIZES.get(device.type, SIZES["cpu"])
 
 
+def rows_of_a_chunk(vocabulary: int, itemsize: int, device: torch.device) -> int:
+    return max(1, sizes_on(device).chunk // (vocabulary * itemsize))
+
+
 @torch.library.custom_op("qlora_fx::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy(
     x: Tensor,
@@ -83,7 +87,7 @@ def linear_cross_entropy(
     total = torch.zeros((), dtype=torch.float32, device=x.device)
     grad = torch.empty_like(picked)
     head = Head(weight, shape, blocksize, quant_type, x.dtype)
-    step = max(1, sizes_on(x.device).chunk // (shape[0] * x.element_size()))
+    step = rows_of_a_chunk(shape[0], x.element_size(), x.device)
     memory = x.new_empty(min(step, len(rows)), shape[0])
     for start in range(0, len(rows), step):
         chunk = picked[start : start + step]
@@ -144,7 +148,7 @@ def workspace(
         dense: whether the head is read as it is stored, neither dequantized nor cast.
     """
     sizes = sizes_on(device)
-    chunk = smaller(rows, max(1, sizes.chunk // (vocabulary * itemsize)))
+    chunk = smaller(rows, rows_of_a_chunk(vocabulary, itemsize, device))
     in_place = itemsize == 4 or loss_triton.runs_on(device)
     tile = 0 if in_place else smaller(rows, max(1, sizes.tile // (4 * vocabulary)))
     total = chunk * vocabulary * itemsize + 4 * tile * vocabulary + chunk * inner * itemsize

@@ -147,11 +147,8 @@ def test_a_spelling_is_quantized_and_adapted_with_the_right_numbers(spelling: st
     ("spelling", "a", "b"),
     [
         ("a loop over a stack", (4 * 2, 8), (6, 4 * 2)),
-        (
-            "a loop over a stack, transposed",
-            (4 * 2, 6),
-            (8, 4 * 2),
-        ),  # PEFT's, which reads [in, out]
+        # [in, out], which PEFT takes for [out, in].
+        ("a loop over a stack, transposed", (4 * 2, 6), (8, 4 * 2)),
         ("rows of a fused weight", (2, 8), (12, 2)),
     ],
 )
