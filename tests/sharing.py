@@ -8,6 +8,7 @@ Nothing is kept of a capture that warned, is observed, logged or dumped, or of a
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from qlora_fx.capture.dynamic_shapes import free_dims, resized, shared_dims
 from qlora_fx.capture.skeleton import Skeleton
 from qlora_fx.compiler import compile as compiler
 from qlora_fx.compiler import pipeline, programs
@@ -61,19 +63,50 @@ def inputs_of(values: Any) -> tuple[str, ...]:
     return tuple(f"{n} {described(v)}" for n, v in values.items())
 
 
-def identity(skeleton: Any, config: Any, call: Any, signature: Any) -> tuple[Any, ...] | None:
-    """What a capture and the passes depend on."""
+def inputs_of_any_size(values: Any, encoder_decoder: bool) -> tuple[str, ...]:
+    """As ``inputs_of``, with names for free sizes, if a size tells which it is.
+
+    FLOPs of sites are those of the sizes that were traced: whoever counts them replaces this by ``inputs_of``.
+    """
+    free = free_dims(resized(values, encoder_decoder), encoder_decoder)
+    roles = {
+        (role, values[name].shape[i]) for name, dims in free.items() for i, role in dims.items()
+    }
+    if not len(roles) == len({r for r, _ in roles}) == len({n for _, n in roles if n > 1}):
+        return inputs_of(values)
+    return tuple(
+        f"{n} {v.dtype} {[free[n].get(i, size) for i, size in enumerate(v.shape)]} {v.device}"
+        if n in free
+        else f"{n} {described(v)}"
+        for n, v in values.items()
+    )
+
+
+def any_size(placeholders: Any) -> bool:
+    """Whether a graph takes other sizes than those that it was traced with."""
+    inputs = [n.meta["val"] for n in placeholders if "input" in n.meta]
+    return all(isinstance(n, torch.SymInt) for t in inputs if t.dim() > 1 for n in t.shape[:2])
+
+
+def hold(guards: list[str] | None, values: Any) -> bool:
+    """Whether what a capture relied on is so."""
+    return all(eval(guard, {"L": values, "torch": torch, "math": math}) for guard in guards or ())
+
+
+def identity(skeleton: Any, config: Any, signature: Any) -> tuple[Any, ...] | None:
+    """What a capture and the passes depend on, beside the call's arguments."""
     python = python_of(skeleton)
     if python is None:
         return None
     settings = [f"{k}={v!r}" for k, v in vars(config).items() if k != "lora"]
     lora = sorted(config.lora.to_dict().items(), key=str)
-    return (python, inputs_of(call.values), str(settings), str(lora), str(signature))
+    return (python, str(settings), str(lora), str(signature))
 
 
 def writes(program: Any) -> bool:
     """Whether it changes what it reads: that is taken out of it, with a warning, once."""
-    schemas = [getattr(node.target, "_schema", None) for node in program.graph_module.graph.nodes]
+    readers = {u for n in program.graph_module.graph.find_nodes(op="placeholder") for u in n.users}
+    schemas = [getattr(node.target, "_schema", None) for node in readers]
     return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
@@ -86,41 +119,53 @@ def shared() -> Iterator[None]:
     bodies: list[Any] = []  # kept, so that an id stays its own
     partitions: dict[Any, Any] = {}
     original, build = compiler.compile_call, CompiledBody.build
-    passes = pipeline.run
+    passes, stages = pipeline.run, pipeline.run.__kwdefaults__["stages"]
     partitioned, export = CompiledBody.partitioned, Skeleton.export
 
     def export_once(
         self: Skeleton, inputs: Any, training: bool, dtype: Any, dims: Any, patches: Any
     ) -> Any:
         way = (training, dtype, dims, patches.__name__ if hasattr(patches, "__name__") else None)
-        key = (python_of(self), inputs_of(inputs), *way)
-        if key[0] is None or way[-1] is None:
+        python = python_of(self)
+        if python is None or way[-1] is None:
             return export(self, inputs, training, dtype, dims, patches)
-        if key not in programs_of:
-            program = export(self, inputs, training, dtype, dims, patches)
-            if writes(program):
-                return program
-            programs_of[key] = program
-        return programs_of[key]
+        exact = (python, inputs_of(inputs), *way)
+        free = (python, inputs_of_any_size(inputs, self.encoder_decoder), *way)
+        if exact in programs_of:
+            return programs_of[exact]
+        if free in programs_of and hold(programs_of[free]._guards_code, inputs):
+            return programs_of[free]
+        program = export(self, inputs, training, dtype, dims, patches)
+        if not writes(program):
+            programs_of[exact] = program
+            if dims is shared_dims:
+                programs_of[free] = program
+        return program
 
     def compile_call(
         skeleton: Any, config: Any, call: Any, signature: Any, observe: Any = None
     ) -> Any:
-        key = identity(skeleton, config, call, signature)
+        own = identity(skeleton, config, signature)
         logged = pipeline.dump_folder() is not None or pipeline.log.isEnabledFor(10)
-        changed = pipeline.run is not passes  # a test has put another pipeline in its place
-        if key is None or observe is not None or logged or changed:
+        own_passes = pipeline.run is passes and passes.__kwdefaults__["stages"] is stages
+        if own is None or observe is not None or logged or not own_passes:
             return original(skeleton, config, call, signature, observe)
-        if key not in captures:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                result = original(skeleton, config, call, signature, observe)
-            for w in caught:
-                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-            if caught:
-                return result
-            captures[key] = result
-        return captures[key]
+        exact = (own, inputs_of(call.values))
+        free = (own, inputs_of_any_size(call.values, skeleton.encoder_decoder))
+        if exact in captures:
+            return captures[exact]
+        if free in captures and hold(captures[free][0].guards, call.values):
+            return captures[free]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = original(skeleton, config, call, signature, observe)
+        for w in caught:
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        if not caught:
+            capture, _ = captures[exact] = result
+            if any_size(capture.gm.graph.find_nodes(op="placeholder")):
+                captures[free] = result
+        return result
 
     def build_once(self: CompiledBody, key: Any, sizes: tuple[int, ...]) -> Variant:
         place = (id(self.body), self.backend, key, compiled_body.compile_fx)

@@ -13,6 +13,7 @@ from typing import Any
 
 import qlora_fx
 import pytest
+import sharing
 import torch
 from conftest import only_slow_but
 from families import FAMILIES, Family, build
@@ -69,6 +70,12 @@ class ParameterFlops(TorchDispatchMode):
         if name == "aten.convolution":
             return 2 * out.numel() * math.prod(args[1].shape[1:])  # type: ignore[no-any-return]
         return 0
+
+
+@pytest.fixture(autouse=True)
+def flops_of_these_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture that other tests made with other sizes has their FLOPs."""
+    monkeypatch.setattr(sharing, "inputs_of_any_size", lambda values, _: sharing.inputs_of(values))
 
 
 def assert_right(family: Family, backend: str) -> list[str]:
