@@ -14,6 +14,7 @@ from peft import LoraConfig
 from torch import fx, nn
 
 from .adapters.initialize import add_adapters
+from .capture.cache import caches, filled
 from .checkpoints.save import write_quantized
 from .compiler.compile import Prepared
 from .compiler.programs import Programs
@@ -94,10 +95,13 @@ class QLoRAModel(StorePeftModel):
         skeleton = programs.base.skeleton
         call = skeleton.bind(args, kwargs)
         skeleton.check(call)
+        if call.cache is not None and self.twin.training:
+            raise InputError("use_cache=True in train mode; accepted: in eval mode, model.eval()")
         signature = call.signature(training=self.twin.training, adapter=not self._adapters_disabled)
         # The model's dtypes are decided: a trainer's autocast must neither be captured nor compiled.
         with torch.autocast(skeleton.device.type, enabled=False):
-            return programs.run(call, signature, compiled=compiled)
+            output = programs.run(call, signature, compiled=compiled)
+        return output if call.cache is None else filled(call.cache, output)
 
     @property
     def all_programs(self) -> list[Programs]:
@@ -259,10 +263,16 @@ class QLoRAModel(StorePeftModel):
     # -- generation -------------------------------------------------------------------------------
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate`` in eval mode, without a key/value cache: a token computes its whole prefix again."""
+        """transformers' ``generate`` in eval mode.
+
+        A token computes its keys and values once, and all later ones read them. Decoders whose cache is of another
+        kind (linear attention, state spaces), and calls with ``use_cache=False``, compute the whole prefix again for
+        each token. Encoder-decoders do not generate: transformers calls their encoder apart.
+        """
         if not hasattr(self.twin, "generate"):
             raise InputError(f"{self.base.skeleton.name} has no generate")
-        kwargs["use_cache"] = False
+        if not caches(self.twin):
+            kwargs["use_cache"] = False
         with self._evaluating(), torch.no_grad():
             return self.twin.generate(*args, **kwargs)
 

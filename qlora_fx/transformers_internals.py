@@ -39,6 +39,10 @@ from peft.utils.transformers_weight_conversion import (
     _MOE_TARGET_MODULE_MAPPING,  # family to {leaf of an old expert: fused parameter}
 )
 from transformers import masking_utils
+from transformers.cache_utils import (
+    DynamicLayer,  # a cache's layer: .keys and .values [batch, heads, tokens, size], .is_initialized; GrowingLayer is one
+    DynamicSlidingWindowLayer,  # the same with tokens of a window only
+)
 from transformers.conversion_mapping import (
     get_model_conversion_mapping,  # (model, add_legacy=): its WeightRenamings and WeightConverters, in order
 )
@@ -80,6 +84,8 @@ __all__ = [
     "BaseTunerLayer",
     "Chunk",
     "Concatenate",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "ExcludedModule",
     "LoraModel",
     "MergeModulelist",

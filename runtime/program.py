@@ -14,7 +14,15 @@ from .allocator import give_back
 
 
 class DoesNotFit(Exception):
-    """The call's tensors are outside of what this program was captured for."""
+    """The call's tensors are outside of what this program was captured for.
+
+    Attributes:
+        name: of the input whose size it is; None for a guard.
+    """
+
+    def __init__(self, message: str, name: str | None = None) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 class Program:
@@ -81,11 +89,11 @@ class Program:
                 where = f"{name}.shape[{dim}]"
                 if not isinstance(want, torch.SymInt) or want.node.expr.is_number:
                     if size != int(want):
-                        raise DoesNotFit(f"{where} is {size}, captured as {want}")
+                        raise DoesNotFit(f"{where} is {size}, captured as {want}", name)
                     continue
                 known, first = sizes.setdefault(want.node.expr, (size, where))
                 if known != size:
-                    raise DoesNotFit(f"{where} is {size}, but {first} is {known}")
+                    raise DoesNotFit(f"{where} is {size}, but {first} is {known}", name)
             tensors.append(tensor.contiguous())
         scope = {"L": values, "torch": torch, "math": math}
         for text, code in self.guards:

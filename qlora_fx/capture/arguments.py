@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import InputError
+from .cache import taken_cache
 from .known_arguments import KnownArguments
 
 
@@ -42,10 +43,12 @@ class Call:
     Attributes:
         values: the arguments by name, without those that equal their default.
         return_logits: what the caller said about logits; None where nothing was said.
+        cache: the ``transformers.Cache`` that the call fills, whose tensors are among the values; None without.
     """
 
     values: dict[str, Any]
     return_logits: bool | None = None
+    cache: Any = None
 
     def signature(self, *, training: bool, adapter: bool = True) -> Signature:
         """Which graph the call needs. In a training step logits only feed the loss, and are left out."""
@@ -65,11 +68,12 @@ def bind_call(
 ) -> Call:
     """The call that ``forward(*args, **kwargs)`` stands for.
 
-    ``use_cache`` is False where the model takes it, since a graph returns no cache; ``return_dict=True`` is the
-    default and left out; ``num_items_in_batch`` is a tensor, since it differs from step to step.
+    ``use_cache`` is False unless it is asked for, or a cache is given; ``return_dict=True`` is the default and left
+    out; ``num_items_in_batch`` is a tensor, since it differs from step to step.
 
     Raises:
-        InputError: an argument that the model does not take, one too many or too few, or ``use_cache=True``.
+        InputError: an argument that the model does not take, one too many or too few, or a cache that graphs do not
+            take.
     """
     for name, value in kwargs.items():
         if value is not None or not known.has_kwargs:
@@ -77,9 +81,8 @@ def bind_call(
     keywords = dict(kwargs)
     logits = keywords.pop("return_logits", None)
     values = bind(signature, args, keywords)
-    if values.get("use_cache"):
-        raise InputError("use_cache=True is not supported; accepted: False (recompute the prefix)")
-    if "use_cache" in signature.parameters:
+    cache = taken_cache(values, known.model)
+    if cache is None and "use_cache" in signature.parameters:
         values["use_cache"] = False
     if values.get("return_dict") is True:
         del values["return_dict"]
@@ -87,7 +90,7 @@ def bind_call(
     count = values.get("num_items_in_batch")
     if isinstance(count, int):
         values["num_items_in_batch"] = torch.full((), count, device=device)  # waits for no copy
-    return Call(values, None if logits is None else bool(logits))
+    return Call(values, None if logits is None else bool(logits), cache)
 
 
 def without_flash_arguments(values: dict[str, Any], config: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from .cache import is_past
 
 TOKENS = ("input_ids", "decoder_input_ids")
 """Arguments that are token ids."""
@@ -53,6 +54,7 @@ def check_call(
         raise InputError(
             f"labels are {labels.dtype}; accepted: int64 token ids, -100 where there is no loss"
         )
+    past = next((v.shape[0] for n, v in values.items() if is_past(n)), 0)
     for name in ("labels", "attention_mask"):
         other = values.get(name)
         if not isinstance(other, torch.Tensor) or not isinstance(ids, torch.Tensor):
@@ -61,9 +63,16 @@ def check_call(
             continue  # an encoder-decoder's target has a length of its own
         if name == "labels" and any(n.endswith("embeds") for n in values):
             continue  # what is embedded besides the ids may have labels too
-        if other.dim() == 2 and other.shape != ids.shape:
+        rows, tokens = ids.shape
+        expected = (rows, tokens + past if name == "attention_mask" else tokens)
+        if other.dim() == 2 and other.shape != expected:
+            accepted = (
+                f"{list(expected)}, with the {past} tokens of the cache"
+                if past
+                else "the same shape"
+            )
             raise InputError(
-                f"{name} has shape {list(other.shape)}, input_ids {list(ids.shape)}; accepted: the same shape"
+                f"{name} has shape {list(other.shape)}, input_ids {list(ids.shape)}; accepted: {accepted}"
             )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.export import Dim
 
+from .cache import is_past
+
 TEXT = ("input_ids", "inputs_embeds")
 DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels")
 """Arguments of an encoder-decoder that have the target's length."""
@@ -16,13 +18,24 @@ DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask
 def resized(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dict[str, Any]:
     """Shapes to trace with: sizes 0 and 1 of free dimensions become 2, which export can keep dynamic.
 
+    With a cache, the tokens in it get a number that no other size has.
+
     Args:
         encoder_decoder: the model is an encoder-decoder, whose target has a length of its own.
     """
     free = free_dims(inputs, encoder_decoder)
+    sizes = {
+        role: max(inputs[name].shape[i], 2)
+        for name, dims in free.items()
+        for i, role in dims.items()
+    }
+    if "past" in sizes:
+        sizes["past"] = sizes["batch"] + sizes["sequence"] + 1
+        sizes["total"] = sizes["past"] + sizes["sequence"]
 
     def shape_of(name: str, t: torch.Tensor) -> list[int]:
-        return [max(size, 2) if i in free.get(name, {}) else size for i, size in enumerate(t.shape)]
+        roles = free.get(name, {})
+        return [sizes[roles[i]] if i in roles else size for i, size in enumerate(t.shape)]
 
     return {
         k: v.new_empty(shape_of(k, v)) if isinstance(v, torch.Tensor) else v
@@ -34,7 +47,8 @@ def free_dims(inputs: Mapping[str, Any], encoder_decoder: bool) -> dict[str, dic
     """``batch``, ``sequence`` and ``target`` dimensions of each input that has them.
 
     The first dimension of the main input is the batch. Text inputs, and what has their length, share one
-    sequence; in an encoder-decoder the decoder's inputs and the labels share another.
+    sequence; in an encoder-decoder the decoder's inputs and the labels share another. With a cache there are also the
+    ``past`` tokens in it, and all together, ``total``, which a mask tells of.
     """
     tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.dim()}
     main = next((tensors[n] for n in TEXT if n in tensors), None)
@@ -43,8 +57,12 @@ def free_dims(inputs: Mapping[str, Any], encoder_decoder: bool) -> dict[str, dic
     if first is None:
         return {}
     batch = first.shape[0]
+    past = next((t.shape[0] for n, t in tensors.items() if is_past(n)), None)
     found: dict[str, dict[int, str]] = {}
     for name, tensor in tensors.items():
+        if is_past(name):
+            found[name] = {0: "past", 1: "batch"}
+            continue
         dims = found.setdefault(name, {})
         decoder = target is not None and name in DECODER
         length = target if decoder else main
@@ -57,6 +75,8 @@ def free_dims(inputs: Mapping[str, Any], encoder_decoder: bool) -> dict[str, dic
                 if name in IMAGES:
                     continue
                 dims[i] = "target" if decoder else "sequence"
+            elif past is not None and main is not None and size == past + main.shape[1]:
+                dims[i] = "total"
     return found
 
 
@@ -71,11 +91,12 @@ def example(value: Any) -> Any:
 
 
 def shared_dims(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dict[str, Any]:
-    """One named ``Dim`` for batch, one for sequence, one for the target; other sizes as export finds them."""
+    """One named ``Dim`` for batch, one for sequence, one for each further length; other sizes as export finds them."""
     free = free_dims(inputs, encoder_decoder)
     if not any(name in inputs for name in TEXT):
         return automatic_dims(inputs)
-    named = {name: Dim(name) for name in ("batch", "sequence", "target")}
+    named = {name: Dim(name) for name in ("batch", "sequence", "target", "past")}
+    named["total"] = Dim.AUTO
     spec: dict[str, Any] = {}
     for name, value in inputs.items():
         if not isinstance(value, torch.Tensor):
@@ -83,7 +104,7 @@ def shared_dims(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dic
             continue
         dims: dict[int, Any] = {i: named[role] for i, role in free.get(name, {}).items()}
         for i, size in enumerate(value.shape):
-            fixed = name.endswith("inputs_embeds") and i == 2
+            fixed = (name.endswith("inputs_embeds") and i == 2) or is_past(name)
             if i not in dims and size > 1 and not fixed:
                 dims[i] = Dim.AUTO
         spec[name] = dims

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..errors import CaptureError
+from .cache import with_tensors, with_traced_cache
 
 
 def export(model: Any, examples: dict[str, Any], dims: dict[str, Any]) -> ExportedProgram:
@@ -37,7 +38,8 @@ def take_exactly(model: Any, names: list[str]) -> None:
     original = model.forward
 
     def forward(**kwargs: Any) -> Any:
-        return original(**kwargs)
+        arguments = with_traced_cache(kwargs)
+        return with_tensors(arguments, original(**arguments))
 
     parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import InputError
 from .arguments import is_encoder_decoder
+from .cache import is_past
 
 SETTINGS = ("max_position_embeddings", "max_target_positions", "max_source_positions")
 """Of a config: how many positions a table has, give or take what some models leave free at its beginning."""
@@ -37,17 +38,19 @@ def longest_rows(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def check_length(name: str, ids: Any, longest: int) -> None:
-    """Raise ``InputError`` if rows are longer than that."""
-    if isinstance(ids, torch.Tensor) and ids.dim() == 2 and ids.shape[1] > longest:
+def check_length(name: str, ids: Any, longest: int, past: int = 0) -> None:
+    """Raise ``InputError`` if rows, behind ``past`` tokens in a cache, are longer than that."""
+    if isinstance(ids, torch.Tensor) and ids.dim() == 2 and ids.shape[1] + past > longest:
+        behind = f" behind {past} in the cache" if past else ""
         raise InputError(
-            f"{name} has rows of {ids.shape[1]} tokens; accepted: at most {longest}, the positions that the model has learned"
+            f"{name} has rows of {ids.shape[1]} tokens{behind}; accepted: at most {longest}, the positions that the model has learned"
         )
 
 
 def check_positions(values: Any, longest: dict[str, int]) -> None:
     """Raise ``InputError`` if rows are longer than the model's learned positions."""
+    past = next((v.shape[0] for n, v in values.items() if is_past(n)), 0)
     for name, most in longest.items():
-        check_length(name, values.get(name), most)
+        check_length(name, values.get(name), most, past)
         if name == "decoder_input_ids":
             check_length("labels", values.get("labels"), most)

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ..capture.arguments import Call, Signature
+from ..capture.cache import is_past
 from ..capture.skeleton import Capture
 from ..errors import CaptureError, InputError, users_stacklevel
 from ..passes.lower import lower
@@ -104,6 +105,10 @@ class Programs:
             try:
                 return (one.program if compiled else one.uncompiled)(call.values)
             except DoesNotFit as error:
+                if error.name is not None and is_past(error.name):
+                    raise InputError(
+                        f"past_key_values is the cache of another model or batch: {error}"
+                    ) from None
                 misfits.append(error)
         if misfits:
             warnings.warn(

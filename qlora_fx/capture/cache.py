@@ -1,0 +1,230 @@
+"""A call's key/value cache: transformers' ``Cache`` as tensors of the graph, and back.
+
+# Note [A cache that grows in place]
+A graph takes the keys and values of earlier tokens as inputs and returns those of its own tokens, which are written
+behind the earlier ones: nothing else is copied per token. A cache is held with its tokens outermost, ``[tokens, batch,
+heads, size]``: the beginning of a buffer is a contiguous tensor then, and a graph for it is right for any buffer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from ..errors import CaptureError, InputError
+from ..transformers_internals import DynamicLayer, DynamicSlidingWindowLayer
+
+ARGUMENT = "past_key_values"
+PARTS = ("keys", "values")
+PAST = re.compile(rf"{ARGUMENT}_(\d+)_({'|'.join(PARTS)})")
+"""Names of a graph's inputs that are a cache's tensors."""
+OUTERMOST, INNER = (2, 0, 1, 3), (1, 2, 0, 3)
+"""From ``[batch, heads, tokens, size]`` to ``[tokens, batch, heads, size]``, and back."""
+
+
+SMALLEST = 256
+"""Tokens that a buffer has room for at least."""
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer of a ``DynamicCache`` whose ``keys`` and ``values`` are views of buffers with room behind them.
+
+    To everybody else it is a ``DynamicLayer``: it may be cropped, reordered, repeated, copied, or given other tensors. The
+    next call of the model copies those to buffers of their own.
+
+    Attributes:
+        buffers: ``[room, batch, heads, size]`` of keys and of values.
+        shown: the views of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: tuple[Tensor, ...] = ()
+        self.shown: tuple[Tensor, ...] = ()
+
+    def own(self, states: tuple[Tensor, ...]) -> None:
+        """Copy keys and values ``[batch, heads, tokens, size]`` into new buffers."""
+        self.buffers, self.shown = (), ()
+        self.grow(tuple(t.permute(OUTERMOST) for t in states))
+
+    def grow(self, rows: tuple[Tensor, ...]) -> None:
+        """Add keys and values of further tokens, ``[tokens, batch, heads, size]``."""
+        start = self.shown[0].shape[2] if self.shown else 0
+        total = start + len(rows[0])
+        if not self.buffers or total > len(self.buffers[0]):
+            room = max(SMALLEST, 1 << (total - 1).bit_length())
+            with torch.inference_mode(False):  # they outlive the mode
+                larger = tuple(t.new_empty(room, *t.shape[1:]) for t in rows)
+            for new, old in zip(larger, self.buffers, strict=False):
+                new[:start] = old[:start]
+            self.buffers = larger
+        for buffer, row in zip(self.buffers, rows, strict=True):
+            buffer[start:total] = row.detach()
+        self.keys, self.values = self.shown = tuple(b[:total].permute(INNER) for b in self.buffers)
+        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.is_initialized = True
+
+    def past(self) -> tuple[Tensor, ...]:
+        """Keys and values ``[tokens, batch, heads, size]``, the beginnings of buffers of their own."""
+        if self.keys is not self.shown[0] or self.values is not self.shown[1]:
+            self.own((self.keys, self.values))
+        return tuple(t.permute(OUTERMOST) for t in self.shown)
+
+
+class TracedLayer(DynamicLayer):  # type: ignore[misc]
+    """What a layer of a cache is while the model is traced.
+
+    Args:
+        past: keys and values of earlier tokens, ``[tokens, batch, heads, size]``; none in a cache that is empty.
+
+    Attributes:
+        rows: of the tokens of this call.
+    """
+
+    def __init__(self, *past: Tensor) -> None:
+        super().__init__()
+        self.past = past
+        self.rows: tuple[Tensor, ...] = ()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        states: tuple[Tensor, ...] = (key_states, value_states)
+        self.rows = tuple(t.permute(OUTERMOST) for t in states)
+        if self.past:
+            before = (t.permute(INNER) for t in self.past)
+            states = tuple(torch.cat(pair, dim=-2) for pair in zip(before, states, strict=True))
+        self.keys, self.values = keys, values = states
+        self.is_initialized = True
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        if self.is_initialized:
+            return self.keys.shape[-2]
+        return self.past[0].shape[0] if self.past else 0
+
+
+def is_past(name: str) -> bool:
+    """True for an input that is a cache's tensor."""
+    return PAST.fullmatch(name) is not None
+
+
+def caches(model: Any) -> bool:
+    """Whether a model's own cache is one that graphs take: keys and values of every token, layer by layer."""
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        return False
+    able = getattr(model, "_supports_default_dynamic_cache", None)
+    if able is None or not able():
+        return False
+    return all(fits(layer) for layer in DynamicCache(config=config.get_text_config()).layers)
+
+
+def fits(layer: Any) -> bool:
+    """A window's layer that is still empty is one of all tokens: the mask hides what is outside of the window."""
+    empty_window = type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized
+    return type(layer) in (DynamicLayer, GrowingLayer) or empty_window
+
+
+def taken_cache(values: dict[str, Any], model: Any) -> Cache | None:
+    """Take ``past_key_values`` out of a call's arguments, and put the tensors of it in.
+
+    Args:
+        values: of a call with ``use_cache=True`` or with a cache.
+
+    Returns:
+        The cache that the call will fill: the caller's, or a new one. None without.
+
+    Raises:
+        InputError: a kind of cache that graphs do not take.
+    """
+    cache = values.pop(ARGUMENT, None)
+    if not values.get("use_cache", cache is not None):
+        if cache is not None:
+            raise InputError(
+                "past_key_values with use_cache=False; accepted: use_cache=True, or no cache"
+            )
+        return None
+    if values.get("return_dict") is False:
+        raise InputError("return_dict=False with use_cache=True; accepted: return_dict=True")
+    if cache is None:
+        if not caches(model):
+            raise InputError(
+                f"use_cache=True is not supported for {type(model).__name__}; accepted: False (recompute the prefix)"
+            )
+        cache = DynamicCache()
+    layers = getattr(cache, "layers", None)
+    plain = type(cache) is DynamicCache and not cache.offloading
+    if layers is None or not plain or not all(fits(layer) for layer in layers):
+        kinds = sorted({type(layer).__name__ for layer in layers or ()})
+        raise InputError(
+            f"past_key_values is a {type(cache).__name__} of {', '.join(kinds) or 'nothing'}; accepted: a DynamicCache "
+            "of DynamicLayer"
+        )
+    values["use_cache"] = True
+    for number, layer in enumerate(layers):
+        if layer.is_initialized:
+            for part, tensor in zip(PARTS, past_of(cache, number), strict=True):
+                values[f"{ARGUMENT}_{number}_{part}"] = tensor
+    return cache
+
+
+def past_of(cache: Cache, number: int) -> tuple[Tensor, ...]:
+    """Keys and values in a layer of a cache, as graphs take them. The layer grows from now on."""
+    layer = cache.layers[number]
+    if type(layer) is not GrowingLayer:
+        growing = cache.layers[number] = GrowingLayer()
+        growing.own((layer.keys, layer.values))
+        layer = growing
+    return layer.past()  # type: ignore[no-any-return]
+
+
+def filled(cache: Any, output: Any) -> Any:
+    """The output of a graph with ``cache`` in it, which holds the call's tokens now."""
+    for number, rows in enumerate(output[ARGUMENT]):
+        if number == len(cache.layers):
+            cache.layers.append(GrowingLayer())
+        if rows:
+            if type(cache.layers[number]) is not GrowingLayer:
+                cache.layers[number] = GrowingLayer()
+            cache.layers[number].grow(rows)
+    output[ARGUMENT] = cache
+    return output
+
+
+def with_traced_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model is called with while it is traced: its cache's tensors in a cache."""
+    arguments = dict(arguments)
+    if not arguments.get("use_cache"):
+        return arguments
+    past = [
+        (int(m[1]), arguments.pop(name)) for name in list(arguments) if (m := PAST.fullmatch(name))
+    ]
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = TracedLayer
+    for number, tensor in past:  # keys come before values
+        while len(cache.layers) <= number:
+            cache.layers.append(TracedLayer())
+        cache.layers[number].past += (tensor,)
+    return arguments | {ARGUMENT: cache}
+
+
+def with_tensors(arguments: Mapping[str, Any], output: Any) -> Any:
+    """The traced model's output with its cache's tensors in the place of the cache.
+
+    Raises:
+        CaptureError: the model has filled no cache.
+    """
+    cache = arguments.get(ARGUMENT)
+    if not arguments.get("use_cache") or cache is None:
+        return output
+    rows = tuple(layer.rows for layer in cache.layers)
+    if not any(rows) or not isinstance(output, MutableMapping):
+        raise CaptureError("the model fills no cache; accepted: use_cache=False")
+    output[ARGUMENT] = rows
+    return output
