@@ -60,6 +60,7 @@ bench: $(INSTALLED)  ## step, cold start, profile, memory and loading, beside PE
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/loading.py --merge
 	$(BIN)/python benchmarks/loading.py --trace
+	$(BIN)/python benchmarks/generate.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -16,6 +16,7 @@ from .graph.nodes import (
     StoredInputs,
     arguments,
     fake_mode,
+    ops,
     sites,
     weight_view,
 )
@@ -53,6 +54,8 @@ def is_adapter_key(key: str) -> bool:
 
 
 def has_branch(linear: fx.Node) -> bool:
+    if linear.target is ops.linear_4bit.default and arguments(linear)["lora_a"] is not None:
+        return True  # inside
     return any(user.meta.get("branch_of") is not None for user in result_of(linear).users)
 
 

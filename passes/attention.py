@@ -10,8 +10,10 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..runtime.attention_kernels import devices
-from .graph.nodes import Emitter, arguments, aten, call, ops
+from .graph.nodes import Emitter, arguments, aten, call, is_from_cache, ops
 
+Pair = tuple[fx.Node, fx.Node]
+"""Of keys, or of values: those of a cache ``[tokens, batch, heads, size]``, and new ones ``[batch, heads, tokens, size]``."""
 COMPARISONS = frozenset(
     {
         aten.le.Tensor,
@@ -32,6 +34,8 @@ def attention(gm: fx.GraphModule, *, config: Any) -> PassResult:
     which the tiles that hide everything are skipped. Keys that a model repeats for its query heads are taken as
     they were before. Where no kernel of ours is for the device, PyTorch's are kept. On a GPU the look at the mask
     waits for the device, once per call of the model.
+
+    Over a cache it becomes ``qlora_fx.cached_attention``, for which earlier and new keys are not joined.
 
     Before::
 
@@ -59,6 +63,9 @@ def rewrite(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, fx.Node]) -> bo
     args = arguments(node)
     q, mask, scale = args["query"], args["attn_mask"], args["scale"]
     k, v = before_repeat(args["key"], q), before_repeat(args["value"], q)
+    pairs = joined(k), joined(v)
+    if pairs[0] and pairs[1] and continues(q, mask, args):
+        return rewrite_cached(graph, node, q, pairs[0], pairs[1], mask, scale)
     if args["dropout_p"] or not may_be_causal(q, k, v, mask, args["is_causal"]):
         return False
     if scale is None:
@@ -74,6 +81,39 @@ def rewrite(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, fx.Node]) -> bo
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     return True
+
+
+def rewrite_cached(
+    graph: fx.Graph, node: fx.Node, q: Any, keys: Pair, values: Pair, mask: Any, scale: Any
+) -> bool:
+    """Attention over a cache and new tokens, which need not be joined for it."""
+    if scale is None:
+        scale = float(int(q.meta["val"].shape[-1]) ** -0.5)
+    emit = Emitter(graph, node)
+    with graph.inserting_before(node):
+        target = ops.cached_attention.default
+        result = emit(target, q, *keys, *values, mask, scale, suffix="cached")
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return True
+
+
+def continues(q: Any, mask: Any, args: Any) -> bool:
+    """True where a mask says which of a cache's keys and new ones are seen."""
+    if args["dropout_p"] or mask is None:
+        return False
+    shape = mask.meta["val"].shape
+    return q.meta["val"].dim() == 4 and len(shape) == 4 and not isinstance(shape[1], torch.SymInt)
+
+
+def joined(t: Any) -> Pair | None:
+    """``(earlier, new)`` of keys or values that capture/cache.py joined."""
+    if t.target is not aten.cat.default or len(t.args[0]) != 2:
+        return None
+    first, new = t.args[0]
+    if first.target is not aten.permute.default or not is_from_cache(first.args[0]):
+        return None
+    return first.args[0], new
 
 
 def may_be_causal(q: Any, k: Any, v: Any, mask: Any, is_causal: bool) -> bool:

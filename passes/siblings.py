@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..config import Config
-from .graph.nodes import CASTS, Emitter, aten, cast
+from .graph.nodes import Emitter, aten, cast, uncast
 
 
 def siblings(gm: fx.GraphModule, *, config: Config) -> PassResult:
@@ -46,13 +44,6 @@ def siblings(gm: fx.GraphModule, *, config: Config) -> PassResult:
     if found:
         graph.eliminate_dead_code()
     return PassResult(gm, bool(found))
-
-
-def uncast(node: Any) -> fx.Node:
-    while node.op == "call_function" and node.target in CASTS:
-        node = node.args[0]
-    found: fx.Node = node
-    return found
 
 
 def stack(graph: fx.Graph, family: list[fx.Node]) -> None:

@@ -1,10 +1,11 @@
 """What a finished graph calls when it runs. Knows nothing of torch.fx."""
 
-from . import attention, convolution, loss, ops, recurrence
+from . import attention, convolution, linear_4bit, loss, ops, recurrence
 
 __all__ = [
     "attention",
     "convolution",
+    "linear_4bit",
     "loss",
     "ops",
     "recurrence",

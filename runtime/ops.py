@@ -8,7 +8,7 @@ without rows costs nothing and gets a zero gradient; rows behind ``ends[-1]`` gi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,20 @@ def whole_rows(shape: Sequence[int], blocksize: int) -> list[int]:
     if shape[-1] % blocksize == 0:
         return list(shape)
     return [n // blocksize, blocksize] if n % blocksize == 0 else [1, n]
+
+
+def gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Any], needed: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Of a function's inputs those that are needed, by PyTorch's derivatives of what it calls; it is computed again."""
+    with torch.enable_grad():
+        again = [
+            t.detach().requires_grad_() if need else t
+            for t, need in zip(inputs, needed, strict=True)
+        ]
+        wanted = [t for t, need in zip(again, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(function(*again), wanted, grad))
+    return [next(found) if need else None for need in needed]
 
 
 def scales(

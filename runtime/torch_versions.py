@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import torch
+
 
 def with_vectors(load: Any) -> dict[str, Any]:
     """Keywords with which Inductor's ``CppCodeCache.load`` compiles for the CPU's vector instructions.
@@ -38,3 +40,8 @@ def no_tiled_outer_loops() -> Iterator[None]:
         OuterLoopFusedSchedulerNode, "check_outer_fusion_loop_level_attr", may_be_fused
     ):
         yield
+
+
+def below_autograd() -> Any:
+    """While it holds operators are dispatched past autograd, which is Python for operators of ours."""
+    return torch._C._AutoDispatchBelowAutograd()

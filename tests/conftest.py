@@ -17,10 +17,10 @@ import pytest
 import sharing
 import torch
 from qlora_fx.capture.skeleton import Capture, Skeleton
-from qlora_fx.compiler import request
+from qlora_fx.compiler import pipeline, printer, request
 from qlora_fx.config import Config, Quantization, default_lora
 from qlora_fx.runtime.fastest_dtype import ComputeDtype
-from torch import nn
+from torch import fx, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 101
@@ -142,6 +142,22 @@ def captured(model: nn.Module | None = None, inputs: Any = None, **options: Any)
     """A capture of ``model`` (default: ``Toy``) for pass tests."""
     settings = {"training": True, "dtype": torch.float32} | options
     return Skeleton(model or Toy()).capture(inputs or TOY_INPUT, **settings)
+
+
+def graph(model: nn.Module, inputs: Any, config: Config, last: Any) -> fx.GraphModule:
+    """The graph before the pass ``last``."""
+    gm = captured(model, inputs).gm
+    for stage in pipeline.PIPELINE:
+        if stage.run is last:
+            return gm
+        gm = stage.run(gm, config=config).graph_module
+    raise AssertionError(last)
+
+
+def excerpt(gm: fx.GraphModule, *words: str) -> str:
+    """The lines of the graph that have one of the words, unindented."""
+    lines = printer.text(gm).splitlines()
+    return "\n".join(line.strip() for line in lines if any(word in line for word in words)) + "\n"
 
 
 LONGEST = (

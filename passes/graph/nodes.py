@@ -162,6 +162,11 @@ def is_packed(node: fx.Node) -> bool:
     return bool(node.meta.get("format"))
 
 
+def is_from_cache(node: fx.Node) -> bool:
+    """True for the placeholder of keys or values of earlier tokens, ``[tokens, batch, heads, size]``."""
+    return bool(node.meta.get("past"))
+
+
 def replace_other_uses(node: fx.Node, new: fx.Node) -> None:
     """Let all users of ``node`` but ``new`` itself read ``new``."""
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
@@ -249,6 +254,16 @@ def weight_like(placeholder: fx.Node | None) -> bool:
 
 
 CASTS = frozenset({aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device})
+
+
+def uncast(node: Any) -> fx.Node:
+    """What a value was before it was cast."""
+    while node.op == "call_function" and node.target in CASTS:
+        node = node.args[0]
+    found: fx.Node = node
+    return found
+
+
 VIEWS = frozenset(
     {
         aten.t.default,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError
 from torch._inductor.virtualized import V
 
-from ...runtime.torch_versions import no_tiled_outer_loops
+from ...runtime.torch_versions import below_autograd, no_tiled_outer_loops
 from .example import Example
 from .free_sizes import FreeSize, free_sizes
 from .on_gpu import OneWeightAtATime, OnGpu
@@ -95,7 +96,10 @@ class CompiledBody(nn.Module):
             needs_grad = self.usual
         key = Key(needs_grad, any(needs_grad) and call < self.recomputed)
         sizes = (*(args[i].shape[dim] for i, dim in self.places), *foreign)
-        outputs = self.variant(key, sizes).run(*args, *sizes)
+        run = self.variant(key, sizes).run
+        # Without gradients autograd's part of each operator's dispatch is for nothing.
+        with contextlib.nullcontext() if any(needs_grad) else below_autograd():
+            outputs = run(*args, *sizes)
         return outputs[0] if self.single else outputs
 
     @property

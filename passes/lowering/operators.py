@@ -75,6 +75,12 @@ def attention_backward_flops(node: fx.Node) -> sympy.Expr:
     return 5 * elements(q) * expression(q.shape[2])
 
 
+def cached_attention_flops(node: fx.Node) -> sympy.Expr:
+    """Two products with every key, earlier and new."""
+    q, past, k = (value_of(node, i) for i in range(3))
+    return 4 * elements(q) * (expression(past.shape[0]) + expression(k.shape[2]))
+
+
 def loss_flops(node: fx.Node) -> sympy.Expr:
     """The logits and the input's gradient, formed in one pass."""
     return 4 * elements(value_of(node, 0)) * expression(arguments(node)["shape"][0])
@@ -98,6 +104,8 @@ OPERATORS: dict[Any, Operator] = {
     aten.addmm.default: Operator(product_flops),
     ops.grouped_linear.default: Operator(grouped_flops),
     ops.grouped_linear_4bit.default: Operator(grouped_flops),
+    ops.linear_4bit.default: Operator(grouped_flops),
+    ops.cached_attention.default: Operator(cached_attention_flops),
     ops.grouped_outer.default: Operator(grouped_flops),
     ops.attention.default: Operator(attention_flops),
     ops.attention_backward.default: Operator(attention_backward_flops),

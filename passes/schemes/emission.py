@@ -51,6 +51,16 @@ class Emission(Protocol):
         """Rows ``ids`` of a stored ``[vocabulary, size]`` in float32; nothing else of it is made dense."""
         ...
 
+    def product(
+        self, x: Any, parts: Parts, bias: Any, lora: tuple[Any, Any, float], shape: list[int]
+    ) -> tuple[Any, tuple[Any, ...]] | None:
+        """The operator, and its arguments, that multiplies few rows by a stored ``shape = [out, in]``; None: there is none.
+
+        Args:
+            lora: ``lora_A``, ``lora_B`` and the scaling of a branch that it adds; None, None and 0 without.
+        """
+        ...
+
     def head(self, parts: Parts) -> tuple[list[fx.Node], int, str] | None:
         """``weight``, ``blocksize`` and ``quant_type`` of ``qlora_fx.linear_cross_entropy``; None: it reads the dense one."""
         ...

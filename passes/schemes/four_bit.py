@@ -52,6 +52,14 @@ class FourBitEmission(Emission):
         options = (shape, q.blocksize, q.quant_type)
         return ops.grouped_linear_4bit.default, (x, *storage, ends, *options)
 
+    def product(
+        self, x: Any, parts: Parts, bias: Any, lora: tuple[Any, Any, float], shape: list[int]
+    ) -> tuple[Any, tuple[Any, ...]] | None:
+        q = self.quantization
+        nested = [parts.get(k) for k in ("nested_absmax", "offset", NESTED_QUANT_MAP)]
+        storage = (parts["packed"], parts["absmax"], *nested)
+        return ops.linear_4bit.default, (x, *storage, bias, *lora, shape, q.blocksize, q.quant_type)
+
     def head(self, parts: Parts) -> tuple[list[fx.Node], int, str]:
         return [*parts.values()], self.quantization.blocksize, self.quantization.quant_type
 

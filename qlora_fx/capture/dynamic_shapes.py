@@ -29,7 +29,7 @@ def resized(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dict[st
         for name, dims in free.items()
         for i, role in dims.items()
     }
-    if "past" in sizes:
+    if "past" in sizes and "sequence" in sizes:
         sizes["past"] = sizes["batch"] + sizes["sequence"] + 1
         sizes["total"] = sizes["past"] + sizes["sequence"]
 

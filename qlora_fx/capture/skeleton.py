@@ -28,6 +28,7 @@ from ..errors import CaptureError
 from ..runtime.gpu import numbered
 from ..transformers_internals import experts_implementation, set_experts_implementation
 from .arguments import Call, bind_call, is_encoder_decoder, vocabulary_size
+from .cache import is_past
 from .check_call import check_call
 from .dynamic_shapes import automatic_dims, example, is_about_dims, resized, shared_dims
 from .export import capture_error, export, quiet, without_writes
@@ -242,6 +243,9 @@ class Skeleton:
             elif item.kind is InputKind.USER_INPUT:
                 names[item.arg.name] = next(user)
         graph = Flattener(stored, names, self.dtypes, self.parameters).run(program.graph_module)
+        for node in graph.find_nodes(op="placeholder"):
+            if is_past(node.meta.get("input", "")):
+                node.meta["past"] = True
         gm = fx.GraphModule(nn.Module(), graph, class_name=self.name)
         gm.meta.update(holders=holders(self.model), transposed_stacks=transposed_stacks(self.model))
         out_spec = program.call_spec.out_spec

@@ -23,6 +23,7 @@ from ..errors import GraphError
 from ..passes.adapt import adapt
 from ..passes.attention import attention
 from ..passes.convolutions import convolutions
+from ..passes.few_rows import few_rows
 from ..passes.loss_head import loss_head
 from ..passes.normalize import normalize
 from ..passes.outline import outline
@@ -70,6 +71,8 @@ PIPELINE: tuple[Stage, ...] = (
             invariants.every_adapted_site_has_a_live_branch,
         ),
     ),
+    # After adapt, whose marks it reads; before siblings, which takes branches apart.
+    Stage(few_rows, optional=True),
     # After adapt, whose marks it reads. Those that may be left out look at different nodes.
     Stage(siblings, optional=True),
     Stage(attention, optional=True),

@@ -10,7 +10,7 @@ import qlora_fx
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import batch, captured, tiny_llama
+from conftest import batch, excerpt, graph, tiny_llama
 from expecttest import assert_expected_inline
 from oracle import Float64, random_adapter, step, truth
 from peft import LoraConfig
@@ -92,22 +92,6 @@ class Loss(nn.Module):
 
 
 LABELS = X | {"labels": torch.zeros(2, 3, dtype=torch.int64)}
-
-
-def graph(model: nn.Module, inputs: Any, config: Config, last: Any) -> fx.GraphModule:
-    """The graph before the pass ``last``."""
-    gm = captured(model, inputs).gm
-    for stage in pipeline.PIPELINE:
-        if stage.run is last:
-            return gm
-        gm = stage.run(gm, config=config).graph_module
-    raise AssertionError(last)
-
-
-def excerpt(gm: fx.GraphModule, *words: str) -> str:
-    """The lines of the graph that have one of the words, unindented."""
-    lines = printer.text(gm).splitlines()
-    return "\n".join(line.strip() for line in lines if any(word in line for word in words)) + "\n"
 
 
 def applied(run: Any, model: nn.Module, inputs: Any, config: Config) -> fx.GraphModule:
@@ -216,7 +200,9 @@ def test_asked_for_logits_are_there(config: Config) -> None:
 
 
 def test_an_unknown_name_lists_what_can_be_left_out() -> None:
-    with pytest.raises(ConfigError, match="disable has 'atention'; accepted: 'siblings', "):
+    with pytest.raises(
+        ConfigError, match="disable has 'atention'; accepted: 'few_rows', 'siblings', "
+    ):
         qlora_fx.transform(tiny_llama(), disable=["atention"])
 
 

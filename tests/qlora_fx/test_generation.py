@@ -10,7 +10,7 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import batch, tiny_llama
+from conftest import batch, peer_llama
 from oracle import Float64, ours, random_adapter, truth
 from peft import LoraConfig
 from qlora_fx.errors import InputError
@@ -32,7 +32,7 @@ ALONE = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 @pytest.fixture(scope="module")
 def adapted() -> tuple[Any, Any]:
     """A model with a random adapter, run operator by operator, and transformers' own over its true weights."""
-    model = tiny_llama()
+    model = peer_llama()
     adapter = random_adapter(model, 4, scale=0.1)
     qmodel, _ = ours(model, adapter, LoraConfig(**LORA), backend="eager")
     dense, _ = truth(model, adapter, 2.0)
@@ -52,7 +52,7 @@ def token_by_token(qmodel: Any, ids: Tensor, first: int, **others: Any) -> tuple
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_logits_are_those_without_a_cache_and_training_is_not_disturbed(backend: str) -> None:
-    model = tiny_llama(1)
+    model = peer_llama(1)
     qmodel: Any = qlora_fx.transform(
         model, LoraConfig(**LORA), backend=backend, compute_dtype=torch.float32
     )

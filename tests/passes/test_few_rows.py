@@ -1,0 +1,121 @@
+"""The pass ``few_rows``, and ``attention`` over a cache: goldens, what they leave alone, and that twice is once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from conftest import excerpt, graph
+from expecttest import assert_expected_inline
+from qlora_fx.config import Config
+from qlora_fx.passes.attention import attention
+from qlora_fx.passes.few_rows import few_rows
+from torch import nn
+
+NAMES = ("past_key_values_0_keys", "past_key_values_0_values")
+INPUTS = {
+    "inputs_embeds": torch.zeros(2, 3, 8),
+    **{name: torch.zeros(6, 2, 1, 4) for name in NAMES},
+    "seen": torch.ones(2, 1, 3, 9, dtype=torch.bool),
+}
+
+
+class Continued(nn.Module):
+    """Attention of two query heads over a cache of one key head, between two linears, and a head for the last token."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = SimpleNamespace()
+        self.q = nn.Linear(8, 8)
+        self.o = nn.Linear(8, 6, bias=False)
+        self.head = nn.Linear(6, 5, bias=False)
+        self.dropout = dropout
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        past_key_values_0_keys: torch.Tensor,
+        past_key_values_0_values: torch.Tensor,
+        seen: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        batch = inputs_embeds.shape[0]
+        q = self.q(inputs_embeds).view(batch, -1, 2, 4).transpose(1, 2)
+        new = q[:, :1]
+        k, v = (
+            torch.cat([past.permute(1, 2, 0, 3), new], dim=-2)
+            for past in (past_key_values_0_keys, past_key_values_0_values)
+        )
+        k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).reshape(batch, 2, -1, 4) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, seen, self.dropout)
+        y = self.o(y.transpose(1, 2).reshape(batch, -1, 8))
+        return {"y": self.head(y[:, -1:])}
+
+
+def test_golden_of_products(config: Config) -> None:
+    gm = graph(Continued(), INPUTS, config, few_rows)
+    assert few_rows(gm, config=config).modified
+    gm.recompile()
+    assert_expected_inline(
+        excerpt(gm, "%q:", "%o:", "%head", "dequant", "scaled"),
+        """\
+%head_weight: f32[5, 6] = stored[head.weight]
+%q: f32[B, S, 8] = qlora_fx.linear_4bit(%inputs_embeds, %q_weight_packed, %q_weight_absmax, %q_weight_nested_absmax, %q_weight_offset, %nested_quant_map, %q_bias, %q_lora_A_weight, %q_lora_B_weight, 2.0, [8, 8], 64, nf4)  # site q: quantize, adapt r=2
+%scaled_dot_product_attention: f32[B, 2, S, 4] = aten.scaled_dot_product_attention(%transpose, %reshape, %reshape_1, %seen)
+%transpose_1: f32[B, S, 2, 4] = aten.transpose(%scaled_dot_product_attention, 1, 2)
+%o: f32[B, S, 6] = qlora_fx.linear_4bit(%reshape_2, %o_weight_packed, %o_weight_absmax, %o_weight_nested_absmax, %o_weight_offset, %nested_quant_map, None, %o_lora_A_weight, %o_lora_B_weight, 2.0, [6, 8], 64, nf4)  # site o: quantize, adapt r=2
+%head_rows: f32[B, 6] = aten.reshape(%slice_6, [-1, 6])
+%head: f32[B, 5] = aten.linear(%head_rows, %head_weight)  # site head: output head stays dense; not adapted: 'all-linear' leaves the output head out
+%head_tokens: f32[B, 1, 5] = aten.reshape(%head, [-1, 1, 5])
+return (%head_tokens)
+""",
+    )
+    assert not few_rows(gm, config=config).modified
+
+
+def test_golden_of_attention(config: Config) -> None:
+    gm = graph(Continued(), INPUTS, config, attention)
+    assert attention(gm, config=config).modified
+    gm.recompile()
+    assert_expected_inline(
+        excerpt(gm, "%past", "_cached", "aten.cat"),
+        """\
+def Continued(%inputs_embeds: f32[B, S, 8], %past_key_values_0_keys: f32[D2, B, 1, 4], %past_key_values_0_values: f32[D2, B, 1, 4], %seen: bool[B, 1, S, D2 + S]):
+%sym_size: int(B) = aten.sym_size(%past_key_values_0_values, 1)
+%scaled_dot_product_attention_cached: f32[B, 2, S, 4] = qlora_fx.cached_attention(%transpose, %past_key_values_0_keys, %slice_2, %past_key_values_0_values, %slice_2, %seen, 0.5)
+%transpose_1: f32[B, S, 2, 4] = aten.transpose(%scaled_dot_product_attention_cached, 1, 2)
+""",
+    )
+    assert not attention(gm, config=config).modified
+
+
+def test_without_a_cache_nothing_changes(config: Config) -> None:
+    class Alone(Continued):
+        def forward(self, inputs_embeds: torch.Tensor) -> Any:  # type: ignore[override]
+            return {"y": self.head(self.o(self.q(inputs_embeds)))}
+
+    gm = graph(Alone(), {"inputs_embeds": INPUTS["inputs_embeds"]}, config, few_rows)
+    assert not few_rows(gm, config=config).modified
+
+
+def test_dropout_and_keys_from_elsewhere_are_left_alone(config: Config) -> None:
+    gm = graph(Continued(dropout=0.1), INPUTS, config, attention)
+    assert not attention(gm, config=config).modified
+
+    class Elsewhere(Continued):
+        def forward(  # type: ignore[override]
+            self,
+            inputs_embeds: torch.Tensor,
+            other: torch.Tensor,
+            past_key_values_0_values: torch.Tensor,
+            seen: torch.Tensor,
+        ) -> Any:
+            return super().forward(inputs_embeds, other, past_key_values_0_values, seen)
+
+    inputs = {("other" if n == NAMES[0] else n): v for n, v in INPUTS.items()}
+    gm = graph(Elsewhere(), inputs, config, attention)
+    assert not attention(gm, config=config).modified

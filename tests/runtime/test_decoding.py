@@ -1,0 +1,195 @@
+"""What computes a token that is generated: products with 4-bit storage, and attention over a cache, beside float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from qlora_fx.config import Quantization
+from qlora_fx.runtime import linear_4bit
+from qlora_fx.runtime.ops import ops
+from qlora_fx.runtime.schemes.four_bit import FourBit
+from torch import Tensor
+
+KEYS = ("packed", "absmax", "nested_absmax", "offset", "nested_quant_map")
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def product(q: Quantization, out: int, size: int, *, rank: int = 3, bias: bool = True) -> Any:
+    """Arguments of the operator behind ``x``, and its definition in float64."""
+    parts = FourBit(q).quantize(random(out, size, seed=1))
+    dense = FourBit(q).dequantize(parts, (out, size), torch.float32).double()
+    added = random(out, seed=2) if bias else None
+    a, b = (random(rank, size, seed=3), random(out, rank, seed=4)) if rank else (None, None)
+    storage = (parts.get(k) for k in KEYS)
+    arguments = (*storage, added, a, b, 0.5, [out, size], q.blocksize, q.quant_type)
+
+    def definition(x: Tensor) -> Tensor:
+        y = torch.nn.functional.linear(x.double(), dense, None if added is None else added.double())
+        return y if a is None or b is None else y + 0.5 * (x.double() @ a.double().T) @ b.double().T
+
+    return arguments, definition
+
+
+SETTINGS = {
+    "QLoRA's": (Quantization(), 70, 96),
+    "rows that fill no blocks": (Quantization(blocksize=128), 33, 96),
+    "single": (Quantization(double_quant=False), 40, 64),
+    "fp4": (Quantization(quant_type="fp4", blocksize=32), 40, 160),
+    "large enough for threads": (Quantization(), 300, 512),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_products_of_few_rows_are_those_of_the_definition(setting: str) -> None:
+    q, out, size = SETTINGS[setting]
+    for rank, bias in ((3, True), (17, False), (0, True)):
+        arguments, definition = product(q, out, size, rank=rank, bias=bias)
+        for rows in (1, 2, 3, 7, 16, 17):
+            x = random(rows, size)
+            assert (linear_4bit.kernel_for(x, size, q.blocksize) is None) is (rows > 16)
+            y, true = ops.linear_4bit(x, *arguments), definition(x)
+            torch.testing.assert_close(
+                y.double(), true, rtol=0, atol=2e-6 * float(true.abs().max())
+            )
+
+
+def test_other_dtypes_shapes_and_strides() -> None:
+    arguments, definition = product(Quantization(), 70, 96)
+    x = random(2, 96, 3).transpose(1, 2)
+    torch.testing.assert_close(
+        ops.linear_4bit(x, *arguments).double(), definition(x), rtol=0, atol=1e-4
+    )
+    low = random(2, 1, 96, dtype=torch.bfloat16)
+    y = ops.linear_4bit(low, *arguments)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), definition(low), rtol=1e-2, atol=1e-1)
+    arguments, definition = product(Quantization(), 70, 48)  # rows of no multiple of 32
+    x = random(1, 48)
+    assert linear_4bit.kernel_for(x, 48, 64) is None
+    torch.testing.assert_close(
+        ops.linear_4bit(x, *arguments).double(), definition(x), rtol=0, atol=1e-4
+    )
+
+
+def test_gradients_are_those_of_the_definition() -> None:
+    (*storage, bias, a, b, scaling, shape, blocksize, kind), _ = product(Quantization(), 40, 64)
+    leaves = [t.requires_grad_() for t in (random(2, 3, 64), bias, a, b)]
+    x, bias, a, b = leaves
+    y = ops.linear_4bit(x, *storage, bias, a, b, scaling, shape, blocksize, kind)
+    probe = random(2, 3, 40, seed=5)
+    found = torch.autograd.grad((y * probe).sum(), leaves)
+    dense = FourBit(Quantization()).dequantize(
+        dict(zip(KEYS, storage, strict=True)), (40, 64), torch.float32
+    )
+    x, bias, a, b = (t.detach().double().requires_grad_() for t in leaves)
+    y = torch.nn.functional.linear(x, dense.double(), bias) + scaling * (x @ a.T) @ b.T
+    true = torch.autograd.grad((y * probe).sum(), (x, bias, a, b))
+    for mine, other in zip(found, true, strict=True):
+        torch.testing.assert_close(mine.double(), other, rtol=1e-5, atol=1e-4)
+
+
+def test_without_a_compiler_the_weight_is_made_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, definition = product(Quantization(), 70, 96)
+    x = random(1, 96)
+    monkeypatch.setattr(linear_4bit, "library", lambda: None)
+    torch.testing.assert_close(
+        ops.linear_4bit(x, *arguments).double(), definition(x), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_lesser_cpus_compute_the_same(capability: str) -> None:
+    """Which instructions are compiled for is decided when PyTorch is imported."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            "definition",
+        ],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+# -- attention ---------------------------------------------------------------------------------------
+
+
+def cached(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Six query heads that share two key heads, seven earlier tokens and three new ones, in two rows."""
+    q, k, v = (
+        random(2, 3, heads, size, seed=i, dtype=dtype).transpose(1, 2)
+        for i, (heads, size) in enumerate(((6, 16), (2, 16), (2, 8)))
+    )
+    past_k, past_v = (
+        random(7, 2, 2, size, seed=5 + i, dtype=dtype) for i, size in enumerate((16, 8))
+    )
+    return q, past_k, k, past_v, v
+
+
+def masks() -> dict[str, Tensor]:
+    causal = torch.ones(3, 10, dtype=torch.bool).tril(7)[None, None]
+    padded = causal.expand(2, 1, 3, 10).clone()
+    padded[1, ..., :4] = False
+    return {
+        "causal": causal,
+        "padded": padded,
+        "added": torch.where(padded, random(2, 1, 3, 10, seed=9), torch.tensor(-1e30)),
+        "by head": padded.repeat(1, 6, 1, 1)
+        & (random(2, 6, 3, 10, seed=9) > -1).logical_or(causal),
+    }
+
+
+@pytest.mark.parametrize("kind", masks())
+def test_attention_over_a_cache_is_that_over_all_keys(kind: str) -> None:
+    q, past_k, k, past_v, v = (t.requires_grad_() for t in cached())
+    mask = masks()[kind]
+    out = ops.cached_attention(q, past_k, k, past_v, v, mask, 0.3)
+    wide = [t.detach().double().requires_grad_() for t in (q, past_k, k, past_v, v)]
+    keys, values = (
+        torch.cat([past.permute(1, 2, 0, 3), new], 2).repeat_interleave(3, 1)
+        for past, new in (wide[1:3], wide[3:])
+    )
+    added = mask if mask.dtype == torch.bool else mask.double()
+    true = torch.nn.functional.scaled_dot_product_attention(wide[0], keys, values, added, scale=0.3)
+    torch.testing.assert_close(out.double(), true, rtol=0, atol=1e-5)
+    assert out.transpose(1, 2).is_contiguous()
+    probe = random(*out.shape, seed=8)
+    found = torch.autograd.grad((out * probe).sum(), (q, past_k, k, past_v, v))
+    expected = torch.autograd.grad((true * probe).sum(), wide)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), other, rtol=0, atol=1e-4)
+
+
+def test_a_query_that_sees_nothing_gets_zeros_and_bfloat16_is_near() -> None:
+    mask = masks()["causal"].clone()
+    mask[:, :, 1] = False
+    out = ops.cached_attention(*cached(), mask, 0.3)
+    assert not out[:, :, 1].any()
+    low = ops.cached_attention(*cached(torch.bfloat16), mask, 0.3)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), out, rtol=0, atol=3e-2)
+
+
+def test_operators_pass_opcheck() -> None:
+    arguments, _ = product(Quantization(), 40, 64)
+    torch.library.opcheck(ops.linear_4bit.default, (random(2, 64).requires_grad_(), *arguments))
+    q, *rest = cached()
+    call = (q.requires_grad_(), *rest, masks()["padded"], 0.3)
+    torch.library.opcheck(ops.cached_attention.default, call)
