@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from conftest import excerpt, graph
 from expecttest import assert_expected_inline
+from qlora_fx.capture.dynamic_shapes import resized
 from qlora_fx.config import Config
 from qlora_fx.passes.attention import attention
 from qlora_fx.passes.few_rows import few_rows
+from qlora_fx.passes.graph.nodes import Emitter, arguments, aten
 from torch import nn
 
 NAMES = ("past_key_values_0_keys", "past_key_values_0_values")
@@ -119,3 +121,36 @@ def test_dropout_and_keys_from_elsewhere_are_left_alone(config: Config) -> None:
     inputs = {("other" if n == NAMES[0] else n): v for n, v in INPUTS.items()}
     gm = graph(Elsewhere(), inputs, config, attention)
     assert not attention(gm, config=config).modified
+
+
+def test_a_branch_of_another_input_and_a_product_that_is_read_twice_stay_apart(
+    config: Config,
+) -> None:
+    gm = graph(Continued(), INPUTS, config, few_rows)
+    low = next(n for n in gm.graph.nodes if n.name == "q_lora_a")
+    with gm.graph.inserting_before(low):
+        other = Emitter(gm.graph, low)(aten.neg.default, low.args[0], suffix="other")
+    low.args = (other, low.args[1])
+    product = next(n for n in gm.graph.nodes if n.name == "o")
+    with gm.graph.inserting_after(product):
+        again = Emitter(gm.graph, product)(aten.neg.default, product, suffix="again")
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    output.args = ((*output.args[0], again),)
+    assert few_rows(gm, config=config).modified
+    factors = {n.name: arguments(n)["lora_a"] for n in gm.graph.nodes if n.name in ("q", "o")}
+    assert factors == {"q": None, "o": None}
+    assert {"q_adapted", "o_adapted"} <= {n.name for n in gm.graph.nodes}
+
+
+def test_a_cache_is_traced_with_a_length_that_no_other_size_has() -> None:
+    inputs = {
+        "input_ids": torch.zeros(2, 1, dtype=torch.int64),
+        "attention_mask": torch.ones(2, 3, dtype=torch.int64),
+        **{name: torch.zeros(2, 2, 2, 4) for name in NAMES},
+    }
+    shapes = {name: list(t.shape) for name, t in resized(inputs).items()}
+    assert shapes == {
+        "input_ids": [2, 2],
+        "attention_mask": [2, 7],
+        **{name: [5, 2, 2, 4] for name in NAMES},
+    }
