@@ -271,7 +271,7 @@ class QLoRAModel(StorePeftModel):
         """
         if not hasattr(self.twin, "generate"):
             raise InputError(f"{self.base.skeleton.name} has no generate")
-        if not caches(self.twin):
+        if not caches(self.base.skeleton.model):
             kwargs["use_cache"] = False
         with self._evaluating(), torch.no_grad():
             return self.twin.generate(*args, **kwargs)

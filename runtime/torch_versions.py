@@ -45,3 +45,8 @@ def no_tiled_outer_loops() -> Iterator[None]:
 def below_autograd() -> Any:
     """While it holds operators are dispatched past autograd, which is Python for operators of ours."""
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def unsaid(tensors: tuple[torch.Tensor, ...]) -> Any:
+    """While it holds tensors are written to without a word to autograd, whose saved views of them must not be touched."""
+    return torch.autograd.grad_mode._unsafe_preserve_version_counter(tensors)

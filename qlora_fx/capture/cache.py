@@ -8,6 +8,7 @@ heads, size]``: the beginning of a buffer is a contiguous tensor then, and a gra
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from ..errors import CaptureError, InputError
+from ..runtime.torch_versions import unsaid
 from ..transformers_internals import DynamicLayer, DynamicSlidingWindowLayer
 
 ARGUMENT = "past_key_values"
@@ -47,10 +49,16 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.buffers: tuple[Tensor, ...] = ()
         self.shown: tuple[Tensor, ...] = ()
 
-    def own(self, states: tuple[Tensor, ...]) -> None:
-        """Copy keys and values ``[batch, heads, tokens, size]`` into new buffers."""
+    def settle(self) -> None:
+        """Hold what it shows in buffers of its own, if somebody has changed that."""
+        states = (self.keys, self.values) if self.is_initialized else ()
+        if len(states) == len(self.shown) and all(
+            a is b for a, b in zip(states, self.shown, strict=True)
+        ):
+            return
         self.buffers, self.shown = (), ()
-        self.grow(tuple(t.permute(OUTERMOST) for t in states))
+        if states and states[0].numel():
+            self.grow(tuple(t.permute(OUTERMOST) for t in states))
 
     def grow(self, rows: tuple[Tensor, ...]) -> None:
         """Add keys and values of further tokens, ``[tokens, batch, heads, size]``."""
@@ -63,16 +71,16 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             for new, old in zip(larger, self.buffers, strict=False):
                 new[:start] = old[:start]
             self.buffers = larger
-        for buffer, row in zip(self.buffers, rows, strict=True):
-            buffer[start:total] = row.detach()
+        with unsaid(self.buffers):  # what autograd has saved of them lies before
+            for buffer, row in zip(self.buffers, rows, strict=True):
+                buffer[start:total] = row.detach()
         self.keys, self.values = self.shown = tuple(b[:total].permute(INNER) for b in self.buffers)
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.is_initialized = True
 
     def past(self) -> tuple[Tensor, ...]:
-        """Keys and values ``[tokens, batch, heads, size]``, the beginnings of buffers of their own."""
-        if self.keys is not self.shown[0] or self.values is not self.shown[1]:
-            self.own((self.keys, self.values))
+        """Keys and values ``[tokens, batch, heads, size]``, the beginnings of buffers of their own; none of an empty layer."""
+        self.settle()
         return tuple(t.permute(OUTERMOST) for t in self.shown)
 
 
@@ -120,7 +128,8 @@ def caches(model: Any) -> bool:
     if config is None or getattr(config, "is_encoder_decoder", False):
         return False
     able = getattr(model, "_supports_default_dynamic_cache", None)
-    if able is None or not able():
+    named = ARGUMENT in inspect.signature(type(model).forward).parameters
+    if not named or able is None or not able():
         return False
     return all(fits(layer) for layer in DynamicCache(config=config.get_text_config()).layers)
 
@@ -168,20 +177,20 @@ def taken_cache(values: dict[str, Any], model: Any) -> Cache | None:
         )
     values["use_cache"] = True
     for number, layer in enumerate(layers):
-        if layer.is_initialized:
-            for part, tensor in zip(PARTS, past_of(cache, number), strict=True):
-                values[f"{ARGUMENT}_{number}_{part}"] = tensor
+        growing = layers[number] = as_growing(layer)
+        for part, tensor in zip(PARTS, growing.past(), strict=False):
+            values[f"{ARGUMENT}_{number}_{part}"] = tensor
     return cache
 
 
-def past_of(cache: Cache, number: int) -> tuple[Tensor, ...]:
-    """Keys and values in a layer of a cache, as graphs take them. The layer grows from now on."""
-    layer = cache.layers[number]
-    if type(layer) is not GrowingLayer:
-        growing = cache.layers[number] = GrowingLayer()
-        growing.own((layer.keys, layer.values))
-        layer = growing
-    return layer.past()  # type: ignore[no-any-return]
+def as_growing(layer: Any) -> GrowingLayer:
+    """A layer of a cache, or one that shows the same and takes its place."""
+    if type(layer) is GrowingLayer:
+        return layer
+    growing = GrowingLayer()
+    if layer.is_initialized:
+        growing.keys, growing.values, growing.is_initialized = layer.keys, layer.values, True
+    return growing
 
 
 def filled(cache: Any, output: Any) -> Any:
@@ -190,8 +199,6 @@ def filled(cache: Any, output: Any) -> Any:
         if number == len(cache.layers):
             cache.layers.append(GrowingLayer())
         if rows:
-            if type(cache.layers[number]) is not GrowingLayer:
-                cache.layers[number] = GrowingLayer()
             cache.layers[number].grow(rows)
     output[ARGUMENT] = cache
     return output

@@ -140,6 +140,19 @@ def test_a_cache_grows_in_place(adapted: Any) -> None:
     torch.testing.assert_close(last[:, 0], whole[:, -1], rtol=0, atol=1e-5)
 
 
+def test_a_cache_outlives_inference_mode_and_a_step_over_it_has_gradients(adapted: Any) -> None:
+    qmodel, _ = adapted
+    ids = batch(2, 9, padded=0)["input_ids"]
+    with torch.inference_mode():
+        _, cache = token_by_token(qmodel, ids, 8)
+    logits = qmodel(ids[:, :1], past_key_values=cache).logits
+    whole = qmodel(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:]
+    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5)
+    qmodel.zero_grad()
+    logits.sum().backward()
+    assert all(float(p.grad.norm()) > 0 for _, p in qmodel.adapter_parameters())
+
+
 def crop(cache: Any) -> Any:
     cache.crop(-1)
     return cache
@@ -151,6 +164,17 @@ def copied(cache: Any) -> Any:
     return other
 
 
+def emptied(cache: Any) -> Any:
+    for layer in cache.layers:
+        layer.reset()
+    return cache
+
+
+def cropped_to_nothing(cache: Any) -> Any:
+    cache.crop(-9)
+    return cache
+
+
 def of_others(cache: Any) -> Any:
     return DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
 
@@ -158,6 +182,8 @@ def of_others(cache: Any) -> Any:
 CHANGES: dict[str, tuple[Callable[[Any], Any], Callable[[Tensor], Tensor]]] = {
     "cropped": (crop, lambda ids: ids[:, :8]),
     "copied": (copied, lambda ids: ids),
+    "emptied": (emptied, lambda ids: ids[:1, :0]),
+    "cropped to nothing": (cropped_to_nothing, lambda ids: ids[:, :0]),
     "made by others": (of_others, lambda ids: ids),
     "reordered": (
         lambda cache: cache.reorder_cache(torch.tensor([1, 1])) or cache,
