@@ -13,19 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT / "examples")  # not this folder, whose profile.py would hide Python's own
+sys.path = [str(ROOT / "examples"), *sys.path[1:], str(ROOT / "benchmarks")]
 
-STACKS = {"qlora_fx": "qlora_fx", "reference": "PEFT + bitsandbytes, float32"}
+STACKS = {"qlora_fx": "qlora_fx, its defaults", "reference": "PEFT + bitsandbytes"}
 
 
 def main() -> None:
@@ -51,55 +48,28 @@ def main() -> None:
         drive(args)
 
 
-class Worker:
-    """A stack in its own process; answers each line on its stdin with one JSON line."""
-
-    def __init__(self, stack: str, args: argparse.Namespace) -> None:
-        command = [sys.executable, __file__, "--worker", stack, "--model", args.model]
-        for name in ("rank", "prompt", "new"):
-            command += [f"--{name}", str(getattr(args, name))]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
-        )
-        self.ready = self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
-        raise SystemExit(f"worker ended: {self.process.args}")
-
-    def ask(self, batch: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{batch}\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-
 def drive(args: argparse.Namespace) -> None:
+    from step import Worker, machine
+
     workers = {}
     for stack, name in STACKS.items():
         print(f"starting {name}", flush=True)
-        workers[stack] = Worker(stack, args)
+        flags = ("--prompt", str(args.prompt), "--new", str(args.new))
+        workers[stack] = Worker(stack, args, __file__, *flags)
     figures: dict[str, Any] = {}
     for batch in args.batches:
-        first = {stack: worker.ask(batch) for stack, worker in workers.items()}
+        first = {stack: worker.ask(str(batch)) for stack, worker in workers.items()}
         found: dict[str, list[dict[str, Any]]] = {stack: [] for stack in workers}
         for number in range(args.rounds):
             for stack, worker in workers.items():
                 time.sleep(0.5)  # let the other process's threads go to sleep
-                found[stack].append(worker.ask(batch))
+                found[stack].append(worker.ask(str(batch)))
             line = ", ".join(f"{s} {f[-1]['decode']:.1f}" for s, f in found.items())
             print(f"batch {batch}, round {number + 1}: {line} tokens/s", flush=True)
         bound = workers["qlora_fx"].ready["bytes"] + batch * workers["qlora_fx"].ready["cache"]
         limit = batch * workers["qlora_fx"].ready["bandwidth"] / bound
         figures[str(batch)] = {"first": first, "rounds": found, "bound": limit}
+        print(f"{machine()}, {workers['qlora_fx'].ready['dtype']}")
         print(table(batch, found, first, limit), flush=True)
     for worker in workers.values():
         assert worker.process.stdin is not None
@@ -107,7 +77,7 @@ def drive(args: argparse.Namespace) -> None:
         worker.process.wait()
     if args.json:
         Path(args.json).write_text(
-            json.dumps({"machine": platform.platform(), "args": vars(args), **figures}, indent=2)
+            json.dumps({"machine": machine(), "args": vars(args), **figures}, indent=2)
         )
 
 
@@ -129,10 +99,18 @@ def table(batch: int, found: Any, first: Any, limit: float) -> str:
 
 
 def work(args: argparse.Namespace) -> None:
+    import step
     import torch
+    import transformers
 
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    model = ours(args) if args.worker == "qlora_fx" else reference(args)
+    if args.worker == "qlora_fx":
+        model, _ = step.ours(args)
+    else:
+        args.worker = str(step.fastest_dtype()).replace("bfloat16", "bf16")
+        model, _ = step.reference(args)
+        model.config.use_cache = True
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
@@ -155,39 +133,14 @@ def work(args: argparse.Namespace) -> None:
 def generate(model: Any, ids: Any, new: int) -> None:
     import torch
 
-    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings = {"use_cache": True, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     mask = torch.ones_like(ids)
     model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, **settings
     )
 
 
-def ours(args: argparse.Namespace) -> Any:
-    import qlora_fx
-    from peft import LoraConfig
-
-    lora = LoraConfig(r=args.rank, target_modules="all-linear")
-    return qlora_fx.from_pretrained(args.model, lora, progress=False, compute_dtype="float32")
-
-
-def reference(args: argparse.Namespace) -> Any:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    four_bits = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    base = AutoModelForCausalLM.from_pretrained(
-        args.model, quantization_config=four_bits, dtype=torch.float32
-    )
-    return get_peft_model(base, LoraConfig(r=args.rank, target_modules="all-linear"))
-
-
-def sizes(model: Any, args: argparse.Namespace) -> dict[str, float]:
+def sizes(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Bytes that each step reads whatever the batch; of a row's cache; and bytes per second of reading."""
     import torch
 
@@ -201,8 +154,9 @@ def sizes(model: Any, args: argparse.Namespace) -> dict[str, float]:
         start = time.perf_counter()
         large.sum()
         times.append(time.perf_counter() - start)
-    cache = 4.0 * heads * (args.prompt + args.new / 2)
-    return {"bytes": held, "cache": cache, "bandwidth": large.nbytes / min(times)}
+    cache = float(model.dtype.itemsize) * heads * (args.prompt + args.new / 2)
+    speed = large.nbytes / min(times)
+    return {"bytes": held, "cache": cache, "bandwidth": speed, "dtype": str(model.compute_dtype)}
 
 
 if __name__ == "__main__":

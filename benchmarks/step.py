@@ -74,9 +74,11 @@ def main() -> None:
 class Worker:
     """A stack in its own process; answers each line on its stdin with one JSON line."""
 
-    def __init__(self, stack: str, args: argparse.Namespace) -> None:
-        command = [sys.executable, __file__, "--worker", stack, "--model", args.model]
-        command += ["--rank", str(args.rank)]
+    def __init__(
+        self, stack: str, args: argparse.Namespace, script: str = __file__, *flags: str
+    ) -> None:
+        command = [sys.executable, script, "--worker", stack, "--model", args.model]
+        command += ["--rank", str(args.rank), *flags]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

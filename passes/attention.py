@@ -63,13 +63,21 @@ def rewrite(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, fx.Node]) -> bo
     args = arguments(node)
     q, mask, scale = args["query"], args["attn_mask"], args["scale"]
     k, v = before_repeat(args["key"], q), before_repeat(args["value"], q)
-    pairs = joined(k), joined(v)
-    if pairs[0] and pairs[1] and continues(q, mask, args):
-        return rewrite_cached(graph, node, q, pairs[0], pairs[1], mask, scale)
-    if args["dropout_p"] or not may_be_causal(q, k, v, mask, args["is_causal"]):
+    if args["dropout_p"]:
         return False
     if scale is None:
         scale = float(int(q.meta["val"].shape[-1]) ** -0.5)
+    keys, values = joined(k), joined(v)
+    if keys and values and mask_per_token(q, mask):
+        emit = Emitter(graph, node)
+        with graph.inserting_before(node):
+            cached = ops.cached_attention.default
+            result = emit(cached, q, *keys, *values, mask, scale, suffix="cached")
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+        return True
+    if not may_be_causal(q, k, v, mask, args["is_causal"]):
+        return False
     if mask is not None and mask not in kinds:
         with graph.inserting_after(mask):
             name = f"{mask.name}_kind"
@@ -83,24 +91,9 @@ def rewrite(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, fx.Node]) -> bo
     return True
 
 
-def rewrite_cached(
-    graph: fx.Graph, node: fx.Node, q: Any, keys: Pair, values: Pair, mask: Any, scale: Any
-) -> bool:
-    """Attention over a cache and new tokens, which need not be joined for it."""
-    if scale is None:
-        scale = float(int(q.meta["val"].shape[-1]) ** -0.5)
-    emit = Emitter(graph, node)
-    with graph.inserting_before(node):
-        target = ops.cached_attention.default
-        result = emit(target, q, *keys, *values, mask, scale, suffix="cached")
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
-    return True
-
-
-def continues(q: Any, mask: Any, args: Any) -> bool:
-    """True where a mask says which of a cache's keys and new ones are seen."""
-    if args["dropout_p"] or mask is None:
+def mask_per_token(q: Any, mask: Any) -> bool:
+    """True where a mask says which keys a token sees."""
+    if mask is None:
         return False
     shape = mask.meta["val"].shape
     return q.meta["val"].dim() == 4 and len(shape) == 4 and not isinstance(shape[1], torch.SymInt)

@@ -1,4 +1,4 @@
-"""What differs between the releases of PyTorch that are supported, all of it and only here."""
+"""What differs between the releases of PyTorch that are supported, all of it and only here, and what has no public name."""
 
 from __future__ import annotations
 
@@ -47,6 +47,6 @@ def below_autograd() -> Any:
     return torch._C._AutoDispatchBelowAutograd()
 
 
-def unsaid(tensors: tuple[torch.Tensor, ...]) -> Any:
-    """While it holds tensors are written to without a word to autograd, whose saved views of them must not be touched."""
+def unnoticed_by_autograd(tensors: tuple[torch.Tensor, ...]) -> Any:
+    """While it holds tensors may be written to; autograd's saved views of them must not be touched."""
     return torch.autograd.grad_mode._unsafe_preserve_version_counter(tensors)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from ..errors import CaptureError, InputError
-from ..runtime.torch_versions import unsaid
+from ..runtime.torch_versions import unnoticed_by_autograd
 from ..transformers_internals import DynamicLayer, DynamicSlidingWindowLayer
 
 ARGUMENT = "past_key_values"
@@ -71,7 +71,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             for new, old in zip(larger, self.buffers, strict=False):
                 new[:start] = old[:start]
             self.buffers = larger
-        with unsaid(self.buffers):  # what autograd has saved of them lies before
+        with unnoticed_by_autograd(self.buffers):  # what it has saved of them lies before
             for buffer, row in zip(self.buffers, rows, strict=True):
                 buffer[start:total] = row.detach()
         self.keys, self.values = self.shown = tuple(b[:total].permute(INNER) for b in self.buffers)
@@ -120,6 +120,11 @@ class TracedLayer(DynamicLayer):  # type: ignore[misc]
 def is_past(name: str) -> bool:
     """True for an input that is a cache's tensor."""
     return PAST.fullmatch(name) is not None
+
+
+def past_tokens(values: Mapping[str, Any]) -> int:
+    """How many tokens a call's cache holds; 0 without one."""
+    return next((int(t.shape[0]) for name, t in values.items() if is_past(name)), 0)
 
 
 def caches(model: Any) -> bool:

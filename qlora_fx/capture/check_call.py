@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from .cache import is_past
+from .cache import past_tokens
 
 TOKENS = ("input_ids", "decoder_input_ids")
 """Arguments that are token ids."""
@@ -54,7 +54,7 @@ def check_call(
         raise InputError(
             f"labels are {labels.dtype}; accepted: int64 token ids, -100 where there is no loss"
         )
-    past = next((v.shape[0] for n, v in values.items() if is_past(n)), 0)
+    past = past_tokens(values)
     for name in ("labels", "attention_mask"):
         other = values.get(name)
         if not isinstance(other, torch.Tensor) or not isinstance(ids, torch.Tensor):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.export import Dim
 
-from .cache import is_past
+from .cache import is_past, past_tokens
 
 TEXT = ("input_ids", "inputs_embeds")
 DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels")
@@ -57,7 +57,7 @@ def free_dims(inputs: Mapping[str, Any], encoder_decoder: bool) -> dict[str, dic
     if first is None:
         return {}
     batch = first.shape[0]
-    past = next((t.shape[0] for n, t in tensors.items() if is_past(n)), None)
+    past = past_tokens(tensors)
     found: dict[str, dict[int, str]] = {}
     for name, tensor in tensors.items():
         if is_past(name):
@@ -75,7 +75,7 @@ def free_dims(inputs: Mapping[str, Any], encoder_decoder: bool) -> dict[str, dic
                 if name in IMAGES:
                     continue
                 dims[i] = "target" if decoder else "sequence"
-            elif past is not None and main is not None and size == past + main.shape[1]:
+            elif past and main is not None and size == past + main.shape[1]:
                 dims[i] = "total"
     return found
 

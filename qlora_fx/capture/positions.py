@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import InputError
 from .arguments import is_encoder_decoder
-from .cache import is_past
+from .cache import past_tokens
 
 SETTINGS = ("max_position_embeddings", "max_target_positions", "max_source_positions")
 """Of a config: how many positions a table has, give or take what some models leave free at its beginning."""
@@ -49,7 +49,7 @@ def check_length(name: str, ids: Any, longest: int, past: int = 0) -> None:
 
 def check_positions(values: Any, longest: dict[str, int]) -> None:
     """Raise ``InputError`` if rows are longer than the model's learned positions."""
-    past = next((v.shape[0] for n, v in values.items() if is_past(n)), 0)
+    past = past_tokens(values)
     for name, most in longest.items():
         check_length(name, values.get(name), most, past)
         if name == "decoder_input_ids":
