@@ -98,13 +98,17 @@ torch.library.register_autograd("qlora_fx::attention", _backward, setup_context=
 # -- over a cache ----------------------------------------------------------------------------------
 
 
+FEW = 16
+"""Tokens up to which scores over a cache are held."""
+
+
 def cached_attention(
     q: Tensor, past_k: Tensor, k: Tensor, past_v: Tensor, v: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
     """``softmax(scale * q [past_k, k]^T + mask) [past_v, v]``.
 
-    Neither keys nor values are copied or repeated: both parts are multiplied for themselves, and query heads that
-    share a key head are rows of one product.
+    For few tokens neither keys nor values are copied or repeated: both parts are multiplied for themselves, and query
+    heads that share a key head are rows of one product. More go through PyTorch's kernel, which holds no scores.
 
     Args:
         q: ``[batch, heads, tokens, size]``.
@@ -121,8 +125,14 @@ def cached_attention(
     batch, heads, tokens, size = q.shape
     groups = heads // k.shape[1]
     earlier = past_k.shape[0]
-    rows = q.reshape(batch, k.shape[1], groups * tokens, size) * scale
     keys, values = (t.permute(1, 2, 0, 3) for t in (past_k, past_v))
+    if tokens > FEW:
+        keys, values = (
+            torch.cat(pair, 2).repeat_interleave(groups, 1) for pair in ((keys, k), (values, v))
+        )
+        out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, mask, scale=scale)
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    rows = q.reshape(batch, k.shape[1], groups * tokens, size) * scale
     scores = torch.cat([rows @ keys.transpose(2, 3), rows @ k.transpose(2, 3)], -1).float()
     scores = scores.view(batch, k.shape[1], groups, tokens, -1)
     by_head = (
@@ -131,7 +141,8 @@ def cached_attention(
         else mask.reshape(mask.shape[0], -1, groups, *mask.shape[2:])
     )
     if mask.dtype == torch.bool:
-        shares = scores.masked_fill(~by_head, -math.inf).softmax(-1).nan_to_num(0.0)
+        shares = scores.masked_fill(~by_head, -math.inf).softmax(-1)
+        shares = shares.masked_fill(~by_head.any(-1, keepdim=True), 0.0)
     else:
         shares = (scores + by_head).softmax(-1)
     shares = shares.to(v.dtype).view(batch, k.shape[1], groups * tokens, -1)

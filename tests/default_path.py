@@ -1,9 +1,9 @@
 """What a user does with a model, through the defaults: each model type of the table walks this path.
 
 ``transform`` with its defaults (Inductor, all linears, NF4 with double quantization), a training step beside float64
-with the memory budget at both ends, another shape, eval, train again, the adapter saved and loaded by PEFT, the
-checkpoint loaded by ``from_pretrained``. Only the compute dtype is fixed, to float32: what is fastest here must not
-decide what a test tolerates.
+with the memory budget at both ends, another shape, eval, tokens generated with a cache (of decoders that have one),
+train again, the adapter saved and loaded by PEFT, the checkpoint loaded by ``from_pretrained``. Only the compute dtype
+is fixed, to float32: what is fastest here must not decide what a test tolerates.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ import torch
 from families import Family, build
 from families.exceptions import ROUNDING
 from peft import PeftModel
+from qlora_fx.capture.cache import caches
 from qlora_fx.testing import compare, randomize_adapter, relative_error
 from qlora_fx.testing.reference import dense_weights
 from qlora_fx.testing.step import leaves
 
-STEPS = ("transform", "train", "budget", "shape", "eval", "train again", "peft", "checkpoint")
+STEPS = (
+    *("transform", "train", "budget", "shape", "eval", "generate", "train again", "peft"),
+    "checkpoint",
+)
 
 
 @dataclass
@@ -80,6 +84,7 @@ def walk(
     return result
 
 
+DECODERS = ("causal", "mixture-of-experts", "state-space")
 OURS = (
     "capturing ",
     "Inductor cannot compile",
@@ -128,6 +133,9 @@ def follow(
             outputs = leaves(qmodel.eval()(**first))
             if not outputs or not all(bool(t.isfinite().all()) for t in outputs.values()):
                 raise Wrong("outputs in eval mode are not finite")
+    if "generate" in steps and family.kind in DECODERS and caches(model) and model.can_generate():
+        with taking("generate"):
+            generated(qmodel.eval(), first["input_ids"][:2, :7])
     if "train again" in steps:
         with taking("train again"):
             right(model, qmodel.train(), first, limit)
@@ -161,6 +169,21 @@ def right(model: Any, qmodel: Any, batch: Any, limit: float | None) -> None:
         raise Wrong(str(report))
     if sum(line.norm > 0 for line in report.sites) < len(report.sites) / 2:
         raise Wrong("most adapters have a gradient of zero")
+
+
+def generated(qmodel: Any, ids: torch.Tensor) -> None:
+    """Four tokens with a cache, compiled, are those without one, uncompiled."""
+    expected = ids
+    with torch.no_grad():
+        for _ in range(4):
+            logits = qmodel.run_uncompiled(expected).logits[:, -1]
+            expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], 1)
+    told = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    found = qmodel.generate(ids, max_new_tokens=4, use_cache=True, **told)
+    if not torch.equal(found, expected):
+        raise Wrong(
+            f"generated {found[:, 7:].tolist()} with a cache, {expected[:, 7:].tolist()} without"
+        )
 
 
 def in_peft(model: Any, qmodel: Any, batch: Any, folder: Path) -> None:

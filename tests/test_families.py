@@ -17,9 +17,8 @@ import sharing
 import torch
 from conftest import only_slow_but
 from families import FAMILIES, Family, build
-from families.exceptions import CAPTURED_AGAIN, REFUSED
+from families.exceptions import CAPTURED_AGAIN
 from peft import LoraConfig
-from qlora_fx.capture.cache import caches
 from qlora_fx.testing.check import compare, randomize_adapter
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,11 +40,6 @@ UNCOMPILED = {"swin", "qwen2_vl"}
 """swin takes many minutes through AOTAutograd; a size in qwen2_vl's backward is decided by the data."""
 NOT_INDUCTOR = {"bamba"}
 """Inductor refuses a body (said in a warning); PyTorch's own kernels run it."""
-DECODERS = ("causal", "mixture-of-experts", "state-space")
-OWN_WAY_TO_GENERATE = {
-    "cpmant": "transformers' own tokens differ without its cache",
-    "musicgen_decoder": "is generated from by a model around it",
-}
 NAMED = ("output head stays dense", "router stays dense", "convolutions stay dense")
 
 aten = torch.ops.aten
@@ -142,27 +136,6 @@ def test_a_compiled_model_of_each_kind(model_type: str) -> None:
     said = assert_right(BY_TYPE[model_type], "inductor")
     refused = any("Inductor cannot compile" in message for message in said)
     assert refused is (model_type in NOT_INDUCTOR)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "model_type", [t for t, f in BY_TYPE.items() if f.kind in DECODERS and t not in REFUSED]
-)
-def test_a_model_type_generates_the_same_tokens_with_its_cache(model_type: str) -> None:
-    family = BY_TYPE[model_type]
-    model: Any = build(family)
-    if not caches(model) or not model.can_generate():
-        pytest.skip("has no cache that graphs take")
-    qmodel: Any = qlora_fx.transform(
-        model, compute_dtype=torch.float32, backend="eager", example_inputs=family.batch(3, 21)
-    )
-    randomize_adapter(qmodel)
-    if model_type in OWN_WAY_TO_GENERATE:
-        pytest.skip(OWN_WAY_TO_GENERATE[model_type])
-    ids = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(0))
-    told = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    with_cache, without = (qmodel.generate(ids, use_cache=use, **told) for use in (True, False))
-    assert torch.equal(with_cache, without)
 
 
 def test_the_table_covers_every_kind() -> None:

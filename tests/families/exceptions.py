@@ -64,6 +64,11 @@ NO_PEFT: dict[str, str] = {
 }
 """The saved adapter is not compared in PEFT."""
 
+NOT_GENERATED = {
+    "cpmant": "transformers' own tokens differ without its cache",
+    "musicgen_decoder": "is generated from by a model around it",
+}
+"""Decoders with a cache whose tokens are not compared."""
 NO_CHECKPOINT: dict[str, str] = {}
 """The dense checkpoint is not loaded with ``from_pretrained``."""
 

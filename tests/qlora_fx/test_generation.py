@@ -94,6 +94,44 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_through_the_defaults(dtype: torch.dtype) -> None:
+    """Compiled by default, in the dtype that is fastest on some CPU: tokens beside transformers' own, and logits with a cache beside those without."""
+    model = peer_llama().to(dtype)
+    adapter = random_adapter(model, 4, scale=0.1)
+    qmodel: Any = qlora_fx.transform(copy.deepcopy(model), LoraConfig(**LORA), compute_dtype=dtype)
+    qmodel.load_adapter_state_dict(adapter)
+    inputs = batch(3, 11, padded=0)
+    inputs["attention_mask"][1, :4] = 0
+    del inputs["labels"]
+    with torch.no_grad():
+        whole = qmodel.eval()(**inputs).logits.float()
+        first = qmodel(
+            inputs["input_ids"][:, :10],
+            attention_mask=inputs["attention_mask"][:, :10],
+            use_cache=True,
+        )
+        last = qmodel(
+            inputs["input_ids"][:, 10:],
+            attention_mask=inputs["attention_mask"],
+            past_key_values=first.past_key_values,
+        )
+    limit = 1e-5 if dtype == torch.float32 else 2e-2 * float(whole.abs().max())
+    torch.testing.assert_close(last.logits[:, 0].float(), whole[:, -1], rtol=0, atol=limit)
+    if dtype == torch.float32:
+        dense, _ = truth(model, adapter, 2.0)
+        for way in ("greedy", "beams", "sampling"):
+            found = []
+            for one in (qmodel, dense.eval()):
+                torch.manual_seed(1)
+                with Float64() if one is dense else nullcontext():
+                    options = ALONE | GENERATIONS[way]
+                    found.append(one.generate(**inputs, max_new_tokens=12, **options))
+            assert torch.equal(*found), way
+    assert not [b for p in qmodel.programs for b in p.run.children() if b.warned], "no fallback"
+
+
 @pytest.mark.parametrize("way", only_slow_but(("greedy", "beams", "sampling"), GENERATIONS))
 def test_tokens_are_those_of_transformers_own_model(adapted: Any, way: str) -> None:
     qmodel, dense = adapted

@@ -177,11 +177,37 @@ def test_attention_over_a_cache_is_that_over_all_keys(kind: str) -> None:
         torch.testing.assert_close(mine.double(), other, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_many_tokens_behind_a_cache_are_as_few(dtype: torch.dtype) -> None:
+    heads = ((6, 16), (2, 16), (2, 8))
+    q, k, v = (random(2, 20, *s, seed=i).transpose(1, 2) for i, s in enumerate(heads))
+    past = [random(7, 2, 2, size, seed=5 + i) for i, size in enumerate((16, 8))]
+    seen = torch.ones(20, 27, dtype=torch.bool).tril(7)[None, None].expand(2, 1, 20, 27)
+    mask = seen if dtype == torch.bool else torch.where(seen, 0.0, -1e30)
+    whole = ops.cached_attention(q, past[0], k, past[1], v, mask, 0.3)
+    for i in (0, 11, 19):  # token by token, behind all before it
+        earlier = [
+            torch.cat([p, t[:, :, :i].permute(2, 0, 1, 3)])
+            for p, t in zip(past, (k, v), strict=True)
+        ]
+        at = (slice(None), slice(None), slice(i, i + 1))
+        one = ops.cached_attention(
+            q[at], earlier[0], k[at], earlier[1], v[at], mask[..., i : i + 1, : 8 + i], 0.3
+        )
+        torch.testing.assert_close(whole[at], one, rtol=0, atol=1e-5)
+    assert whole.transpose(1, 2).is_contiguous()
+
+
 def test_a_query_that_sees_nothing_gets_zeros_and_bfloat16_is_near() -> None:
     mask = masks()["causal"].clone()
     mask[:, :, 1] = False
     out = ops.cached_attention(*cached(), mask, 0.3)
     assert not out[:, :, 1].any()
+    q, *rest = cached()
+    q[0, 0, 0, 0] = float("nan")
+    broken = ops.cached_attention(q, *rest, mask, 0.3)
+    assert bool(torch.isnan(broken[0, 0, 0]).all()), "what is not a number is not hidden"
+    assert bool(torch.isfinite(broken[0, 1:]).all())
     low = ops.cached_attention(*cached(torch.bfloat16), mask, 0.3)
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), out, rtol=0, atol=3e-2)
