@@ -9,6 +9,7 @@ backward; an optimizer's is timed apart. Times are of CUDA events. The bound is 
 alone on buffers made beforehand (each linear's forward and input gradient, LoRA's, the head's; no attention).
 ``peak`` is torch.cuda.max_memory_allocated above what all stacks hold, ``held`` what a stack holds itself. transformers +
 bitsandbytes keeps experts dense and PEFT leaves them without adapters, so that the ``moe`` row has no reference.
+Last, generation: milliseconds to the first token and of each further one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose profile.py would hide Python's own
 
 SHAPES = ((1, 512), (4, 1024), (1, 4096))
+PROMPT, NEW = 512, 32
+GENERATED_ROWS = (1, 8)
 RANK = 16
 MODELS: dict[str, dict[str, Any]] = {
     "1b": {
@@ -189,6 +192,8 @@ def work(args: argparse.Namespace) -> None:
     for rows, tokens in SHAPES:
         measure(name, stacks, held, rows, tokens, args.rounds)
     say(json.dumps(optimizers(stacks)))
+    for rows in GENERATED_ROWS:
+        say(json.dumps(generation(stacks, rows, args.rounds)))
 
 
 def say(text: str) -> None:
@@ -485,6 +490,38 @@ def optimizers(stacks: dict[str, Any]) -> dict[str, Any]:
             found[f"{stack}: paged"] = sum(is_paged(s["state1"], optimizer) for s in states)
         except Exception as error:
             found[stack] = f"{type(error).__name__}: {error}"[:200]
+    return found
+
+
+def generation(stacks: dict[str, Any], rows: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a prompt's first token and of each further one, with a cache, by stack."""
+    found: dict[str, Any] = {"generated": f"{rows} x {PROMPT}"}
+    made = batch(rows, PROMPT)
+    del made["labels"]
+
+    def generate(model: Any, new: int) -> None:
+        settings = {"use_cache": True, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        model.generate(**made, max_new_tokens=new, **settings)
+
+    times: dict[str, list[tuple[float, float]]] = {}
+    for stack, model in stacks.items():
+        if "checkpointing" in stack:  # the reference again
+            continue
+        try:
+            model.eval()
+            generate(model, 2)
+            times[stack] = []
+        except Exception as error:
+            found[stack] = f"{type(error).__name__}: {error}"[:200]
+    for _ in range(rounds):
+        for stack, taken in times.items():
+            model = stacks[stack]
+            first, whole = (
+                timed(lambda model=model, n=n: generate(model, n)) for n in (1, NEW + 1)
+            )
+            taken.append((first, (whole - first) / NEW))
+    for stack, taken in times.items():
+        found[stack] = [round(statistics.median(t), 2) for t in zip(*taken, strict=True)]
     return found
 
 

@@ -2,9 +2,13 @@
 
 # Note [Products of few rows]
 In training a weight is made dense and multiplied by hundreds of rows. A token that is generated has one row, and most of
-its time went to writing dense weights and reading them again. ``linear_4bit`` reads the storage itself: on a CPU by
-``linear_4bit.cpp`` for up to ``FEW`` rows, compiled once per machine with Inductor's settings and kept in Inductor's
-cache. More rows, other devices, rows of no multiple of 32, and machines without a compiler get the dense weight.
+its time went to writing dense weights and reading them again. ``linear_4bit`` reads the storage itself:
+
+- on a GPU by ``bitsandbytes::gemm_4bit``, which decides by rows, shape and device whether it makes the weight dense;
+- on a CPU by ``linear_4bit.cpp`` for up to ``FEW`` rows, compiled once per machine with Inductor's settings and kept in
+  Inductor's cache.
+
+More rows on a CPU, rows of other lengths than these kernels take, and machines without a compiler get the dense weight.
 """
 
 from __future__ import annotations
@@ -49,7 +53,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("qlora_fx::linear_4bit", ["CPU", "CUDA"])
 def linear_4bit(
     x: Tensor,
     packed: Tensor,
@@ -81,6 +84,9 @@ def linear_4bit(
     out, size = shape
     kernel = kernel_for(x, size, blocksize)
     storage = (packed, absmax, nested_absmax, offset, nested_quant_map)
+    if x.is_cuda and x.numel() and size % blocksize == 0:
+        y = by_bitsandbytes(x, bias, storage, shape, blocksize, quant_type)
+        return adapted(y, x, lora_a, lora_b, scaling)
     if kernel is None:
         return by_dense(x, bias, lora_a, lora_b, storage, scaling, shape, blocksize, quant_type)
     wide = x.float().contiguous()
@@ -122,17 +128,45 @@ def by_dense(
     packed, *scale = storage
     with torch.no_grad():
         weight = dequantized(packed, scales(*scale), blocksize, quant_type, shape, x.dtype)  # type: ignore[arg-type]
-    y = torch.nn.functional.linear(x, weight, bias)
+    return adapted(torch.nn.functional.linear(x, weight, bias), x, lora_a, lora_b, scaling)
+
+
+def by_bitsandbytes(
+    x: Tensor,
+    bias: Tensor | None,
+    storage: Sequence[Tensor | None],
+    shape: list[int],
+    blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    """``linear(x, weight, bias)`` by bitsandbytes' own product, for rows of whole blocks."""
+    packed, absmax, nested_absmax, offset, nested_quant_map = storage
+    # To bitsandbytes ``absmax`` are always those in float32, of blocks or of double quantization.
+    scale = (
+        (absmax,) if nested_absmax is None else (nested_absmax, absmax, nested_quant_map, offset)
+    )
+    y: Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
+        x, packed, shape, scale[0], blocksize, quant_type, bias, *scale[1:]
+    )
+    return y
+
+
+def adapted(
+    y: Tensor, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float
+) -> Tensor:
+    """``y`` and what the adapter adds."""
     if lora_a is None or lora_b is None:
         return y
     low = torch.nn.functional.linear(x, lora_a.to(x.dtype))
-    return y + scaling * torch.nn.functional.linear(low, lora_b.to(x.dtype))
+    branch = torch.nn.functional.linear(low, lora_b.to(x.dtype))
+    return torch.add(y, branch, alpha=scaling)
 
 
 def _fake(x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], others[9][0])
 
 
+torch.library.impl("qlora_fx::linear_4bit", ["CPU", "CUDA"], linear_4bit)
 torch.library.register_fake("qlora_fx::linear_4bit")(_fake)
 
 

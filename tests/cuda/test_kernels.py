@@ -9,6 +9,7 @@ import pytest
 import torch
 from qlora_fx.config import Quantization
 from qlora_fx.runtime import attention as _attention  # noqa: F401 (registers the operators)
+from qlora_fx.runtime import linear_4bit as _linear_4bit  # noqa: F401
 from qlora_fx.runtime.attention_kernels import Inputs, kernel_for
 from qlora_fx.runtime.attention_kernels.kernel import Mask
 from qlora_fx.runtime.loss import linear_cross_entropy
@@ -18,6 +19,7 @@ from qlora_fx.testing import relative_error
 from torch import Tensor
 
 ops: Any = torch.ops.qlora_fx
+KEYS = ("packed", "absmax", "nested_absmax", "offset", "nested_quant_map")
 LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -182,8 +184,7 @@ def test_grouped_products_with_stored_weights(
     dense = FourBit(q).dequantize(parts, (4, out, inn), torch.float32).double()
     x = random(40, inn, dtype=dtype).requires_grad_()
     ends = ENDS[2]
-    keys = ("packed", "absmax", "nested_absmax", "offset", "nested_quant_map")
-    stored = [parts.get(k) for k in keys]
+    stored = [parts.get(k) for k in KEYS]
     at = torch.tensor(ends, device="cuda")
     y = grouped_linear_4bit(x, *stored, at, [out, inn], 64, "nf4")
     grad = random(40, out, dtype=dtype, seed=2)
@@ -195,6 +196,49 @@ def test_grouped_products_with_stored_weights(
         true_dx[start:stop] = grad[start:stop].double() @ dense[i]
     assert relative_error(y, true) < LIMIT[dtype]
     assert relative_error(dx, true_dx) < LIMIT[dtype]
+
+
+# -- generated tokens ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 5, 16, 700])
+@pytest.mark.parametrize(("inn", "out"), [(512, 264), (48, 24)])
+def test_products_of_few_rows(
+    dtype: torch.dtype, double: bool, rows: int, inn: int, out: int
+) -> None:
+    q = Quantization(double_quant=double)
+    parts = FourBit(q).quantize(random(out, inn, seed=1))
+    stored = [parts.get(k) for k in KEYS]
+    weight = FourBit(q).dequantize(parts, (out, inn), torch.float32).double()
+    x, bias = random(rows, 1, inn, dtype=dtype), random(out, dtype=dtype, seed=2)
+    a, b = random(3, inn, seed=3), random(out, 3, seed=4)
+    y = ops.linear_4bit(x, *stored, bias, a, b, 0.5, [out, inn], 64, "nf4")
+    wide = x.double()
+    true = torch.nn.functional.linear(wide, weight, bias.double())
+    true = true + 0.5 * (wide @ a.double().T) @ b.double().T
+    assert y.dtype == dtype
+    assert relative_error(y, true) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_attention_over_a_cache(dtype: torch.dtype, tokens: int) -> None:
+    q, k, v = (
+        random(2, tokens, *s, dtype=dtype, seed=i).transpose(1, 2)
+        for i, s in enumerate(((6, 16), (2, 16), (2, 8)))
+    )
+    past = [random(9, 2, 2, size, dtype=dtype, seed=5 + i) for i, size in enumerate((16, 8))]
+    total = 9 + tokens
+    seen = torch.ones(tokens, total, dtype=torch.bool, device="cuda").tril(9)
+    seen = seen.expand(2, 1, tokens, total)
+    out = ops.cached_attention(q, past[0], k, past[1], v, seen, 0.25)
+    keys, values = (
+        torch.cat([p.permute(1, 2, 0, 3), t], 2).double() for p, t in zip(past, (k, v), strict=True)
+    )
+    true = attend(q.double(), keys, values, seen, 0.25)
+    assert relative_error(out, true) < LIMIT[dtype]
 
 
 # -- storage ---------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from qlora_fx.runtime import linear_4bit
 from qlora_fx.runtime.ops import ops
 from qlora_fx.runtime.schemes.four_bit import FourBit
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 KEYS = ("packed", "absmax", "nested_absmax", "offset", "nested_quant_map")
 
@@ -36,6 +38,18 @@ def product(q: Quantization, out: int, size: int, *, rank: int = 3, bias: bool =
         return y if a is None or b is None else y + 0.5 * (x.double() @ a.double().T) @ b.double().T
 
     return arguments, definition
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 SETTINGS = {
@@ -103,6 +117,39 @@ def test_without_a_compiler_the_weight_is_made_dense(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(
         ops.linear_4bit(x, *arguments).double(), definition(x), rtol=0, atol=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    "setting", [s for s, (q, _, size) in SETTINGS.items() if size % q.blocksize == 0]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_bitsandbytes_product_is_given_what_it_takes(setting: str, bias: bool) -> None:
+    """On a CPU its operator is another function of the same arguments."""
+    q, out, size = SETTINGS[setting]
+    (*storage, added, _, _, _, shape, blocksize, kind), definition = product(
+        q, out, size, rank=0, bias=bias
+    )
+    x = random(3, size)
+    y = linear_4bit.by_bitsandbytes(x, added, storage, shape, blocksize, kind)
+    torch.testing.assert_close(y.double(), definition(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "double"), [(128, 1, True), (128, 3, False), (96, 1, True)]
+)
+def test_on_a_gpu_bitsandbytes_multiplies_rows_of_whole_blocks(
+    size: int, rows: int, double: bool
+) -> None:
+    arguments, _ = product(Quantization(double_quant=double), 70, size)
+    with FakeTensorMode(), Called() as called:
+        x, *on_gpu = (
+            torch.empty(t.shape, dtype=t.dtype, device="cuda:0") if isinstance(t, Tensor) else t
+            for t in (random(rows, size), *arguments)
+        )
+        y = linear_4bit.linear_4bit(x, *on_gpu)
+    assert (y.shape, y.device.type) == ((rows, 70), "cuda")
+    products = {"gemm_4bit", "dequantize_4bit"} & called.names
+    assert products == ({"gemm_4bit"} if size % 64 == 0 else {"dequantize_4bit"})
 
 
 @pytest.mark.slow
