@@ -53,7 +53,7 @@ class QLoRAModel(StorePeftModel):
         self.programs = Programs(base, prepared.request.backend, prepared.request.memory_budget)
         signature = prepared.call.signature(training=True)
         self.programs.add(signature, prepared.capture, prepared.result)
-        self.backbone: Programs | None = None
+        self.submodels: dict[str, Programs] = {}
         self._compute = prepared.compute
         self._budget_before: tuple[int | float | None] | None = None
         self.trainer: object | None = None
@@ -73,12 +73,13 @@ class QLoRAModel(StorePeftModel):
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return self._run(self.programs, args, kwargs)
 
-    def run_backbone(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if self.backbone is None:
-            base = replace(self.base, skeleton=self.base.skeleton.backbone())
-            self.backbone = Programs(base, self.programs.backend, self.memory_budget)
-            self.backbone.use(self.programs.adapter)
-        return self._run(self.backbone, args, kwargs)
+    def run_submodel(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if path not in self.submodels:
+            base = replace(self.base, skeleton=self.base.skeleton.submodel(path))
+            programs = Programs(base, self.programs.backend, self.memory_budget)
+            programs.use(self.programs.adapter)
+            self.submodels[path] = programs
+        return self._run(self.submodels[path], args, kwargs)
 
     def run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         """As a call, with the same graph run operator by operator. Later calls are compiled as ever."""
@@ -105,8 +106,8 @@ class QLoRAModel(StorePeftModel):
 
     @property
     def all_programs(self) -> list[Programs]:
-        """Of the whole model, and of its backbone if that was ever called."""
-        return [p for p in (self.programs, self.backbone) if p is not None]
+        """Of the whole model, and of its backbone and its encoder where they were ever called."""
+        return [self.programs, *self.submodels.values()]
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)
@@ -154,8 +155,11 @@ class QLoRAModel(StorePeftModel):
     def graph_modules(self) -> dict[str, fx.GraphModule]:
         """Every captured graph, by mode and arguments."""
         whole = {str(signature): gm for signature, gm in self.programs.graphs.items()}
-        backbone = {} if self.backbone is None else self.backbone.graphs
-        return whole | {f"backbone {signature}": gm for signature, gm in backbone.items()}
+        return whole | {
+            f"{path} {signature}": gm
+            for path, programs in self.submodels.items()
+            for signature, gm in programs.graphs.items()
+        }
 
     def explain(self) -> Explanation:
         """What was quantized and adapted, what was not, and why."""
@@ -265,12 +269,15 @@ class QLoRAModel(StorePeftModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``generate`` in eval mode.
 
-        A token computes its keys and values once, and all later ones read them. Decoders whose cache is of another
-        kind (linear attention, state spaces), and calls with ``use_cache=False``, compute the whole prefix again for
-        each token. Encoder-decoders do not generate: transformers calls their encoder apart.
+        A token computes its keys and values once, and all later ones read them; an encoder runs once. Models whose
+        cache is of another kind (linear attention, state spaces), and calls with ``use_cache=False``, compute the
+        whole prefix again for each token.
         """
         if not hasattr(self.twin, "generate"):
             raise InputError(f"{self.base.skeleton.name} has no generate")
+        kwargs.pop(
+            "labels", None
+        )  # Seq2SeqTrainer hands its whole batch on; tokens are generated without
         if not caches(self.base.skeleton.model):
             kwargs["use_cache"] = False
         with self._evaluating(), torch.no_grad():

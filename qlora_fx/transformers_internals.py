@@ -68,6 +68,9 @@ from transformers.masking_utils import (
 from transformers.modeling_flash_attention_utils import (
     FlashAttentionKwargs,  # a TypedDict of keywords that forwards hand on
 )
+from transformers.modeling_outputs import (
+    BaseModelOutput,  # what an encoder returns: .last_hidden_state
+)
 from transformers.quantizers.base import (
     HfQuantizer,  # get_modules_to_not_convert(model, skip, kept in float32)
 )
@@ -81,6 +84,7 @@ from transformers.utils.loading_report import (
 
 __all__ = [
     "FORWARD_KEYWORDS",
+    "BaseModelOutput",
     "BaseTunerLayer",
     "Chunk",
     "Concatenate",

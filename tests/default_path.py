@@ -1,7 +1,7 @@
 """What a user does with a model, through the defaults: each model type of the table walks this path.
 
 ``transform`` with its defaults (Inductor, all linears, NF4 with double quantization), a training step beside float64
-with the memory budget at both ends, another shape, eval, tokens generated with a cache (of decoders that have one),
+with the memory budget at both ends, another shape, eval, tokens generated with a cache (where there is one),
 train again, the adapter saved and loaded by PEFT, the checkpoint loaded by ``from_pretrained``. Only the compute dtype
 is fixed, to float32: what is fastest here must not decide what a test tolerates.
 """
@@ -23,6 +23,7 @@ import torch
 from families import Family, build
 from families.exceptions import ROUNDING
 from peft import PeftModel
+from qlora_fx.capture.arguments import is_encoder_decoder
 from qlora_fx.capture.cache import caches
 from qlora_fx.testing import compare, randomize_adapter, relative_error
 from qlora_fx.testing.reference import dense_weights
@@ -85,6 +86,12 @@ def walk(
 
 
 DECODERS = ("causal", "mixture-of-experts", "state-space")
+SPECIAL = list(range(8))
+"""Tokens that stand for pictures, and the like."""
+CHOSEN_FOR = (
+    *("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+)
+"""Settings by which ``generate`` takes another token than the likeliest."""
 OURS = (
     "capturing ",
     "Inductor cannot compile",
@@ -133,9 +140,9 @@ def follow(
             outputs = leaves(qmodel.eval()(**first))
             if not outputs or not all(bool(t.isfinite().all()) for t in outputs.values()):
                 raise Wrong("outputs in eval mode are not finite")
-    if "generate" in steps and family.kind in DECODERS and caches(model) and model.can_generate():
+    if "generate" in steps and caches(model) and model.can_generate():
         with taking("generate"):
-            generated(qmodel.eval(), first["input_ids"][:2, :7])
+            generated(qmodel.eval(), first, family.kind in DECODERS)
     if "train again" in steps:
         with taking("train again"):
             right(model, qmodel.train(), first, limit)
@@ -171,19 +178,45 @@ def right(model: Any, qmodel: Any, batch: Any, limit: float | None) -> None:
         raise Wrong("most adapters have a gradient of zero")
 
 
-def generated(qmodel: Any, ids: torch.Tensor) -> None:
-    """Four tokens with a cache, compiled, are those without one, uncompiled."""
-    expected = ids
+def generated(qmodel: Any, batch: Any, alone: bool) -> None:
+    """Four tokens with a cache, compiled, are those without one, uncompiled.
+
+    Args:
+        alone: of a few tokens without all that a batch has besides.
+    """
+    given = {k: v for k, v in batch.items() if k != "labels"}
+    decoder = "decoder_input_ids" if is_encoder_decoder(qmodel) else "input_ids"
+    if alone:
+        given = {decoder: given[decoder][:2, :7]}
+    for name in CHOSEN_FOR:
+        setattr(qmodel.generation_config, name, None)
+    told = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    found = qmodel.generate(
+        **given, max_new_tokens=4, suppress_tokens=SPECIAL, use_cache=True, **told
+    )
+    expected = found[:, :-4]
     with torch.no_grad():
         for _ in range(4):
-            logits = qmodel.run_uncompiled(expected).logits[:, -1]
+            logits = qmodel.run_uncompiled(**grown(given, decoder, expected)).logits[:, -1]
+            logits[:, SPECIAL] = -torch.inf
             expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], 1)
-    told = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    found = qmodel.generate(ids, max_new_tokens=4, use_cache=True, **told)
     if not torch.equal(found, expected):
         raise Wrong(
-            f"generated {found[:, 7:].tolist()} with a cache, {expected[:, 7:].tolist()} without"
+            f"generated {found[:, -4:].tolist()} with a cache, {expected[:, -4:].tolist()} without"
         )
+
+
+def grown(given: dict[str, Any], decoder: str, ids: torch.Tensor) -> dict[str, Any]:
+    """A call with these ids: what has a prompt's length is filled up to theirs."""
+    prompt = given.get(decoder)
+    if prompt is None:
+        return given | {decoder: ids}
+    more = (0, ids.shape[1] - prompt.shape[1])
+    pad = torch.nn.functional.pad
+    return {
+        k: pad(v, more, value=int("mask" in k)) if v.shape == prompt.shape else v
+        for k, v in given.items()
+    } | {decoder: ids}
 
 
 def in_peft(model: Any, qmodel: Any, batch: Any, folder: Path) -> None:

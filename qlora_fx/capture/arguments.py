@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import InputError
+from ..transformers_internals import BaseModelOutput
 from .cache import taken_cache
 from .known_arguments import KnownArguments
 
@@ -81,7 +82,8 @@ def bind_call(
     keywords = dict(kwargs)
     logits = keywords.pop("return_logits", None)
     values = bind(signature, args, keywords)
-    cache = taken_cache(values, known.model)
+    take_encoder_states(values)
+    cache = taken_cache(values, known.model, is_encoder_decoder(known.model))
     if cache is None and "use_cache" in signature.parameters:
         values["use_cache"] = False
     if values.get("return_dict") is True:
@@ -91,6 +93,34 @@ def bind_call(
     if isinstance(count, int):
         values["num_items_in_batch"] = torch.full((), count, device=device)  # waits for no copy
     return Call(values, None if logits is None else bool(logits), cache)
+
+
+ENCODED = "encoder_outputs"
+
+
+def take_encoder_states(values: dict[str, Any]) -> None:
+    """Let ``encoder_outputs`` be its hidden states alone.
+
+    Raises:
+        InputError: it is neither a tuple nor transformers' ``BaseModelOutput``.
+    """
+    given = values.get(ENCODED)
+    if given is None:
+        return
+    parts = tuple(given.values()) if isinstance(given, Mapping) else given
+    if not isinstance(parts, (tuple, list)) or not parts or not isinstance(parts[0], torch.Tensor):
+        raise InputError(
+            f"{ENCODED} is a {type(given).__name__}; accepted: what model.get_encoder() returns, or a tuple that begins with "
+            "hidden states [batch, sequence, hidden]"
+        )
+    values[ENCODED] = parts[0]
+
+
+def with_encoder_output(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the model is called with while it is traced: the encoder's hidden states in an output of it."""
+    if ENCODED not in arguments:
+        return arguments
+    return arguments | {ENCODED: BaseModelOutput(last_hidden_state=arguments[ENCODED])}
 
 
 def without_flash_arguments(values: dict[str, Any], config: Any) -> None:

@@ -4,6 +4,8 @@
 A graph takes the keys and values of earlier tokens as inputs and returns those of its own tokens, which are written
 behind the earlier ones: nothing else is copied per token. A cache is held with its tokens outermost, ``[tokens, batch,
 heads, size]``: the beginning of a buffer is a contiguous tensor then, and a graph for it is right for any buffer.
+An encoder-decoder's keys and values of the encoder's states are returned by the first call and inputs of all later ones,
+as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from ..errors import CaptureError, InputError
 from ..runtime.torch_versions import unnoticed_by_autograd
@@ -23,8 +25,9 @@ from ..transformers_internals import DynamicLayer, DynamicSlidingWindowLayer
 
 ARGUMENT = "past_key_values"
 PARTS = ("keys", "values")
-PAST = re.compile(rf"{ARGUMENT}_(\d+)_({'|'.join(PARTS)})")
-"""Names of a graph's inputs that are a cache's tensors."""
+CROSS = "cross_"
+PAST = re.compile(rf"{ARGUMENT}_(\d+)_({CROSS})?({'|'.join(PARTS)})")
+"""Names of a graph's inputs that are a cache's tensors; with ``cross_`` those of an encoder's states."""
 OUTERMOST, INNER = (2, 0, 1, 3), (1, 2, 0, 3)
 """From ``[batch, heads, tokens, size]`` to ``[tokens, batch, heads, size]``, and back."""
 
@@ -122,15 +125,22 @@ def is_past(name: str) -> bool:
     return PAST.fullmatch(name) is not None
 
 
+def is_cross(name: str) -> bool:
+    """True for keys or values of an encoder's states, ``[batch, heads, source, size]``."""
+    found = PAST.fullmatch(name)
+    return found is not None and found[2] is not None
+
+
 def past_tokens(values: Mapping[str, Any]) -> int:
     """How many tokens a call's cache holds; 0 without one."""
-    return next((int(t.shape[0]) for name, t in values.items() if is_past(name)), 0)
+    own = (t for name, t in values.items() if is_past(name) and not is_cross(name))
+    return next((int(t.shape[0]) for t in own), 0)
 
 
 def caches(model: Any) -> bool:
     """Whether a model's own cache is one that graphs take: keys and values of every token, layer by layer."""
     config = getattr(model, "config", None)
-    if config is None or getattr(config, "is_encoder_decoder", False):
+    if config is None:
         return False
     able = getattr(model, "_supports_default_dynamic_cache", None)
     named = ARGUMENT in inspect.signature(type(model).forward).parameters
@@ -145,11 +155,12 @@ def fits(layer: Any) -> bool:
     return type(layer) in (DynamicLayer, GrowingLayer) or empty_window
 
 
-def taken_cache(values: dict[str, Any], model: Any) -> Cache | None:
+def taken_cache(values: dict[str, Any], model: Any, encoder_decoder: bool) -> Cache | None:
     """Take ``past_key_values`` out of a call's arguments, and put the tensors of it in.
 
     Args:
         values: of a call with ``use_cache=True`` or with a cache.
+        encoder_decoder: its cache holds the keys and values of the encoder's states besides.
 
     Returns:
         The cache that the call will fill: the caller's, or a new one. None without.
@@ -171,21 +182,52 @@ def taken_cache(values: dict[str, Any], model: Any) -> Cache | None:
             raise InputError(
                 f"use_cache=True is not supported for {type(model).__name__}; accepted: False (recompute the prefix)"
             )
-        cache = DynamicCache()
-    layers = getattr(cache, "layers", None)
-    plain = type(cache) is DynamicCache and not cache.offloading
-    if layers is None or not plain or not all(fits(layer) for layer in layers):
-        kinds = sorted({type(layer).__name__ for layer in layers or ()})
-        raise InputError(
-            f"past_key_values is a {type(cache).__name__} of {', '.join(kinds) or 'nothing'}; accepted: a DynamicCache "
-            "of DynamicLayer"
-        )
+        cache = empty_cache(DynamicLayer, encoder_decoder)
+    check_cache(cache, encoder_decoder)
     values["use_cache"] = True
-    for number, layer in enumerate(layers):
-        growing = layers[number] = as_growing(layer)
+    own, cross = halves(cache)
+    for number, layer in enumerate(own.layers):
+        growing = own.layers[number] = as_growing(layer)
         for part, tensor in zip(PARTS, growing.past(), strict=False):
             values[f"{ARGUMENT}_{number}_{part}"] = tensor
+    for number, layer in enumerate(cross.layers if cross is not None else ()):
+        if cache.is_updated.get(number):
+            layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
+            for part in PARTS:
+                values[f"{ARGUMENT}_{number}_{CROSS}{part}"] = getattr(layer, part)
     return cache
+
+
+def empty_cache(layer: type, encoder_decoder: bool) -> Any:
+    """A cache whose layers, when they come, are of a class."""
+    caches = [DynamicCache() for _ in range(1 + encoder_decoder)]
+    for cache in caches:
+        cache.layer_class_to_replicate = layer
+    return EncoderDecoderCache(*caches) if encoder_decoder else caches[0]
+
+
+def halves(cache: Any) -> tuple[DynamicCache, DynamicCache | None]:
+    """A cache of the decoder's own tokens, and an encoder-decoder's of the encoder's states."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.self_attention_cache, cache.cross_attention_cache
+    return cache, None
+
+
+def check_cache(cache: Any, encoder_decoder: bool) -> None:
+    """Raise ``InputError`` for a kind of cache that graphs do not take."""
+    several = [one for one in halves(cache) if one is not None]
+    layers = [layer for one in several for layer in getattr(one, "layers", ())]
+    plain = all(type(one) is DynamicCache and not one.offloading for one in several)
+    right = isinstance(cache, EncoderDecoderCache) is encoder_decoder
+    if not right or not plain or not all(fits(layer) for layer in layers):
+        kinds = sorted({type(layer).__name__ for layer in layers})
+        accepted = (
+            "an EncoderDecoderCache of two DynamicCache" if encoder_decoder else "a DynamicCache"
+        )
+        raise InputError(
+            f"past_key_values is a {type(cache).__name__} of {', '.join(kinds) or 'nothing'}; accepted: {accepted} "
+            "of DynamicLayer"
+        )
 
 
 def as_growing(layer: Any) -> GrowingLayer:
@@ -200,29 +242,43 @@ def as_growing(layer: Any) -> GrowingLayer:
 
 def filled(cache: Any, output: Any) -> Any:
     """The output of a graph with ``cache`` in it, which holds the call's tokens now."""
-    for number, rows in enumerate(output[ARGUMENT]):
-        if number == len(cache.layers):
-            cache.layers.append(GrowingLayer())
+    own, cross = halves(cache)
+    new, encoded = output[ARGUMENT]
+    for number, rows in enumerate(new):
+        if number == len(own.layers):
+            own.layers.append(GrowingLayer())
         if rows:
-            cache.layers[number].grow(rows)
+            own.layers[number].grow(rows)
+    for number, states in enumerate(encoded):
+        if states and cross is not None:
+            with torch.inference_mode(False):  # they outlive the mode
+                layer = DynamicLayer()
+                layer.update(*(t.detach().clone() for t in states))
+            cross.layers[number : number + 1] = [layer]
+            cache.is_updated[number] = True
     output[ARGUMENT] = cache
     return output
 
 
-def with_traced_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def with_traced_cache(arguments: Mapping[str, Any], encoder_decoder: bool) -> dict[str, Any]:
     """What the model is called with while it is traced: its cache's tensors in a cache."""
     arguments = dict(arguments)
     if not arguments.get("use_cache"):
         return arguments
-    past = [
-        (int(m[1]), arguments.pop(name)) for name in list(arguments) if (m := PAST.fullmatch(name))
-    ]
-    cache = DynamicCache()
-    cache.layer_class_to_replicate = TracedLayer
-    for number, tensor in past:  # keys come before values
-        while len(cache.layers) <= number:
-            cache.layers.append(TracedLayer())
-        cache.layers[number].past += (tensor,)
+    past = [(m, arguments.pop(name)) for name in list(arguments) if (m := PAST.fullmatch(name))]
+    cache = empty_cache(TracedLayer, encoder_decoder)
+    own, cross = halves(cache)
+    for found, tensor in past:  # keys come before values
+        number, of, part = int(found[1]), own if found[2] is None else cross, found[3]
+        assert of is not None
+        while len(of.layers) <= number:
+            of.layers.append(TracedLayer())
+        layer = of.layers[number]
+        if of is own:
+            layer.past += (tensor,)
+        else:
+            setattr(layer, part, tensor)
+            layer.is_initialized = cache.is_updated[number] = True
     return arguments | {ARGUMENT: cache}
 
 
@@ -235,8 +291,13 @@ def with_tensors(arguments: Mapping[str, Any], output: Any) -> Any:
     cache = arguments.get(ARGUMENT)
     if not arguments.get("use_cache") or cache is None:
         return output
-    rows = tuple(layer.rows for layer in cache.layers)
+    own, cross = halves(cache)
+    rows = tuple(layer.rows for layer in own.layers)
     if not any(rows) or not isinstance(output, MutableMapping):
         raise CaptureError("the model fills no cache; accepted: use_cache=False")
-    output[ARGUMENT] = rows
+    encoded = tuple(
+        tuple(t.permute(INNER) for t in layer.rows)
+        for layer in (cross.layers if cross is not None else ())
+    )
+    output[ARGUMENT] = (rows, encoded)
     return output

@@ -54,7 +54,7 @@ def check_call(
         raise InputError(
             f"labels are {labels.dtype}; accepted: int64 token ids, -100 where there is no loss"
         )
-    past = past_tokens(values)
+    past = 0 if encoder_decoder else past_tokens(values)  # these are the encoder's
     for name in ("labels", "attention_mask"):
         other = values.get(name)
         if not isinstance(other, torch.Tensor) or not isinstance(ids, torch.Tensor):

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch.export import Dim
 
-from .cache import is_past, past_tokens
+from .arguments import ENCODED
+from .cache import is_cross, is_past, past_tokens
 
 TEXT = ("input_ids", "inputs_embeds")
 DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels")
 """Arguments of an encoder-decoder that have the target's length."""
+CACHED = ("past", "total")
 
 
 def resized(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dict[str, Any]:
@@ -29,9 +31,10 @@ def resized(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dict[st
         for name, dims in free.items()
         for i, role in dims.items()
     }
-    if "past" in sizes and "sequence" in sizes:
-        sizes["past"] = sizes["batch"] + sizes["sequence"] + 1
-        sizes["total"] = sizes["past"] + sizes["sequence"]
+    new = sizes.get("target", sizes.get("sequence"))
+    if "past" in sizes and new is not None:
+        sizes["past"] = sum(size for role, size in sizes.items() if role not in CACHED) + 1
+        sizes["total"] = sizes["past"] + new
 
     def shape_of(name: str, t: torch.Tensor) -> list[int]:
         roles = free.get(name, {})
@@ -51,17 +54,17 @@ def free_dims(inputs: Mapping[str, Any], encoder_decoder: bool) -> dict[str, dic
     ``past`` tokens in it, and all together, ``total``, which a mask tells of.
     """
     tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.dim()}
-    main = next((tensors[n] for n in TEXT if n in tensors), None)
+    main = main_input(tensors)
     target = next((tensors[n] for n in DECODER if n in tensors), None) if encoder_decoder else None
     first = main if main is not None else next(iter(tensors.values()), None)
     if first is None:
         return {}
     batch = first.shape[0]
-    past = past_tokens(tensors)
+    past, new = past_tokens(tensors), main if target is None else target
     found: dict[str, dict[int, str]] = {}
     for name, tensor in tensors.items():
         if is_past(name):
-            found[name] = {0: "past", 1: "batch"}
+            found[name] = {0: "batch", 2: "sequence"} if is_cross(name) else {0: "past", 1: "batch"}
             continue
         dims = found.setdefault(name, {})
         decoder = target is not None and name in DECODER
@@ -69,15 +72,25 @@ def free_dims(inputs: Mapping[str, Any], encoder_decoder: bool) -> dict[str, dic
         for i, size in enumerate(tensor.shape):
             if i == 0 and size == batch:
                 dims[i] = "batch"
-            elif name.endswith("inputs_embeds") and i == 2:
+            elif is_embedded(name) and i == 2:
                 continue
             elif i > 0 and length is not None and length.dim() > 1 and size == length.shape[1]:
                 if name in IMAGES:
                     continue
                 dims[i] = "target" if decoder else "sequence"
-            elif past and main is not None and size == past + main.shape[1]:
+            elif past and new is not None and size == past + new.shape[1]:
                 dims[i] = "total"
     return found
+
+
+def main_input(inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The text, or the states of an encoder that has run: what has the sequence's length."""
+    return next((inputs[name] for name in (*TEXT, ENCODED) if name in inputs), None)
+
+
+def is_embedded(name: str) -> bool:
+    """True for ``[batch, sequence, hidden]``, whose last size is the model's."""
+    return name.endswith("inputs_embeds") or name == ENCODED
 
 
 IMAGES = ("pixel_values", "input_features", "input_values")
@@ -93,7 +106,7 @@ def example(value: Any) -> Any:
 def shared_dims(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dict[str, Any]:
     """One named ``Dim`` for batch, one for sequence, one for each further length; other sizes as export finds them."""
     free = free_dims(inputs, encoder_decoder)
-    if not any(name in inputs for name in TEXT):
+    if main_input(inputs) is None:
         return automatic_dims(inputs)
     named = {name: Dim(name) for name in ("batch", "sequence", "target", "past")}
     named["total"] = Dim.AUTO
@@ -104,7 +117,7 @@ def shared_dims(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dic
             continue
         dims: dict[int, Any] = {i: named[role] for i, role in free.get(name, {}).items()}
         for i, size in enumerate(value.shape):
-            fixed = (name.endswith("inputs_embeds") and i == 2) or is_past(name)
+            fixed = (is_embedded(name) and i == 2) or is_past(name)
             if i not in dims and size > 1 and not fixed:
                 dims[i] = Dim.AUTO
         spec[name] = dims

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..errors import CaptureError
+from .arguments import is_encoder_decoder, with_encoder_output
 from .cache import with_tensors, with_traced_cache
 
 
@@ -38,7 +39,7 @@ def take_exactly(model: Any, names: list[str]) -> None:
     original = model.forward
 
     def forward(**kwargs: Any) -> Any:
-        arguments = with_traced_cache(kwargs)
+        arguments = with_traced_cache(with_encoder_output(kwargs), is_encoder_decoder(model))
         return with_tensors(arguments, original(**arguments))
 
     parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]

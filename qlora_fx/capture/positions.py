@@ -50,7 +50,8 @@ def check_length(name: str, ids: Any, longest: int, past: int = 0) -> None:
 def check_positions(values: Any, longest: dict[str, int]) -> None:
     """Raise ``InputError`` if rows are longer than the model's learned positions."""
     past = past_tokens(values)
+    cached = "decoder_input_ids" if "decoder_input_ids" in longest else "input_ids"
     for name, most in longest.items():
-        check_length(name, values.get(name), most, past)
+        check_length(name, values.get(name), most, past if name == cached else 0)
         if name == "decoder_input_ids":
             check_length("labels", values.get("labels"), most)

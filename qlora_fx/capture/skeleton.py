@@ -107,19 +107,20 @@ class Skeleton:
         self.longest = longest_rows(self.model)
         self.captures = itertools.count(1)
 
-    def backbone(self) -> Skeleton:
-        """The same model, of which the backbone (``model.base_model``, without the head) is called."""
-        backbone = self.model.base_model
+    def submodel(self, path: str) -> Skeleton:
+        """The same model, of which the module at ``path`` is called: its backbone, without the head, or its encoder."""
+        module = self.model.get_submodule(path)
         other = copy.copy(self)
         other.model = copy.copy(self.model)
         cls = type(self.model)
 
         def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-            return model.base_model(*args, **kwargs)
+            return model.get_submodule(path)(*args, **kwargs)
 
         other.model.__class__ = type(cls.__name__, (cls,), {"forward": forward})
-        other.signature = inspect.signature(backbone.forward)
-        other.known_arguments = KnownArguments(backbone, other.signature)
+        other.signature = inspect.signature(module.forward)
+        other.known_arguments = KnownArguments(module, other.signature)
+        other.encoder_decoder &= "decoder_input_ids" in other.signature.parameters
         return other
 
     @property

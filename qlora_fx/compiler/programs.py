@@ -106,9 +106,7 @@ class Programs:
                 return (one.program if compiled else one.uncompiled)(call.values)
             except DoesNotFit as error:
                 if error.name is not None and is_past(error.name):
-                    raise InputError(
-                        f"past_key_values is the cache of another model or batch: {error}"
-                    ) from None
+                    raise not_fitting(error) from None
                 misfits.append(error)
         if misfits:
             warnings.warn(
@@ -119,9 +117,7 @@ class Programs:
         try:
             return (new.program if compiled else new.uncompiled)(call.values)
         except DoesNotFit as error:
-            raise InputError(
-                f"the tensors of this call do not fit each other: {misfits[0] if misfits else error}"
-            ) from None
+            raise not_fitting(misfits[0] if misfits else error) from None
 
     def capture(self, call: Call, signature: Signature) -> CapturedGraph:
         """Capture a further signature over the same store."""
@@ -157,3 +153,10 @@ class Programs:
         new = CapturedGraph(gm, program, budget, uncompiled)
         self.captured.setdefault(signature, []).append(new)
         return new
+
+
+def not_fitting(error: DoesNotFit) -> InputError:
+    """What a caller is told whose tensors do not fit each other, or a cache that does not fit them."""
+    if error.name is not None and is_past(error.name):
+        return InputError(f"past_key_values is the cache of another model or batch: {error}")
+    return InputError(f"the tensors of this call do not fit each other: {error}")

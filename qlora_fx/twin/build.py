@@ -9,18 +9,19 @@ from typing import Any
 from torch import nn
 
 from ..adapters.peft_format import peft_names
+from ..capture.arguments import is_encoder_decoder
 from ..passes.thaw import ancestors, is_saved
 from ..runtime.parameter_store import Node, QuantizedNode
 from ..transformers_internals import ModulesToSaveWrapper
 from ..weights.base import Base
 from .layers import AdaptedLayer
-from .modules import Backbone, Owner, Quantized, Root, mixed
+from .modules import Owner, Quantized, Root, Submodel, mixed
 
 
 def build_twin(base: Base, owner: Owner) -> Any:
     """A twin of the base's model.
 
-    Its forward, and the forward of its backbone (``model.base_model``), run compiled programs. Its dense modules
+    Its forward, and the forwards of its ``submodels``, run compiled programs. Its dense modules
     (embeddings, norms, a dense head) hold their weights and compute as ever; a module whose weights are in 4 bits
     holds them under transformers + bitsandbytes' keys and says so when it is called.
 
@@ -37,14 +38,23 @@ def build_twin(base: Base, owner: Owner) -> Any:
                 memo[id(one)] = one
     twin = copy.deepcopy(model, memo)
     show_tensors(twin, base)
-    parts: list[tuple[nn.Module, type]] = [(twin, Root)]
-    backbone = getattr(twin, "base_model", twin)
-    if isinstance(backbone, nn.Module) and backbone is not twin:
-        parts.append((backbone, Backbone))
-    for module, mixin in parts:
-        mixed(module, mixin)
-        module.__dict__["qlora_fx_owner"] = owner
+    called = submodels(twin)
+    mixed(twin, Root)
+    twin.__dict__["qlora_fx_owner"] = owner
+    for path, module in called.items():
+        mixed(module, Submodel)
+        module.__dict__.update(qlora_fx_owner=owner, qlora_fx_path=path)
     return twin
+
+
+def submodels(model: Any) -> dict[str, nn.Module]:
+    """Modules that others call for themselves, by path: trainers the backbone (``model.base_model``, without the head),
+    ``generate`` an encoder-decoder's encoder."""
+    found = [getattr(model, "base_model", model)]
+    if is_encoder_decoder(model):
+        found.append(model.get_encoder())
+    paths = {module: path for path, module in model.named_modules() if path}
+    return {paths[module]: module for module in found if module in paths}
 
 
 def show_tensors(twin: nn.Module, base: Base) -> None:

@@ -44,7 +44,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ModelError(
             f"this {type(self.get_base_layer()).__name__} and its adapter are part of compiled programs; only the whole "
-            "model and its backbone can be called. Call the model itself"
+            "model, its backbone and its encoder can be called. Call the model itself"
         )
 
     def __getattr__(self, name: str) -> Any:

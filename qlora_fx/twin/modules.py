@@ -25,7 +25,7 @@ class Owner(Protocol):
     base: Base
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
-    def run_backbone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def run_submodel(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def set_gradient_checkpointing(self, enable: bool) -> None: ...
     def enable_adapters(self, enable: bool) -> None: ...
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None: ...
@@ -106,11 +106,13 @@ class InPlace:
         )
 
 
-class Backbone(InPlace):
-    """The twin's backbone: ``model.base_model``, without the head."""
+class Submodel(InPlace):
+    """A module of the twin that is called for itself: its backbone, or its encoder."""
+
+    qlora_fx_path: str
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.qlora_fx_owner.run_backbone(args, kwargs)
+        return self.qlora_fx_owner.run_submodel(self.qlora_fx_path, args, kwargs)
 
 
 class Root(InPlace):
@@ -118,6 +120,10 @@ class Root(InPlace):
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.qlora_fx_owner.run(args, kwargs)
+
+    def _supports_mm_encoder_outputs(self) -> bool:
+        """What ``generate`` asks before it calls a model's vision tower apart: here the whole model does it."""
+        return False
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Elements of all parameters; those in 4 bits count as the weights that they stand for."""
@@ -165,5 +171,5 @@ class Quantized(QuantizedState):
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ModelError(
             f"this {type(self).__name__}'s weights ({', '.join(self.descriptions)}) are stored quantized, and only the "
-            "whole model and its backbone are compiled to read them. Call the model itself"
+            "whole model, its backbone and its encoder are compiled to read them. Call the model itself"
         )

@@ -99,7 +99,7 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
 
-    def run_backbone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_submodel(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
