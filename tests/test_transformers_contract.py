@@ -124,6 +124,7 @@ ATTRIBUTES = {
     "transformers.quantizers.base:HfQuantizer": "",
     "transformers.modeling_flash_attention_utils:FlashAttentionKwargs": "__annotations__",
     "transformers.utils.generic:TransformersKwargs": "__annotations__",
+    "transformers.modeling_outputs:BaseModelOutput": "last_hidden_state",
     f"{READER}:GgufHeader": "tensors data_start dtype",
     f"{READER}:TensorInfo": "name ggml_type offset nbytes",
     f"{OLDER}:TENSOR_PROCESSORS": "get",
