@@ -13,7 +13,16 @@ from datasets import Dataset
 from default_path import ours
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 WORDS = [f"w{i}" for i in range(95)]
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>", "bos_token": "<bos>"}
@@ -57,18 +66,26 @@ def rows(kind: str, count: int = 96) -> Dataset:
             "chosen": " " + text(4, 9),
             "rejected": " " + text(4, 9),
         },
+        "prompt": lambda: {"prompt": text(3, 7)},
     }
     return Dataset.from_list([made[kind]() for _ in range(count)])
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train: the trainer's classes, its data, its own arguments."""
+    """One way to train: the trainer's classes, its data, its own settings and arguments."""
 
     trainer: Any
     config: Any
     data: str
     options: dict[str, Any] = field(default_factory=dict)
+    words: dict[str, Any] = field(default_factory=dict)
+
+
+def even_words(completions: list[str], **others: Any) -> list[float]:
+    """A reward: the share of words with an even number."""
+    numbers = [[int(w[1:]) for w in text.split() if w[1:].isdigit()] for text in completions]
+    return [sum(n % 2 == 0 for n in found) / max(len(found), 1) for found in numbers]
 
 
 RECIPES = {
@@ -83,6 +100,13 @@ RECIPES = {
     ),
     "Reward": Recipe(RewardTrainer, RewardConfig, "preference"),
 }
+GRPO = Recipe(
+    GRPOTrainer,
+    GRPOConfig,
+    "prompt",
+    {"num_generations": 2, "max_completion_length": 6, "beta": 0.05, "num_iterations": 2},
+    {"reward_funcs": even_words},
+)
 
 
 def trained(
@@ -108,7 +132,7 @@ def trained(
     Raises:
         AssertionError: qlora_fx warned on the way.
     """
-    one = RECIPES[recipe]
+    one = GRPO if recipe == "GRPO" else RECIPES[recipe]
     settings = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
@@ -128,7 +152,7 @@ def trained(
     args = one.config(str(folder), **(settings | one.options | options))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        words: dict[str, Any] = {}
+        words = dict(one.words)
         if one.trainer is not Trainer:
             words["processing_class"] = tokenizer()
         if evaluated:

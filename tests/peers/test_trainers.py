@@ -83,6 +83,24 @@ def test_and_compiled(recipe: str, tmp_path: Path) -> None:
     check_run(recipe, "inductor", tmp_path)
 
 
+@pytest.mark.parametrize("backend", only_slow_but(["eager"], ["eager", "inductor"]))
+def test_grpo_samples_and_learns_as_over_the_reference(backend: str, tmp_path: Path) -> None:
+    """A step samples with a cache, asks for the base's log-probabilities, and trains."""
+    runs = [
+        trained(m, "GRPO", tmp_path / str(i), steps=8) for i, m in enumerate(both("GRPO", backend))
+    ]
+    for name, relative, absolute in (
+        *(("grad_norm", 1e-3, 0.0), ("loss", 1e-2, 1e-6), ("kl", 1e-2, 1e-6)),
+        *(("entropy", 1e-5, 0.0), ("reward", 0.0, 0.0), ("completions/mean_length", 0.0, 0.0)),
+    ):
+        a, b = (logged(run, name) for run in runs)
+        assert len(a) >= 4
+        assert bool(b.any()), "both would agree on zeros"
+        torch.testing.assert_close(a, b, rtol=relative, atol=absolute)
+    assert bool((logged(runs[0], "grad_norm") > 0).all())
+    assert len(logged(runs[0], "reward").unique()) > 1, "other prompts, other samples"
+
+
 def test_a_bitsandbytes_optimizer_by_its_usual_name(tmp_path: Path) -> None:
     check_run("Trainer", "eager", tmp_path, optim="paged_adamw_32bit")
 
