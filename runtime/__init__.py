@@ -1,9 +1,10 @@
 """What a finished graph calls when it runs. Knows nothing of torch.fx."""
 
-from . import attention, convolution, linear_4bit, loss, ops, recurrence
+from . import attention, cached_attention, convolution, linear_4bit, loss, ops, recurrence
 
 __all__ = [
     "attention",
+    "cached_attention",
     "convolution",
     "linear_4bit",
     "loss",

@@ -16,21 +16,18 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import cpu_kernels
 from .ops import dequantized, gradients, scales
-from .torch_versions import with_vectors
 
 FEW = 16
 """Rows up to which the storage is read instead of the dense weight."""
 STEP = 32
 """Values that the kernel looks up at a time."""
-DONE = 0
-"""What the kernel returns; anything else: there was no memory for a copy of the rows."""
 
 
 class Arguments(ctypes.Structure):
@@ -108,8 +105,7 @@ def linear_4bit(
     ]
     rank = 0 if lora_a is None else lora_a.shape[0]
     sizes = (wide.numel() // size, out, size, blocksize, rank, torch.get_num_threads(), scaling)
-    if kernel(Arguments(*sizes, *(None if t is None else t.data_ptr() for t in held))) != DONE:
-        raise MemoryError(f"no memory for rows of {list(x.shape)}")
+    cpu_kernels.run(kernel, Arguments(*sizes, *(None if t is None else t.data_ptr() for t in held)))
     return y.to(x.dtype)
 
 
@@ -197,7 +193,8 @@ def kernel_for(x: Tensor, size: int, blocksize: int) -> Any:
     rows = x.numel() // size
     if x.device.type != "cpu" or not 0 < rows <= FEW or size % STEP or blocksize % STEP:
         return None
-    return library()
+    functions = cpu_kernels.compiled("linear_4bit.cpp")
+    return None if functions is None else functions.linear_4bit
 
 
 @functools.cache
@@ -207,18 +204,3 @@ def levels(quant_type: str) -> Tensor:
     codes = torch.cat([codes, codes.new_zeros(24)]).to(torch.uint8)[:, None]
     dense = dequantized(codes, torch.ones(1), 64, quant_type, [1, 64], torch.float32)
     return dense[0, :16].clone()
-
-
-@functools.cache
-def library() -> Any:
-    """linear_4bit.cpp, compiled: a function of ``Arguments``; None where it cannot be."""
-    from torch._inductor.codecache import CppCodeCache
-    from torch._inductor.exc import CppCompileError
-
-    source = Path(__file__).with_suffix(".cpp").read_text(encoding="ascii")
-    try:
-        how = with_vectors(CppCodeCache.load_async)
-        kernel = CppCodeCache.load(source, **how).linear_4bit
-    except (CppCompileError, OSError, RuntimeError):
-        return None
-    return lambda arguments: kernel(ctypes.byref(arguments))

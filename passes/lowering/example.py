@@ -13,7 +13,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 
-from .free_sizes import FreeSize
+from .free_sizes import FreeSize, formula_of
 from .partition import Partition
 
 # Note [Guards of the compiler]
@@ -23,8 +23,18 @@ from .partition import Partition
 # guards that were added are kept and checked before each call, and a call that they refuse is compiled anew.
 # A shared ShapeEnv would also let one body's decision fix the sizes of all others.
 
-USUAL_ROWS = 5
-"""A size that the data decide, where no call is at hand."""
+USUAL_ROWS = (5, 1)
+"""A size that the data decide, where no call is at hand: the first that the capture's claims allow."""
+
+
+def allowed(captured: ShapeEnv, symbol: sympy.Symbol) -> int:
+    """A size that the data decide, of ``USUAL_ROWS``: it may have to divide another (tokens of a picture)."""
+    claims = [found.expr for found in captured.deferred_runtime_asserts.get(symbol, ())]
+    for size in USUAL_ROWS:
+        values = {**captured.backed_var_to_val, symbol: sympy.Integer(size)}
+        if all(claim.xreplace(values) != sympy.false for claim in claims):
+            return size
+    return USUAL_ROWS[0]
 
 
 class FreeStrides(ShapeEnv):
@@ -70,7 +80,11 @@ class Example:
         for i, (term, offset, _) in enumerate(free):
             by_data = free_unbacked_symbols(term)
             hint = (
-                sizes[i] if sizes else USUAL_ROWS if by_data else hint_of(captured, term) + offset
+                sizes[i]
+                if sizes
+                else allowed(captured, term)
+                if by_data
+                else hint_of(captured, term) + offset
             )
             # The capture knows sizes of 2 and more only; what holds for them holds for 1.
             hint = hint if by_data else max(hint, 2)
@@ -90,10 +104,11 @@ class Example:
         def size(old: Any) -> Any:
             if not isinstance(old, torch.SymInt):
                 return old
-            expr = old.node.expr.xreplace(new)
+            formula = formula_of(old)
+            expr = formula.xreplace(new)
             if computed:  # (S // 2 + 1) * 8 is written as (S // 2) * 8 + 8
                 expr = sympy.expand(expr)
-            hint = int(old.node.expr.xreplace(hints))
+            hint = int(formula.xreplace(hints))
             return self.env.create_symintnode(expr, hint=hint)
 
         self.args: list[Any] = []

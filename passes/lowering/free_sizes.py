@@ -8,6 +8,7 @@ from typing import NamedTuple
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 
 class FreeSize(NamedTuple):
@@ -67,11 +68,25 @@ def computed_sizes(inputs: Sequence[fx.Node]) -> list[FreeSize]:
     return list(found.values())
 
 
+def formula_of(size: torch.SymInt) -> sympy.Expr:
+    """A size's formula; of one that the data decide, the formula of sizes that the capture found it to be equal to."""
+    formula: sympy.Expr = size.node.expr
+    env = size.node.shape_env
+    for symbol in free_unbacked_symbols(formula):
+        for found in env.deferred_runtime_asserts.get(symbol, ()):
+            if isinstance(found.expr, sympy.Eq) and formula in found.expr.args:
+                left, right = found.expr.args
+                other: sympy.Expr = right if left == formula else left
+                if not free_unbacked_symbols(other):
+                    return other
+    return formula
+
+
 def shown(inputs: Sequence[fx.Node]) -> Iterator[tuple[tuple[int, int], sympy.Expr]]:
     for i, node in enumerate(inputs):
         for dim, size in enumerate(node.meta["val"].shape):
             if isinstance(size, torch.SymInt):
-                yield (i, dim), size.node.expr
+                yield (i, dim), formula_of(size)
 
 
 def hidden(inputs: Sequence[fx.Node], known: Sequence[FreeSize]) -> set[sympy.Symbol]:
@@ -82,5 +97,5 @@ def hidden(inputs: Sequence[fx.Node], known: Sequence[FreeSize]) -> set[sympy.Sy
         val = node.meta["val"]
         for size in (*val.shape, *val.stride()):
             if isinstance(size, torch.SymInt):
-                left |= size.node.expr.xreplace(names).free_symbols
+                left |= formula_of(size).xreplace(names).free_symbols
     return left - set(names.values())

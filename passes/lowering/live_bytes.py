@@ -150,7 +150,10 @@ def peak(changes: Iterable[Event], sizes: Mapping[sympy.Expr, int]) -> int:
 
 
 def value(size: Any, sizes: Mapping[sympy.Expr, int]) -> int:
-    """A formula at given sizes; sizes that the data decide (rows of an expert) count as 0."""
+    """A formula at given sizes; sizes that the data decide (rows of an expert) count as 0, or as 1 where they divide."""
     known = {symbol: sympy.Integer(number) for symbol, number in sizes.items()}
     found = sympy.sympify(size).xreplace(known)
-    return int(found.xreplace(dict.fromkeys(found.free_symbols, ZERO)))
+    try:
+        return int(found.xreplace(dict.fromkeys(found.free_symbols, ZERO)))
+    except ZeroDivisionError:
+        return int(found.xreplace(dict.fromkeys(found.free_symbols, sympy.S.One)))

@@ -7,14 +7,12 @@ file is compiled once per machine with Inductor's settings and kept in Inductor'
 from __future__ import annotations
 
 import ctypes
-import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..torch_versions import with_vectors
+from .. import cpu_kernels
 from .kernel import CAUSAL, Inputs, Kernel, empty_gradients, empty_output
 
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -72,10 +70,6 @@ class Arguments(ctypes.Structure):
     )
 
 
-DONE = 0
-"""What the functions return; anything else: there was no memory for their packed copies."""
-
-
 def run(direction: str, inputs: Inputs, **others: Tensor) -> None:
     """Call the C function ``forward`` or ``backward`` for inputs that ``OneDnn.takes``.
 
@@ -106,25 +100,11 @@ def run(direction: str, inputs: Inputs, **others: Tensor) -> None:
         arguments.mask_strides = (ctypes.c_int64 * 2)(*strides)
     for name, tensor in tensors.items():
         setattr(arguments, name, tensor.data_ptr())
-    function = getattr(library(), f"{direction}_{SUFFIXES[q.dtype]}")
-    if function(ctypes.byref(arguments)) != DONE:
-        raise MemoryError(f"no memory for attention over {list(q.shape)}")
+    cpu_kernels.run(getattr(library(), f"{direction}_{SUFFIXES[q.dtype]}"), arguments)
 
 
-@functools.cache
 def library() -> Any:
-    """onednn.cpp, compiled; None where it cannot be.
-
-    Takes some seconds where it is not in Inductor's cache.
-    """
-    from torch._inductor.codecache import CppCodeCache
-    from torch._inductor.exc import CppCompileError
-
-    source = Path(__file__).with_suffix(".cpp").read_text(encoding="ascii")
+    """onednn.cpp, compiled; None where it cannot be."""
     # Conversions to bfloat16 are one instruction then.
     flags = ("-mavx512bf16",) if torch.cpu._is_avx512_bf16_supported() else ()
-    try:
-        how = with_vectors(CppCodeCache.load_async)
-        return CppCodeCache.load(source, extra_flags=flags, **how)
-    except (CppCompileError, OSError, RuntimeError):
-        return None
+    return cpu_kernels.compiled("attention_kernels/onednn.cpp", flags)

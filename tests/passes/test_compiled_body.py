@@ -10,8 +10,11 @@ from conftest import captured
 from qlora_fx.passes.graph.body import Body
 from qlora_fx.passes.lowering import compiled_body
 from qlora_fx.passes.lowering.compiled_body import CompiledBody, aot_eager
-from qlora_fx.passes.lowering.example import Example
-from qlora_fx.passes.lowering.free_sizes import free_sizes, hidden_symbols
+from qlora_fx.passes.lowering.example import Example, allowed
+from qlora_fx.passes.lowering.free_sizes import formula_of, free_sizes, hidden_symbols
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
 def run(body: CompiledBody, rows: int) -> torch.Tensor:
@@ -223,3 +226,19 @@ def test_vectorized_outer_loops_do_not_mix_rows() -> None:
     body = CompiledBody(captured(module, inputs).gm, "inductor")
     result = body(*(known[n.meta.get("stored") or n.name] for n in body.inputs), 0)[0]
     torch.testing.assert_close(result, module(**inputs), rtol=1e-4, atol=1e-2)
+
+
+def test_sizes_that_the_data_decide_are_the_inputs_where_the_capture_found_that() -> None:
+    """Qwen-VL's rows of patches are the sum of what each picture has, and a multiple of its tokens."""
+    env = ShapeEnv()
+    source = ConstantSource("n")
+    with FakeTensorMode(shape_env=env):
+        n = env.create_symintnode(env.create_symbol(48, source), hint=48, source=source)
+        a, b, other = (env.create_unbacked_symint() for _ in range(3))
+        torch._check(n == a * b)
+        torch._check(n % a == 0)
+        rows: Any = a * b
+        assert formula_of(rows) == n.node.expr
+        assert formula_of(other) == other.node.expr
+        assert formula_of(n) == n.node.expr
+        assert (allowed(env, a.node.expr), allowed(env, other.node.expr)) == (1, 5)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from qlora_fx.config import Quantization
-from qlora_fx.runtime import linear_4bit
+from qlora_fx.runtime import cached_attention, cpu_kernels, linear_4bit
 from qlora_fx.runtime.ops import ops
 from qlora_fx.runtime.schemes.four_bit import FourBit
 from torch import Tensor
@@ -113,7 +113,7 @@ def test_gradients_are_those_of_the_definition() -> None:
 def test_without_a_compiler_the_weight_is_made_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, definition = product(Quantization(), 70, 96)
     x = random(1, 96)
-    monkeypatch.setattr(linear_4bit, "library", lambda: None)
+    monkeypatch.setattr(cpu_kernels, "compiled", lambda file: None)
     torch.testing.assert_close(
         ops.linear_4bit(x, *arguments).double(), definition(x), rtol=0, atol=1e-4
     )
@@ -222,6 +222,59 @@ def test_attention_over_a_cache_is_that_over_all_keys(kind: str) -> None:
     expected = torch.autograd.grad((true * probe).sum(), wide)
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.double(), other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "tokens", "earlier", "size", "value_size"),
+    [
+        ((6, 2), 3, 7, 16, 8),
+        ((9, 3), 1, 513, 64, 64),
+        ((4, 4), 16, 40, 24, 40),
+        ((8, 1), 2, 1, 80, 96),
+    ],
+)
+def test_the_kernel_computes_what_the_definition_does(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    tokens: int,
+    earlier: int,
+    size: int,
+    value_size: int,
+) -> None:
+    many, few = heads
+    total = earlier + tokens
+    q, k, v = (
+        random(2, tokens, *s, seed=i, dtype=dtype).transpose(1, 2)
+        for i, s in enumerate(((many, size), (few, size), (few, value_size)))
+    )
+    past_k, past_v = (
+        random(earlier, 2, few, s, seed=5 + i, dtype=dtype)
+        for i, s in enumerate((size, value_size))
+    )
+    tensors = (q, past_k, k, past_v, v)
+    seen = torch.ones(tokens, total, dtype=torch.bool).tril(earlier)
+    padded = seen.expand(2, 1, tokens, total).clone()
+    padded[1, ..., : earlier // 2] = False
+    hidden = padded.clone()
+    hidden[0, :, -1] = False
+    given = (
+        *(seen[None, None], padded, padded.repeat(1, many, 1, 1), hidden),
+        torch.where(padded, random(2, many, tokens, total, seed=9), torch.tensor(-1e30)).to(dtype),
+        random(1, 1, tokens, 1, seed=3).expand(2, many, tokens, total),
+    )
+    found = [cached_attention.by_kernel(*tensors, mask, 0.3) for mask in given]
+    monkeypatch.setattr(cpu_kernels, "compiled", lambda file: None)
+    wide = [t.double() for t in tensors]
+    for mine, mask in zip(found, given, strict=True):
+        true = ops.cached_attention(*wide, mask if mask.dtype == torch.bool else mask.double(), 0.3)
+        assert mine is not None
+        assert mine.transpose(1, 2).is_contiguous()
+        assert mine.dtype == dtype
+        limit = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(mine.double(), true, rtol=0, atol=limit)
+    assert not found[3][0, :, -1].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
