@@ -32,12 +32,15 @@ COMPILED = (
     *("gpt2", "qwen2_moe", "modernbert", "bart", "dinov2", "whisper", "llava", "bamba"),
     *("switch_transformers", "llama4_text"),
 )
-ROWS_BY_DATA = {"switch_transformers", "nllb-moe", "dbrx", "jetmoe", "deberta", "idefics3"}
+ROWS_BY_DATA = {
+    *("switch_transformers", "nllb-moe", "dbrx", "jetmoe", "deberta", "idefics3", "qwen2_vl"),
+    "qwen3_vl",
+}
 """How many rows some linears get is not known before the call: experts in loops, spans in tensors, chosen images."""
 DEAD_LINEARS = {"squeezebert"}
 """Compute a pooled output that nothing reads; the graph does not."""
-UNCOMPILED = {"swin", "qwen2_vl"}
-"""swin takes many minutes through AOTAutograd; a size in qwen2_vl's backward is decided by the data."""
+UNCOMPILED = {"swin"}
+"""Takes many minutes through AOTAutograd."""
 NOT_INDUCTOR = {"bamba"}
 """Inductor refuses a body (said in a warning); PyTorch's own kernels run it."""
 NAMED = ("output head stays dense", "router stays dense", "convolutions stay dense")
