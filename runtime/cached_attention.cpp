@@ -1,7 +1,7 @@
-// Attention of a few tokens over a cache, on a CPU: keys and values are read once per query head, where they lie.
+// Attention of a few tokens over a cache, on a CPU: keys and values are read once, where they lie.
 //
-// A token that is generated asks every earlier key and value once: the time of reading them. Each query head is a task;
-// those that share a key head find it in the processor's cache.
+// A token that is generated asks every earlier key and value once, so its time is that of reading them. Query heads that
+// share a key head are multiplied by it while it is at hand.
 
 #include <omp.h>
 
@@ -69,17 +69,24 @@ Lanes exponential(Lanes x) {
   return x < -87.f ? Lanes{} : y * power;
 }
 
+// Where a query's row begins in a tensor with strides of batch, head and token.
+int64_t place(const Arguments& a, int64_t row, const int64_t* strides) {
+  const int64_t token = row % a.tokens, head = row / a.tokens % a.heads, batch = row / a.tokens / a.heads;
+  return batch * strides[0] + head * strides[1] + token * strides[2];
+}
+
 // Keys or values of one token, of the cache or of this call: all heads of a row of the batch.
 template <typename T>
-struct Place {
+struct Heads {
   const T* first;
-  int64_t head_stride;
+  int64_t stride;
 };
 
 template <typename T>
-Place<T> place(const Arguments& a, const void* past, const void* now, const int64_t* past_strides,
-               const int64_t* strides, int64_t t, int64_t batch) {
-  if (t < a.earlier) return {static_cast<const T*>(past) + t * past_strides[0] + batch * past_strides[1], past_strides[2]};
+Heads<T> heads_of(const Arguments& a, const void* past, const void* now, const int64_t* past_strides,
+                  const int64_t* strides, int64_t t, int64_t batch) {
+  if (t < a.earlier)
+    return {static_cast<const T*>(past) + t * past_strides[0] + batch * past_strides[1], past_strides[2]};
   return {static_cast<const T*>(now) + (t - a.earlier) * strides[2] + batch * strides[0], strides[1]};
 }
 
@@ -137,22 +144,22 @@ int attend(const Arguments& a) {
   const int64_t counts[] = {rows * a.size, rows * whole, a.threads * rows * a.value_size};
   const std::unique_ptr<float[]> held(new (std::nothrow) float[counts[0] + counts[1] + counts[2]]());
   if (held == nullptr) return 1;
+  const int64_t out_strides[] = {a.tokens * a.heads * a.value_size, a.value_size, a.heads * a.value_size};
   float *queries = held.get(), *scores = queries + counts[0], *sums = scores + counts[1];
 #pragma omp parallel num_threads(a.threads) if (rows * total * a.size >= SERIAL)
   {
     float* mine = sums + omp_get_thread_num() * rows * a.value_size;
 #pragma omp for
     for (int64_t row = 0; row < rows; row++) {
-      const int64_t token = row % a.tokens, head = row / a.tokens % a.heads, batch = row / a.tokens / a.heads;
-      const T* q = static_cast<const T*>(a.q) + batch * a.q_strides[0] + head * a.q_strides[1] + token * a.q_strides[2];
+      const T* q = static_cast<const T*>(a.q) + place(a, row, a.q_strides);
       for (int64_t d = 0; d < a.size; d += WIDTH)
         store(load(q + d) * static_cast<float>(a.scale), queries + row * a.size + d);
     }
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < total; t++)
       for (int64_t n = 0; n < a.batch * a.key_heads; n++) {
-        const Place<T> keys = place<T>(a, a.past_k, a.k, a.past_k_strides, a.k_strides, t, n / a.key_heads);
-        const T* key = keys.first + n % a.key_heads * keys.head_stride;
+        const Heads<T> keys = heads_of<T>(a, a.past_k, a.k, a.past_k_strides, a.k_strides, t, n / a.key_heads);
+        const T* key = keys.first + n % a.key_heads * keys.stride;
         const float* query = queries + n * together * a.size;
         float* to = scores + n * together * whole + t;
         int64_t i = 0;
@@ -162,15 +169,13 @@ int attend(const Arguments& a) {
       }
 #pragma omp for
     for (int64_t row = 0; row < rows; row++) {
-      const int64_t token = row % a.tokens, head = row / a.tokens % a.heads, batch = row / a.tokens / a.heads;
-      const int64_t first = batch * a.mask_strides[0] + head * a.mask_strides[1] + token * a.mask_strides[2];
-      to_shares(a, scores + row * whole, total, whole, first);
+      to_shares(a, scores + row * whole, total, whole, place(a, row, a.mask_strides));
     }
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < total; t++)
       for (int64_t n = 0; n < a.batch * a.key_heads; n++) {
-        const Place<T> values = place<T>(a, a.past_v, a.v, a.past_v_strides, a.v_strides, t, n / a.key_heads);
-        const T* value = values.first + n % a.key_heads * values.head_stride;
+        const Heads<T> values = heads_of<T>(a, a.past_v, a.v, a.past_v_strides, a.v_strides, t, n / a.key_heads);
+        const T* value = values.first + n % a.key_heads * values.stride;
         for (int64_t row = n * together; row < (n + 1) * together; row++) {
           const float share = scores[row * whole + t];
           float* to = mine + row * a.value_size;
@@ -179,8 +184,7 @@ int attend(const Arguments& a) {
       }
 #pragma omp for
     for (int64_t row = 0; row < rows; row++) {
-      const int64_t token = row % a.tokens, head = row / a.tokens % a.heads, batch = row / a.tokens / a.heads;
-      T* out = static_cast<T*>(a.out) + ((batch * a.tokens + token) * a.heads + head) * a.value_size;
+      T* out = static_cast<T*>(a.out) + place(a, row, out_strides);
       for (int64_t d = 0; d < a.value_size; d += WIDTH) {
         Lanes all = {};
         for (int64_t i = 0; i < a.threads; i++) all += load(sums + (i * rows + row) * a.value_size + d);

@@ -200,10 +200,10 @@ def taken_cache(values: dict[str, Any], model: Any, encoder_decoder: bool) -> Ca
 
 def empty_cache(layer: type, encoder_decoder: bool) -> Any:
     """A cache whose layers, when they come, are of a class."""
-    caches = [DynamicCache() for _ in range(1 + encoder_decoder)]
-    for cache in caches:
-        cache.layer_class_to_replicate = layer
-    return EncoderDecoderCache(*caches) if encoder_decoder else caches[0]
+    made = [DynamicCache() for _ in range(1 + encoder_decoder)]
+    for one in made:
+        one.layer_class_to_replicate = layer
+    return EncoderDecoderCache(*made) if encoder_decoder else made[0]
 
 
 def halves(cache: Any) -> tuple[DynamicCache, DynamicCache | None]:
