@@ -11,6 +11,7 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
+from conftest import only_slow_but
 from default_path import SPECIAL
 from families import FAMILIES, build
 from oracle import Float64, ours, random_adapter, truth
@@ -265,8 +266,9 @@ def test_through_the_defaults(model_type: str) -> None:
     assert not [b for p in programs for b in p.run.children() if b.warned], "no fallback"
 
 
-def test_a_trainer_evaluates_by_what_is_generated(tmp_path: Path) -> None:
-    qmodel: Any = qlora_fx.transform(t5(), LoraConfig(**LORA), backend="eager")
+@pytest.mark.parametrize("backend", only_slow_but(["eager"], ["eager", "inductor"]))
+def test_a_trainer_evaluates_by_what_is_generated(backend: str, tmp_path: Path) -> None:
+    qmodel: Any = qlora_fx.transform(t5(), LoraConfig(**LORA), backend=backend)
     randomize_adapter(qmodel)
     rows = [{"input_ids": list(range(5, 11 + i)), "labels": [7, 8 + i, 9]} for i in range(4)]
     seen: dict[str, Any] = {}
