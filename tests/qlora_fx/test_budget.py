@@ -94,7 +94,9 @@ def test_what_is_held_is_what_was_told_and_fits_the_budget() -> None:
     assert larger.recomputation == 0, "a smaller batch fits whole"
 
 
+@pytest.mark.slow
 def test_random_numbers_are_not_drawn_again() -> None:
+    """In `make test` it is shown by a step that runs out of memory and is repeated with dropout (test_training.py)."""
     qmodel = transformed(2, lora={"lora_dropout": 0.5})
     randomize_adapter(qmodel)
     kept = gradients(qmodel, seed=3)

@@ -299,6 +299,7 @@ def test_calls_that_no_graph_takes_are_refused_by_name(adapted: Any) -> None:
     qmodel.eval()
 
 
+@pytest.mark.slow
 def test_a_window_is_that_of_the_model() -> None:
     torch.manual_seed(0)
     config = Gemma2Config(
