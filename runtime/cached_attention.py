@@ -93,6 +93,8 @@ def by_kernel(
     """``cached_attention`` by the compiled kernel; None where there is none, or it does not take these tensors."""
     if q.device.type != "cpu" or q.dtype not in SUFFIXES or not q.numel():
         return None
+    if any(t.dtype != q.dtype for t in (past_k, k, past_v, v)):
+        return None
     if q.shape[3] % WIDTH or v.shape[3] % WIDTH:
         return None
     functions = cpu_kernels.compiled("cached_attention.cpp")

@@ -79,11 +79,11 @@ def linear_4bit(
         ``[..., out]`` in the dtype of ``x``; summed in float32 by the kernel for few rows.
     """
     out, size = shape
-    kernel = kernel_for(x, size, blocksize)
     storage = (packed, absmax, nested_absmax, offset, nested_quant_map)
     if x.is_cuda and x.numel() and size % blocksize == 0:
         y = by_bitsandbytes(x, bias, storage, shape, blocksize, quant_type)
         return adapted(y, x, lora_a, lora_b, scaling)
+    kernel = kernel_for(x, size, blocksize)
     if kernel is None:
         return by_dense(x, bias, lora_a, lora_b, storage, scaling, shape, blocksize, quant_type)
     wide = x.float().contiguous()

@@ -26,6 +26,7 @@ from families.exceptions import (
     ROUNDING,
     SAID,
 )
+from qlora_fx.capture.cache_layers import GrowingLayer
 from qlora_fx.tested_versions import TESTED, minor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -98,7 +99,7 @@ def test_every_model_type_of_transformers_is_in_the_table_or_has_a_reason() -> N
 
 
 def test_the_walk_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gradient that is lost on the way, and an adapter that PEFT would not find."""
+    """A gradient that is lost on the way, a cache that loses its tokens, an adapter that PEFT would not find."""
     import default_path
 
     def zero(qmodel: Any) -> None:
@@ -109,6 +110,15 @@ def test_the_walk_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(default_path, "randomize_adapter", zero)
     result = walk(BY_TYPE["gpt2"], steps=(), backend="eager")
     assert result.error.startswith("train: Wrong"), result.error
+    monkeypatch.undo()
+
+    def empty(layer: GrowingLayer) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.zeros_like(t) for t in past(layer))
+
+    past = GrowingLayer.past
+    monkeypatch.setattr(GrowingLayer, "past", empty)
+    result = walk(BY_TYPE["gpt2"], steps=("generate",), backend="eager")
+    assert result.error.startswith("generate: Wrong"), result.error
     monkeypatch.undo()
 
     def wrong(model: object, qmodel: object) -> dict[str, torch.Tensor]:

@@ -82,8 +82,13 @@ class Recipe:
     words: dict[str, Any] = field(default_factory=dict)
 
 
+SAMPLED: list[list[str]] = []
+"""What ``even_words`` was asked about, in order."""
+
+
 def even_words(completions: list[str], **others: Any) -> list[float]:
     """A reward: the share of words with an even number."""
+    SAMPLED.append(completions)
     numbers = [[int(w[1:]) for w in text.split() if w[1:].isdigit()] for text in completions]
     return [sum(n % 2 == 0 for n in found) / max(len(found), 1) for found in numbers]
 
@@ -99,14 +104,16 @@ RECIPES = {
         DPOTrainer, DPOConfig, "preference", {"precompute_ref_log_probs": True}
     ),
     "Reward": Recipe(RewardTrainer, RewardConfig, "preference"),
+    "GRPO": Recipe(
+        GRPOTrainer,
+        GRPOConfig,
+        "prompt",
+        {"num_generations": 2, "max_completion_length": 6, "beta": 0.05, "num_iterations": 2},
+        {"reward_funcs": even_words},
+    ),
 }
-GRPO = Recipe(
-    GRPOTrainer,
-    GRPOConfig,
-    "prompt",
-    {"num_generations": 2, "max_completion_length": 6, "beta": 0.05, "num_iterations": 2},
-    {"reward_funcs": even_words},
-)
+SUPERVISED = [name for name in RECIPES if name != "GRPO"]
+"""Those whose data say what is right: their losses are not near zero."""
 
 
 def trained(
@@ -132,7 +139,7 @@ def trained(
     Raises:
         AssertionError: qlora_fx warned on the way.
     """
-    one = GRPO if recipe == "GRPO" else RECIPES[recipe]
+    one = RECIPES[recipe]
     settings = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,

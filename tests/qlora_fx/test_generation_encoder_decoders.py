@@ -270,6 +270,25 @@ def test_through_the_defaults(model_type: str) -> None:
 
 
 @pytest.mark.slow
+def test_in_16_bits_logits_are_those_without_a_cache() -> None:
+    """Compiled, in the dtype that is the default on GPUs and newer CPUs; the rest as a user has it."""
+    qmodel: Any = qlora_fx.transform(
+        t5().bfloat16(), LoraConfig(**LORA), compute_dtype=torch.bfloat16
+    )
+    randomize_adapter(qmodel)
+    qmodel.eval()
+    ids = torch.randint(5, 100, (2, 4), generator=torch.Generator().manual_seed(5))
+    given, cache = first_tokens(qmodel, ids[:, :3])
+    with torch.no_grad():
+        last = qmodel(**given, decoder_input_ids=ids[:, 3:], past_key_values=cache).logits[:, 0]
+        whole = qmodel(**source(2), decoder_input_ids=ids).logits[:, -1]
+    assert last.dtype == torch.bfloat16
+    limit = 2e-2 * float(whole.float().abs().max())
+    torch.testing.assert_close(last.float(), whole.float(), rtol=0, atol=limit)
+    assert qmodel.generate(**source(), **ALONE).shape == (3, 10)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_trainer_evaluates_by_what_is_generated(backend: str, tmp_path: Path) -> None:
     qmodel: Any = qlora_fx.transform(t5(), LoraConfig(**LORA), backend=backend)

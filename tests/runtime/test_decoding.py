@@ -275,6 +275,9 @@ def test_the_kernel_computes_what_the_definition_does(
         limit = 1e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(mine.double(), true, rtol=0, atol=limit)
     assert not found[3][0, :, -1].any()
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    mixed = (q, past_k.to(other), *tensors[2:])
+    assert cached_attention.by_kernel(*mixed, seen[None, None], 0.3) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
