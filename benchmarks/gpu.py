@@ -4,9 +4,10 @@
 
 Models have the shapes of Llama-3.2-1B, Llama-3.1-8B and six layers of Qwen3-30B-A3B, with random weights in bfloat16:
 nothing is downloaded. Each lives in a process of its own with all its stacks, which take turns, one step each, round
-after round; the processes compile at the same time and are measured one after the other. A step is forward and
-backward; an optimizer's is timed apart. Times are of CUDA events. The bound is the time of the step's matrix products
-alone on buffers made beforehand (each linear's forward and input gradient, LoRA's, the head's; no attention).
+after round; the processes compile at the same time and are measured one after the other, with ``--after FILE`` when that file
+exists: tests can run until then. A step is forward and backward; an optimizer's is timed apart. Times are of CUDA events.
+The bound is the time of the step's matrix products alone on buffers made beforehand (each linear's forward and input
+gradient, LoRA's, the head's; no attention). ``--host FOLDER`` writes where Python spends the time of a step and of a token.
 ``peak`` is torch.cuda.max_memory_allocated above what all stacks hold, ``held`` what a stack holds itself. transformers +
 bitsandbytes keeps experts dense and PEFT leaves them without adapters, so that the ``moe`` row has no reference.
 Last, generation: milliseconds to the first token and of each further one.
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose profile.py would hide Python's own
 
 SHAPES = ((1, 512), (4, 1024), (1, 4096))
-PROMPT, NEW = 512, 32
+PROMPT, NEW = 512, 16
 GENERATED_ROWS = (1, 8)
 RANK = 16
 MODELS: dict[str, dict[str, Any]] = {
@@ -80,6 +81,8 @@ def main() -> None:
     p.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--json", help="write the figures to this file as they come")
+    p.add_argument("--after", type=Path, help="measure when this file exists; compile meanwhile")
+    p.add_argument("--host", type=Path, help="write profiles of Python to this folder")
     p.add_argument("--worker", choices=list(MODELS), help=argparse.SUPPRESS)
     p.add_argument("--plan", choices=list(MODELS), help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -100,6 +103,9 @@ def main() -> None:
         lines(process, lambda line: bool(print(line, flush=True)))
     for name, process in workers.items():
         lines(process, lambda line: line == "ready")
+        print(f"{name} is ready", flush=True)
+        while args.after and not args.after.exists():
+            time.sleep(0.5)
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
@@ -119,6 +125,8 @@ def main() -> None:
 
 def start(args: argparse.Namespace, *what: str) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, *what, "--rounds", str(args.rounds)]
+    if args.host:
+        command += ["--host", str(args.host)]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )
@@ -184,6 +192,16 @@ def work(args: argparse.Namespace) -> None:
         for rows, tokens in SHAPES:
             for _ in range(2):
                 run(stack, rows, tokens)
+    generating = {stack: model for stack, model in stacks.items() if "checkpointing" not in stack}
+    for stack, model in list(generating.items()):
+        model.eval()
+        try:
+            for rows in GENERATED_ROWS:
+                generate(model, rows, 2)
+        except Exception as error:
+            del generating[stack]
+            reports.append({"stack": stack, "generate": f"{type(error).__name__}: {error}"[:400]})
+        model.train()
     say("ready")
     sys.stdin.readline()
     for report in reports:
@@ -192,8 +210,15 @@ def work(args: argparse.Namespace) -> None:
     for rows, tokens in SHAPES:
         measure(name, stacks, held, rows, tokens, args.rounds)
     say(json.dumps(optimizers(stacks)))
+    mine = stacks.get("qlora_fx")
+    if args.host and mine is not None:
+        by_python(args.host / f"{name}_step.txt", lambda: run(mine, 1, 512))
+    for model in generating.values():
+        model.eval()
     for rows in GENERATED_ROWS:
-        say(json.dumps(generation(stacks, rows, args.rounds)))
+        say(json.dumps(generation(generating, rows, args.rounds)))
+    if args.host and "qlora_fx" in generating:
+        by_python(args.host / f"{name}_tokens.txt", lambda: generate(mine, 1, NEW))
 
 
 def say(text: str) -> None:
@@ -426,7 +451,7 @@ def profiled(step: Callable[[], Any]) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     try:
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
             step()
             torch.cuda.synchronize()
         events = found.events()
@@ -493,36 +518,55 @@ def optimizers(stacks: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def generation(stacks: dict[str, Any], rows: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds of a prompt's first token and of each further one, with a cache, by stack."""
-    found: dict[str, Any] = {"generated": f"{rows} x {PROMPT}"}
+def generate(model: Any, rows: int, new: int) -> None:
+    """``new`` tokens for each row of a prompt, with a cache."""
     made = batch(rows, PROMPT)
     del made["labels"]
+    settings = {"use_cache": True, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    model.generate(**made, max_new_tokens=new, **settings)
 
-    def generate(model: Any, new: int) -> None:
-        settings = {"use_cache": True, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        model.generate(**made, max_new_tokens=new, **settings)
 
-    times: dict[str, list[tuple[float, float]]] = {}
-    for stack, model in stacks.items():
-        if "checkpointing" in stack:  # the reference again
-            continue
-        try:
-            model.eval()
-            generate(model, 2)
-            times[stack] = []
-        except Exception as error:
-            found[stack] = f"{type(error).__name__}: {error}"[:200]
+def generation(stacks: dict[str, Any], rows: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a prompt's first token and of each further one, with a cache, by stack; launches of that one."""
+    found: dict[str, Any] = {"generated": f"{rows} x {PROMPT}"}
+    times: dict[str, list[tuple[float, float]]] = {stack: [] for stack in stacks}
     for _ in range(rounds):
-        for stack, taken in times.items():
-            model = stacks[stack]
+        for stack, model in stacks.items():
             first, whole = (
-                timed(lambda model=model, n=n: generate(model, n)) for n in (1, NEW + 1)
+                timed(lambda model=model, n=n: generate(model, rows, n)) for n in (1, NEW + 1)
             )
-            taken.append((first, (whole - first) / NEW))
+            times[stack].append((first, (whole - first) / NEW))
     for stack, taken in times.items():
         found[stack] = [round(statistics.median(t), 2) for t in zip(*taken, strict=True)]
+        one, two = (
+            profiled(lambda model=stacks[stack], n=n: generate(model, rows, n)) for n in (1, 2)
+        )
+        for key in ("launches", "waits", "busy_ms"):
+            if key in one and key in two:
+                found[f"{stack}: {key}"] = round(two[key] - one[key], 2)
     return found
+
+
+def by_python(place: Path, step: Callable[[], Any]) -> None:
+    """Where Python spends three steps."""
+    import cProfile
+    import io
+    import pstats
+
+    import torch
+
+    found = cProfile.Profile()
+    torch.cuda.synchronize()
+    found.enable()
+    for _ in range(3):
+        step()
+    found.disable()
+    told = io.StringIO()
+    told_by = pstats.Stats(found, stream=told)
+    told_by.sort_stats("tottime").print_stats(60)
+    told_by.sort_stats("cumulative").print_stats(60)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(told.getvalue())
 
 
 if __name__ == "__main__":
