@@ -81,6 +81,7 @@ def main() -> None:
     p.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--json", help="write the figures to this file as they come")
+    p.add_argument("--ours", action="store_true", help="leave out the reference")
     p.add_argument("--after", type=Path, help="measure when this file exists; compile meanwhile")
     p.add_argument("--host", type=Path, help="write profiles of Python to this folder")
     p.add_argument("--worker", choices=list(MODELS), help=argparse.SUPPRESS)
@@ -125,6 +126,8 @@ def main() -> None:
 
 def start(args: argparse.Namespace, *what: str) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, *what, "--rounds", str(args.rounds)]
+    if args.ours:
+        command.append("--ours")
     if args.host:
         command += ["--host", str(args.host)]
     return subprocess.Popen(
@@ -141,8 +144,8 @@ def lines(process: subprocess.Popen[str], until: Callable[[str], bool]) -> None:
 
 def table(found: list[dict[str, Any]]) -> str:
     rows = [
-        "| model | batch | stack | step ms (min-max) | tokens/s | x bound | x reference | peak GB | held GB | launches | waits |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | batch | stack | step ms (min-max) | tokens/s | x bound | x reference | peak GB | held GB | kernels | launches | waits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for f in found:
         if "median_ms" not in f:
@@ -150,8 +153,8 @@ def table(found: list[dict[str, Any]]) -> str:
         rows.append(
             f"| {f['model']} | {f['rows']} x {f['tokens']} | {f['stack']} | {f['median_ms']:.1f} "
             f"({f['min_ms']:.1f}-{f['max_ms']:.1f}) | {f['tokens_per_s']:.0f} | {f['x_bound']:.2f} | "
-            f"{f.get('x_reference', 0):.2f} | {f['peak_gb']:.2f} | {f['held_gb']:.2f} | {f.get('launches', '-')} | "
-            f"{f.get('waits', '-')} |"
+            f"{f.get('x_reference', 0):.2f} | {f.get('peak_gb', 0):.2f} | {f.get('held_gb', 0):.2f} | "
+            f"{f.get('launches', '-')} | {f.get('host_launches', '-')} | {f.get('waits', '-')} |"
         )
     return "\n".join(rows)
 
@@ -168,7 +171,7 @@ def work(args: argparse.Namespace) -> None:
     stacks: dict[str, Any] = {}
     held: dict[str, float] = {}
     reports: list[dict[str, Any]] = []
-    for stack, make in makers(name).items():
+    for stack, make in makers(name, args.ours).items():
         before, began = torch.cuda.memory_allocated(), time.perf_counter()
         if stack == "qlora_fx":  # it takes the dense weights over
             before -= sum(p.nbytes for p in model.parameters())
@@ -242,9 +245,9 @@ def dense_model(name: str) -> Any:
     return model
 
 
-def makers(name: str) -> dict[str, Callable[[Any], Any]]:
+def makers(name: str, only_ours: bool) -> dict[str, Callable[[Any], Any]]:
     ours: dict[str, Callable[[Any], Any]] = {"qlora_fx": lambda model: qlora(model)}
-    if name == "moe":
+    if name == "moe" or only_ours:
         return ours
     return {
         "reference": lambda model: reference(model, checkpointing=False),
@@ -354,6 +357,9 @@ def measure(
     }
     steps["bound"] = products
     times: dict[str, list[float]] = {stack: [] for stack in steps}
+    if "qlora_fx" in stacks:
+        steps[GRAPHED], pool = recorded(stacks["qlora_fx"], rows, tokens)
+        times[GRAPHED] = []
     for step in steps.values():
         timed(step)
     for _ in range(rounds):
@@ -395,6 +401,56 @@ def measure(
             **profiled(lambda model=model: run(model, rows, tokens)),
         }
         say(json.dumps(found))
+    if GRAPHED in steps:
+        median = statistics.median(times[GRAPHED])
+        found = {
+            "stack": GRAPHED,
+            "rows": rows,
+            "tokens": tokens,
+            "median_ms": median,
+            "min_ms": min(times[GRAPHED]),
+            "max_ms": max(times[GRAPHED]),
+            "tokens_per_s": rows * tokens / median * 1e3,
+            "bound_ms": floor,
+            "x_bound": median / floor,
+            **({} if usual is None else {"x_reference": median / usual}),
+            "recordings_gb": pool,
+            **profiled(steps[GRAPHED]),
+        }
+        say(json.dumps(found))
+        del steps[GRAPHED]
+        stacks["qlora_fx"].cuda_graphs = False
+        torch.cuda.empty_cache()
+
+
+GRAPHED = "qlora_fx, cuda_graphs"
+
+
+def recorded(model: Any, rows: int, tokens: int) -> tuple[Callable[[], Any], float]:
+    """A step with recorded launches, and the GB that the recordings take; other steps are launched one by one."""
+    import torch
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    model.cuda_graphs = True
+    for _ in range(3):
+        run(model, rows, tokens)
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    taken = (torch.cuda.memory_reserved() - before) / 1e9
+    kept = [(program, program.graphed) for program in model.programs]
+
+    def set_all(on: bool) -> None:
+        for program, graphed in kept:
+            program.graphed = graphed if on else None
+
+    def step() -> None:
+        set_all(True)
+        run(model, rows, tokens)
+        set_all(False)
+
+    set_all(False)
+    return step, taken
 
 
 def bound(name: str, tokens: int) -> Callable[[], None]:
@@ -461,10 +517,13 @@ def profiled(step: Callable[[], Any]) -> dict[str, Any]:
             entry = totals.setdefault(e.name, [0, 0.0])
             entry[0] += 1
             entry[1] += e.device_time_total / 1e3
+        said = ("LaunchKernel", "GraphLaunch")
+        host = sum(any(word in e.name for word in said) for e in events)
         waits = sum(e.name in ("cudaStreamSynchronize", "cudaEventSynchronize") for e in events)
         top = sorted(totals.items(), key=lambda item: -item[1][1])[:14]
         return {
             "launches": len(kernels),
+            "host_launches": host,
             "waits": waits,
             "busy_ms": round(sum(t for _, t in totals.values()), 2),
             "kernels": [[name[:70], count, round(ms, 3)] for name, (count, ms) in top],

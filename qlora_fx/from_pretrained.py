@@ -38,6 +38,7 @@ def from_pretrained(
     memory_budget: int | float | str | None = None,
     disable: Iterable[str] = (),
     backend: str = "inductor",
+    cuda_graphs: bool = False,
     model_class: Any = None,
     revision: str | None = None,
     token: str | None = None,
@@ -54,8 +55,8 @@ def from_pretrained(
         source: a folder with ``config.json`` and safetensors files (one, or sharded with an index); a hub id,
             through huggingface_hub's cache; or a ``.gguf`` file. A checkpoint that transformers + bitsandbytes
             saved in 4 bits, or ``save_quantized``, keeps its bytes. Nothing else is read: no pickle, no code.
-        lora, compute_dtype, blocksize, also_quantize, example_inputs, memory_budget, disable, backend: as in
-            ``transform``.
+        lora, compute_dtype, blocksize, also_quantize, example_inputs, memory_budget, disable, backend,
+            cuda_graphs: as in ``transform``.
         quantization: as in ``transform``. Of a checkpoint in 4 bits: its own settings; what is given must equal
             them, but for the compute dtype.
         device: where the model will run. Default: "cuda" where there is one, else "cpu".
@@ -84,6 +85,7 @@ def from_pretrained(
         memory_budget=memory_budget,
         disable=disable,
         backend=backend,
+        cuda_graphs=cuda_graphs,
     )
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found = find(source, revision=revision, token=token, gguf_file=gguf_file)

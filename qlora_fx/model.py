@@ -18,7 +18,7 @@ from .capture.cache import caches, filled
 from .checkpoints.save import write_quantized
 from .compiler.compile import Prepared
 from .compiler.programs import Programs
-from .compiler.request import check_memory_budget
+from .compiler.request import check_cuda_graphs, check_memory_budget
 from .errors import InputError, users_stacklevel
 from .explain import Explanation, explain
 from .memory.saved_activations import Activations, saved_activations
@@ -50,7 +50,8 @@ class QLoRAModel(StorePeftModel):
         base = prepared.base
         add_adapters(base)
         super().__init__(base)
-        self.programs = Programs(base, prepared.request.backend, prepared.request.memory_budget)
+        request = prepared.request
+        self.programs = Programs(base, request.backend, request.memory_budget, request.cuda_graphs)
         signature = prepared.call.signature(training=True)
         self.programs.add(signature, prepared.capture, prepared.result)
         self.submodels: dict[str, Programs] = {}
@@ -76,7 +77,7 @@ class QLoRAModel(StorePeftModel):
     def run_submodel(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if path not in self.submodels:
             base = replace(self.base, skeleton=self.base.skeleton.submodel(path))
-            programs = Programs(base, self.programs.backend, self.memory_budget)
+            programs = Programs(base, self.programs.backend, self.memory_budget, self.cuda_graphs)
             programs.use(self.programs.adapter)
             self.submodels[path] = programs
         return self._run(self.submodels[path], args, kwargs)
@@ -127,6 +128,20 @@ class QLoRAModel(StorePeftModel):
         value = check_memory_budget(value, self.programs.backend)
         for programs in self.all_programs:
             programs.memory_budget = value
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether launches of blocks are recorded and replayed: ``transform`` says when that is worth it.
+
+        Assigning False gives up what was recorded, and its memory.
+        """
+        return self.programs.cuda_graphs
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, value: bool) -> None:
+        value = check_cuda_graphs(value, self.programs.backend, self.base.device)
+        for programs in self.all_programs:
+            programs.cuda_graphs = value
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """transformers' name for a memory budget of 0.0; disabling it brings back the budget that was there."""

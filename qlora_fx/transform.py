@@ -32,6 +32,7 @@ def transform(
     memory_budget: int | float | str | None = None,
     disable: Iterable[str] = (),
     backend: str = "inductor",
+    cuda_graphs: bool = False,
 ) -> QLoRAModel:
     """Compile a Hugging Face model into its QLoRA form.
 
@@ -63,6 +64,10 @@ def transform(
             ``qlora_fx.compiler.pipeline.OPTIONAL``. The numbers stay the same but for rounding.
         backend: "inductor", "aot_eager" (same graphs, PyTorch's kernels), or "eager" (plain autograd for
             debugging; it keeps dequantized weights until backward).
+        cuda_graphs: record what blocks launch on a GPU, once for each batch and sequence, and replay it as one launch.
+            Worth it where steps are short: the host needs longer to launch than the GPU to compute. Rows padded to
+            few lengths, or packed, are recorded once; a third call of a shape is recorded, eight shapes at most. Its
+            memory stays taken between steps. ``qmodel.cuda_graphs`` changes it.
 
     Returns:
         The model in training mode; compiled on its first call.
@@ -82,6 +87,7 @@ def transform(
         memory_budget=memory_budget,
         disable=disable,
         backend=backend,
+        cuda_graphs=cuda_graphs,
     )
     check_model(model)
     device = next(iter(named_tensors(model)))[1].device

@@ -37,6 +37,7 @@ class Program:
 
     Attributes:
         prepare: called before each run with the call's free sizes, by symbol.
+        graphed: ``run`` with parts recorded as CUDA graphs, where that was asked for.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Program:
         self.device = inputs[0][1].device
         self.calls = 0
         self.prepare: Callable[[Mapping[sympy.Expr, int]], None] | None = None
+        self.graphed: Callable[..., Any] | None = None
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Run on the call's arguments.
@@ -71,7 +73,7 @@ class Program:
             give_back(self.device, self.stored)
         # The graph's dtypes are decided; an autocast around the call must not change them while it compiles.
         with torch.autocast(self.device.type, enabled=False):
-            outputs = self.run(*self.stored, *tensors)
+            outputs = (self.graphed or self.run)(*self.stored, *tensors)
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
     def replace(self, tensors: Mapping[str, torch.Tensor]) -> None:

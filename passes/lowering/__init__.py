@@ -7,5 +7,6 @@ on_gpu         what Inductor is given for a GPU instead: fewer launches
 partition      what its forward keeps for its backward
 live_bytes     what is live while it runs
 operators      FLOPs, workspace and gradients of the operators that are taken whole
+recorded       which parts are recorded as CUDA graphs
 warm_up        what the compiler can find out beforehand
 """

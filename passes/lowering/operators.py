@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from ...runtime.loss import workspace
+from ...runtime.ops import takes_groups
 from ..graph.nodes import args_of, arguments, ops
 
 aten = torch.ops.aten
@@ -33,6 +34,14 @@ def nothing(node: fx.Node) -> sympy.Expr:
     return ZERO
 
 
+def never(node: fx.Node) -> bool:
+    return False
+
+
+def always(node: fx.Node) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Operator:
     """One operator.
@@ -41,11 +50,13 @@ class Operator:
         flops: multiplications and additions of a call.
         workspace: bytes that a call takes for itself while it runs.
         without_grad: changes a call so that it forms no gradient of its own, where nobody will ask for it.
+        waits: whether a call, or its backward, waits for the device, to know on the host what it has computed.
     """
 
     flops: Callable[[fx.Node], sympy.Expr] = nothing
     workspace: Callable[[fx.Node], sympy.Expr] = nothing
     without_grad: Callable[[fx.Node], None] | None = None
+    waits: Callable[[fx.Node], bool] = never
 
 
 def value_of(node: fx.Node, position: int) -> Any:
@@ -98,18 +109,27 @@ def loss_without_grad(node: fx.Node) -> None:
     node.args = (*node.args[:-1], False)
 
 
+def goes_group_by_group(node: fx.Node) -> bool:
+    """Note [Groups on a GPU]: rows and columns of the experts' matrices are the sizes of operand and result."""
+    x, result = value_of(node, 0), node.meta["val"]
+    return not takes_groups(x, x.shape[1], result.shape[-1])
+
+
 OPERATORS: dict[Any, Operator] = {
     aten.mm.default: Operator(product_flops),
     aten.bmm.default: Operator(product_flops),
     aten.addmm.default: Operator(product_flops),
-    ops.grouped_linear.default: Operator(grouped_flops),
-    ops.grouped_linear_4bit.default: Operator(grouped_flops),
+    ops.grouped_linear.default: Operator(grouped_flops, waits=goes_group_by_group),
+    ops.grouped_linear_4bit.default: Operator(grouped_flops, waits=goes_group_by_group),
     ops.linear_4bit.default: Operator(grouped_flops),
     ops.cached_attention.default: Operator(cached_attention_flops),
-    ops.grouped_outer.default: Operator(grouped_flops),
+    ops.grouped_outer.default: Operator(grouped_flops, waits=goes_group_by_group),
     ops.attention.default: Operator(attention_flops),
     ops.attention_backward.default: Operator(attention_backward_flops),
-    ops.linear_cross_entropy.default: Operator(loss_flops, loss_workspace, loss_without_grad),
+    ops.linear_cross_entropy.default: Operator(
+        loss_flops, loss_workspace, loss_without_grad, waits=always
+    ),
+    ops.mask_kind.default: Operator(waits=always),
 }
 """Every other operator counts as free: pointwise work, and what has no formula yet (convolutions, recurrences)."""
 UNKNOWN = Operator()
@@ -117,3 +137,13 @@ UNKNOWN = Operator()
 
 def operator_of(node: fx.Node) -> Operator:
     return OPERATORS.get(node.target, UNKNOWN)
+
+
+def waits(node: fx.Node) -> bool:
+    """True if a call waits for the device: to know what it has computed, or how large that is."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target.namespace == "qlora_fx" and node.target not in OPERATORS:
+        return True  # nothing is known of it
+    data = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    return operator_of(node).waits(node) or bool(data.intersection(node.target.tags))

@@ -27,7 +27,7 @@ from ..runtime.fastest_dtype import ComputeDtype
 from ..weights.base import Base, activation_dtype
 from . import pipeline
 from .check_lora import with_new_head
-from .request import Request
+from .request import Request, check_cuda_graphs
 
 Observe = Callable[[Capture, str, fx.GraphModule], None]
 """Called with the capture, each stage's name and its graph, which the next stage will change."""
@@ -77,6 +77,7 @@ def prepare(
     skeleton = Skeleton(model, device)
     if skeleton.device.type == "cpu" and request.backend == "inductor":
         warm_up.start()
+    check_cuda_graphs(request.cuda_graphs, request.backend, skeleton.device)
     compute = request.compute(skeleton.device, skeleton.dtype)
     heads = embedding_keys(model, "get_output_embeddings", skeleton)
     embeddings = embedding_keys(model, "get_input_embeddings", skeleton)

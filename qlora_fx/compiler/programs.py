@@ -15,6 +15,7 @@ from ..capture.cache import is_past
 from ..capture.skeleton import Capture
 from ..errors import CaptureError, InputError, users_stacklevel
 from ..passes.lower import lower
+from ..passes.lowering.recorded import recorded
 from ..runtime.program import DoesNotFit, Program
 from ..weights.base import Base
 from .compile import compile_call
@@ -46,18 +47,26 @@ class Programs:
         base: its store has all weights and adapters.
         backend: one of ``passes.lower.BACKENDS``.
         memory_budget: as ``request.check_memory_budget`` returns it.
+        cuda_graphs: as ``request.check_cuda_graphs`` returns it.
 
     Attributes:
         adapter: tensors that are read in the place of the store's, by key: another adapter's.
         captured: graphs by signature, in the order in which they were captured.
     """
 
-    def __init__(self, base: Base, backend: str, memory_budget: int | float | None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        backend: str,
+        memory_budget: int | float | None,
+        cuda_graphs: bool = False,
+    ) -> None:
         self.base = base
         self.backend = backend
         self.captured: dict[Signature, list[CapturedGraph]] = {}
         self.adapter: Mapping[str, torch.Tensor] = {}
         self._memory_budget = memory_budget
+        self._cuda_graphs = cuda_graphs
 
     def use(self, adapter: Mapping[str, torch.Tensor]) -> None:
         """Let every program read this adapter's tensors."""
@@ -89,6 +98,25 @@ class Programs:
         for several in self.captured.values():
             for one in several:
                 one.budget.change(value)
+                one.program.graphed = self.graphed(one.program)
+
+    @property
+    def cuda_graphs(self) -> bool:
+        return self._cuda_graphs
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, value: bool) -> None:
+        self._cuda_graphs = value
+        for program in self:
+            program.graphed = self.graphed(program)
+
+    def graphed(self, program: Program) -> fx.GraphModule | None:
+        """The program with its blocks recorded as CUDA graphs, if that was asked for and its sizes come again."""
+        grows = any(is_past(name) for name, _ in program.inputs)
+        if not self._cuda_graphs or grows:
+            return None
+        assert isinstance(program.run, fx.GraphModule)
+        return recorded(program.run, self.base.device)
 
     def run(self, call: Call, signature: Signature, *, compiled: bool = True) -> Any:
         """The model's output for a call.
@@ -150,6 +178,7 @@ class Programs:
         )
         budget = Budget(lowered, self._memory_budget, self.base.device)
         program.prepare = budget.prepare
+        program.graphed = self.graphed(program)
         new = CapturedGraph(gm, program, budget, uncompiled)
         self.captured.setdefault(signature, []).append(new)
         return new

@@ -41,6 +41,7 @@ class Request:
         memory_budget: as ``check_memory_budget`` returns it.
         disabled: names of stages that are left out.
         backend: one of ``BACKENDS``.
+        cuda_graphs: whether launches of blocks are recorded.
     """
 
     lora: LoraConfig
@@ -52,6 +53,7 @@ class Request:
     memory_budget: int | float | None
     disabled: frozenset[str]
     backend: str
+    cuda_graphs: bool
 
     @classmethod
     def check(
@@ -66,6 +68,7 @@ class Request:
         memory_budget: int | float | str | None = None,
         disable: Iterable[str] = (),
         backend: str = "inductor",
+        cuda_graphs: bool = False,
     ) -> Request:
         """The arguments, if each can be honoured. ``transform`` says what they mean.
 
@@ -86,6 +89,7 @@ class Request:
             memory_budget=check_memory_budget(memory_budget, backend),
             disabled=check_disabled(disable, OPTIONAL),
             backend=backend,
+            cuda_graphs=check_cuda_graphs(cuda_graphs, backend),
         )
 
     def compute(self, device: torch.device, model_dtype: torch.dtype) -> ComputeDtype:
@@ -124,6 +128,28 @@ def check_memory_budget(value: Any, backend: str = "inductor") -> int | float | 
         "memory_budget",
         accepted=f"{SIZES}, a fraction from 0.0 to 1.0 of what keeping everything takes, or None (as much as is free)",
     )
+
+
+def check_cuda_graphs(
+    value: Any, backend: str = "inductor", device: torch.device | None = None
+) -> bool:
+    """The value.
+
+    Args:
+        device: of the model, where it is known.
+
+    Raises:
+        ConfigError: for anything but True and False, or where the backend or the device has none.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"cuda_graphs={value!r}; accepted: True, False")
+    if value and backend == "eager":
+        raise ConfigError(
+            "cuda_graphs=True with backend='eager'; accepted: False, or backend 'inductor' or 'aot_eager'"
+        )
+    if value and device is not None and device.type != "cuda":
+        raise ConfigError(f"cuda_graphs=True and the model is on {device}; accepted: False")
+    return value
 
 
 def check_compute_dtype(dtype: Any) -> torch.dtype | str:

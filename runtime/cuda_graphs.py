@@ -1,0 +1,318 @@
+"""CUDA graphs: what a part of a program launches is recorded once for a shape, and then launched as one.
+
+# Note [What may be recorded]
+A recording repeats the launches that it saw, on the addresses that it saw. So the part's own work must depend on nothing else:
+
+- weights and adapters are read where they lie, and their addresses are a part of the key; what flows into the part is copied to
+  a place of its own before each replay;
+- numbers, and tensors on the CPU that stand for one (``qlora_fx::mask_kind``), are a part of the key, and so is all that decides
+  what is launched: shapes, strides, dtypes, what needs a gradient, how many blocks are recomputed;
+- nothing in it may wait for the device (``operators.waits``).
+
+# Note [One step at a time]
+All recordings of a part share their memory. What a forward has kept for its backward is overwritten by the next replay,
+so while a backward is to come every other call runs without a recording: slower, never wrong. A backward that comes twice,
+with another forward in between, is refused.
+
+Gradients are copied out of the recording, with one launch for all: a caller may keep them, or add to them.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..errors import GraphError, users_stacklevel
+
+BEFORE = 2
+"""Calls of a shape that run before it is recorded: they compile, and load what is launched."""
+LIMIT = 8
+"""Shapes that are recorded at the same time."""
+
+Work = Callable[[], list[Tensor]]
+
+
+class Recorder:
+    """Records on one GPU; all that it has recorded shares memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        """Do it once where it will be recorded."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            work()
+        current.wait_stream(self.stream)
+
+    def record(self, work: Work) -> tuple[list[Tensor], Callable[[], None]]:
+        """Where its results will lie, and what does it again."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+        ):
+            results = work()
+        return results, graph.replay
+
+
+class Given(NamedTuple):
+    """A result that has a gradient."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def empty(self, device: torch.device) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+
+
+class Hold:
+    """A forward whose backward is to come: it lives as long as its autograd graph."""
+
+    done = False
+
+
+class Recording:
+    """A part at one key.
+
+    Args:
+        run: takes tensors and numbers, returns tensors.
+        values: of the call at hand.
+        moving: positions among them of what flows in.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        run: Callable[..., Sequence[Tensor]],
+        values: Sequence[Any],
+        moving: Sequence[int],
+    ) -> None:
+        self.run, self.grad = run, torch.is_grad_enabled()
+        self.values = list(values)
+        self.places: list[tuple[int, Tensor]] = []
+        for i in moving:
+            self.values[i] = place_for(values[i])
+            self.places.append((i, unexpanded(self.values[i].detach())))
+        self.fill(values)
+        self.wanted = [v for v in self.values if self.grad and wants_gradient(v)]
+        self.live: Sequence[Tensor] = []
+        self.given: list[Tensor] = []
+        self.groups: list[list[int]] = []
+        kinds: list[Given] = []
+
+        def once() -> None:
+            self.forward()
+            live = [t for t in self.live if t.requires_grad]
+            kinds.extend(Given(t.shape, t.stride(), t.dtype) for t in live)
+            if live:
+                found = torch.autograd.grad(
+                    live, self.wanted, [torch.zeros_like(t) for t in live], allow_unused=True
+                )
+                dtypes = {g.dtype: None for g in found if g is not None}
+                self.groups = [
+                    [i for i, g in enumerate(found) if g is not None and g.dtype == dtype]
+                    for dtype in dtypes
+                ]
+            self.live = []
+
+        recorder.warm_up(once)
+        self.results, self.replay = recorder.record(self.forward)
+        self.differentiable: list[bool] = [t.requires_grad for t in self.live]
+        self.given = [kind.empty(recorder.device) for kind in kinds]
+        if self.given:
+            self.sums, self.replay_backward = recorder.record(self.backward)
+        self.live = []
+        self.number = 0
+
+    def fill(self, values: Sequence[Any]) -> None:
+        with torch.no_grad():
+            for i, place in self.places:
+                place.copy_(unexpanded(values[i]))
+
+    def forward(self) -> list[Tensor]:
+        with torch.set_grad_enabled(self.grad):
+            self.live = self.run(*self.values)
+        return [t.detach() for t in self.live]
+
+    def backward(self) -> list[Tensor]:
+        """Of each group the gradients, one behind the other."""
+        live = [t for t in self.live if t.requires_grad]
+        found = torch.autograd.grad(live, self.wanted, self.given, allow_unused=True)
+        return [torch.cat([found[i].reshape(-1) for i in group]) for group in self.groups]
+
+    def gradients(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Of what is wanted, for gradients of the differentiable results; the recorded forward is used up."""
+        for place, value in zip(self.given, given, strict=True):
+            if value is None:
+                place.zero_()
+            else:
+                place.copy_(value)
+        self.replay_backward()
+        found: list[Tensor | None] = [None] * len(self.wanted)
+        for group, together in zip(self.groups, self.sums, strict=True):
+            parts = torch.split(together.clone(), [self.wanted[i].numel() for i in group])
+            for i, part in zip(group, parts, strict=True):
+                found[i] = part.view(self.wanted[i].shape)
+        return found
+
+
+class Replay(torch.autograd.Function):
+    """One call by a recording."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, recording: Recording, hold: Hold, values: Sequence[Any], *wanted: Tensor
+    ) -> tuple[Tensor, ...]:
+        recording.fill(values)
+        recording.replay()
+        recording.number += 1
+        ctx.recording, ctx.hold, ctx.number = recording, hold, recording.number
+        ctx.set_materialize_grads(False)
+        results = [t.detach() for t in recording.results]
+        plain = [t for t, d in zip(results, recording.differentiable, strict=True) if not d]
+        ctx.mark_non_differentiable(*plain)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
+        recording: Recording = ctx.recording
+        if ctx.number != recording.number:
+            raise GraphError(
+                "backward a second time, after another forward: a recorded step keeps only its last one. Accepted: "
+                "cuda_graphs = False"
+            )
+        pairs = zip(grads, recording.differentiable, strict=True)
+        found = recording.gradients([grad for grad, given in pairs if given])
+        ctx.hold.done = True
+        return None, None, None, *found
+
+
+class Graphed(nn.Module):
+    """A part of a program whose launches are recorded for each shape. Note [What may be recorded].
+
+    Args:
+        part: takes tensors and numbers, returns a tuple of tensors.
+        stored: which arguments are the model's own tensors.
+        setting: what else decides what is launched.
+        shown: which results leave the program: they are copied, for the caller may keep them.
+        recorder: makes the recorder, once there is something to record.
+
+    Attributes:
+        recordings: by key.
+    """
+
+    def __init__(
+        self,
+        part: nn.Module,
+        stored: Sequence[bool],
+        setting: Callable[[], Any],
+        shown: Sequence[bool],
+        recorder: Callable[[], Recorder],
+    ) -> None:
+        super().__init__()
+        self.part, self.stored, self.setting, self.shown = part, stored, setting, shown
+        self.make_recorder = recorder
+        self.recorder: Recorder | None = None
+        self.recordings: dict[Any, Recording] = {}
+        self.seen: Counter[Any] = Counter()
+        self.outstanding: weakref.ref[Hold] | None = None
+        self.warned = False
+
+    def forward(self, *values: Any) -> tuple[Tensor, ...]:
+        if self.is_busy():
+            return self.run(*values)
+        key, moving = self.key(values)
+        recording = self.recordings.get(key)
+        if recording is None:
+            recording = self.record(key, values, moving)
+            if recording is None:
+                return self.run(*values)
+        if recording.wanted and any(recording.differentiable):
+            hold = Hold()
+            self.outstanding = weakref.ref(hold)
+            wanted = [v for v in values if wants_gradient(v)]
+            results = Replay.apply(recording, hold, values, *wanted)  # type: ignore[no-untyped-call]
+        else:
+            recording.fill(values)
+            recording.replay()
+            results = [t.detach() for t in recording.results]
+        return tuple(
+            t.clone() if shown else t for t, shown in zip(results, self.shown, strict=True)
+        )
+
+    def run(self, *values: Any) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = self.part(*values)
+        return found
+
+    def is_busy(self) -> bool:
+        """True while a recorded forward waits for its backward. Note [One step at a time]."""
+        hold = None if self.outstanding is None else self.outstanding()
+        return hold is not None and not hold.done
+
+    def key(self, values: Sequence[Any]) -> tuple[Any, list[int]]:
+        """What a recording is right for, and the positions of what flows in."""
+        modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        key: list[Any] = [*modes, self.setting()]
+        moving = []
+        for i, (value, stored) in enumerate(zip(values, self.stored, strict=True)):
+            if not isinstance(value, Tensor):
+                key.append(value)
+            elif stored:
+                key.append((value.data_ptr(), value.requires_grad))
+            elif value.device.type == "cpu" and not value.dim():
+                key.append(value.item())
+            else:
+                moving.append(i)
+                key.append((value.shape, value.stride(), value.dtype, value.requires_grad))
+        return tuple(key), moving
+
+    def record(self, key: Any, values: Sequence[Any], moving: Sequence[int]) -> Recording | None:
+        """Record a call that came often enough."""
+        self.seen[key] += 1
+        if self.seen[key] <= BEFORE:
+            return None
+        if len(self.recordings) == LIMIT:
+            if not self.warned:
+                self.warned = True
+                warnings.warn(
+                    f"cuda_graphs: {LIMIT} shapes are recorded, and others run without; rows padded to few lengths "
+                    "(pad_to_multiple_of) or packed have fewer",
+                    stacklevel=users_stacklevel(),
+                )
+            return None
+        if self.recorder is None:
+            self.recorder = self.make_recorder()
+        recording = Recording(self.recorder, self.run, values, moving)
+        self.recordings[key] = recording
+        return recording
+
+
+def wants_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def unexpanded(t: Tensor) -> Tensor:
+    """One of each element: dimensions that repeat are taken once."""
+    for dim, (size, step) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        if size > 1 and not step:
+            t = t.narrow(dim, 0, 1)
+    return t
+
+
+def place_for(t: Tensor) -> Tensor:
+    """A tensor of the same layout, which needs a gradient where ``t`` does."""
+    once = unexpanded(t.detach())
+    new = torch.empty_strided(once.shape, once.stride(), dtype=t.dtype, device=t.device)
+    return new.expand(t.shape).requires_grad_(t.requires_grad)

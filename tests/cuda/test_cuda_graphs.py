@@ -1,0 +1,148 @@
+"""Recorded steps on a GPU beside the same steps launched one by one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import qlora_fx
+import pytest
+import torch
+from conftest import batch, tiny_llama
+from peft import LoraConfig
+from qlora_fx.runtime.cuda_graphs import Graphed
+from qlora_fx.testing import compare, randomize_adapter, relative_error
+from torch import Tensor
+
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""FlashAttention's backward adds up in any order."""
+SIZES = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 32}
+
+
+def on_gpu(rows: int, tokens: int, seed: int = 0, padded: int = 4) -> dict[str, Tensor]:
+    return {k: v.cuda() for k, v in batch(rows, tokens, padded=padded, seed=seed).items()}
+
+
+def made(dtype: torch.dtype, dropout: float = 0.0, **changes: Any) -> tuple[Any, Any]:
+    model = tiny_llama(3, **(SIZES | changes)).cuda().to(dtype)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=dropout)
+    qmodel = qlora_fx.transform(
+        copy.deepcopy(model), config, compute_dtype=dtype, cuda_graphs=True, memory_budget=1.0
+    )
+    randomize_adapter(qmodel)
+    return model, qmodel
+
+
+def recordings(qmodel: Any) -> int:
+    parts = (m for p in qmodel.programs if p.graphed for m in p.graphed.children())
+    return sum(len(m.recordings) for m in parts if isinstance(m, Graphed))
+
+
+def step(qmodel: Any, values: dict[str, Tensor]) -> list[Tensor]:
+    qmodel.zero_grad()
+    loss = qmodel(**values).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for _, p in qmodel.adapter_parameters())]
+
+
+def one_by_one(qmodel: Any, values: dict[str, Tensor]) -> list[Tensor]:
+    """The step without its recordings, which stay."""
+    kept = [(p, p.graphed) for p in qmodel.programs]
+    for p, _ in kept:
+        p.graphed = None
+    found = step(qmodel, values)
+    for p, graphed in kept:
+        p.graphed = graphed
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_at_several_shapes_with_updates_between(dtype: torch.dtype) -> None:
+    _, qmodel = made(dtype)
+    optimizer = qmodel.paged_optimizer(1e-2)
+    for i in range(6):
+        for rows, tokens, padded in ((3, 21, 4), (2, 64, 0), (1, 7, 0)):
+            values = on_gpu(rows, tokens, seed=i, padded=padded)
+            expected = one_by_one(qmodel, values)
+            for mine, true in zip(step(qmodel, values), expected, strict=True):
+                assert relative_error(mine, true) < LIMIT[dtype]
+                assert bool(true.any())
+        optimizer.step()
+    assert recordings(qmodel) == 3
+
+
+def test_a_recorded_step_beside_float64() -> None:
+    model, qmodel = made(torch.float32)
+    values = on_gpu(3, 21)
+    for _ in range(4):
+        step(qmodel, values)
+    report = compare(model, qmodel, values)
+    assert report.passed, report
+    assert recordings(qmodel) == 1
+
+
+def test_gradients_add_up_and_a_second_forward_runs_by_itself() -> None:
+    _, qmodel = made(torch.float32)
+    for _ in range(3):
+        step(qmodel, on_gpu(3, 21))
+    qmodel.zero_grad()
+    for seed in (1, 2):
+        qmodel(**on_gpu(3, 21, seed)).loss.backward()
+    first, second = (qmodel(**on_gpu(3, 21, seed)).loss for seed in (3, 4))
+    (first - 0.5 * second).backward()
+    found = [p.grad.clone() for _, p in qmodel.adapter_parameters()]
+    qmodel.cuda_graphs = False
+    parts = [step(qmodel, on_gpu(3, 21, seed))[1:] for seed in (1, 2, 3, 4)]
+    for mine, a, b, c, d in zip(found, *parts, strict=True):
+        assert relative_error(mine, a + b + c - 0.5 * d) < 1e-5
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.0])
+def test_dropout_is_drawn_anew_and_the_same_in_backward(budget: float) -> None:
+    _, qmodel = made(torch.float32, 0.3, hidden_size=256, intermediate_size=512, head_dim=64)
+    qmodel.memory_budget = budget
+    values = on_gpu(3, 21)
+    for _ in range(3):
+        step(qmodel, values)
+    assert recordings(qmodel) == 1
+    torch.manual_seed(3)
+    first, second = step(qmodel, values), step(qmodel, values)
+    assert not torch.equal(first[0], second[0])
+    torch.manual_seed(3)
+    again = step(qmodel, values)
+    for a, b in zip(first, again, strict=True):
+        assert relative_error(a, b) < 1e-6
+    # The gradient is that of the loss with this very mask: a small step along it lowers the loss by its square.
+    with torch.no_grad():
+        norm = sum(float(g.square().sum()) for g in first[1:])
+        for (_, p), g in zip(qmodel.adapter_parameters(), first[1:], strict=True):
+            p -= 1e-4 / norm**0.5 * g
+    torch.manual_seed(3)
+    lower = step(qmodel, values)[0]
+    assert float(first[0] - lower) == pytest.approx(1e-4 * norm**0.5, rel=0.05)
+
+
+def test_memory_is_given_back() -> None:
+    _, qmodel = made(torch.bfloat16, vocab_size=32000)
+    values = on_gpu(8, 512, padded=0)
+    for _ in range(4):
+        step(qmodel, values)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved()
+    qmodel.cuda_graphs = False
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < held - 20e6
+
+
+def test_evaluation_between_steps() -> None:
+    _, qmodel = made(torch.bfloat16)
+    values = on_gpu(2, 33)
+    expected = one_by_one(qmodel, values)
+    with torch.no_grad():
+        logits = qmodel.eval()(**values).logits
+    for _ in range(5):
+        for mine, true in zip(step(qmodel.train(), values), expected, strict=True):
+            assert relative_error(mine, true) < LIMIT[torch.bfloat16]
+        with torch.no_grad():
+            assert relative_error(qmodel.eval()(**values).logits, logits) < LIMIT[torch.bfloat16]
+    assert recordings(qmodel) == 2

@@ -1,0 +1,254 @@
+"""Recorded steps, where a stand-in for the GPU's recorder does again what it was shown; tests/cuda has the GPU's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import qlora_fx
+import pytest
+import torch
+from conftest import batch, tiny_llama
+from peft import LoraConfig
+from qlora_fx.passes.lowering.recorded import recorded
+from qlora_fx.runtime import cuda_graphs
+from qlora_fx.runtime.cuda_graphs import Graphed
+from qlora_fx.testing import randomize_adapter
+from torch import Tensor
+
+
+class StandIn:
+    """Records nothing: it does the work again, into the results of the first time."""
+
+    def __init__(self, happened: list[str]) -> None:
+        self.happened = happened
+        self.device = torch.device("cpu")
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        self.happened.append("warm up")
+        work()
+
+    def record(self, work: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+        self.happened.append("record")
+        results = work()
+
+        def replay() -> None:
+            self.happened.append(f"replay {work.__name__}")
+            with torch.no_grad():
+                for place, value in zip(results, work(), strict=True):
+                    place.copy_(value)
+
+        return results, replay
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    """Twice the same, the second to be recorded."""
+    found = []
+    for _ in range(2):
+        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+        qmodel = qlora_fx.transform(
+            tiny_llama(3), config, compute_dtype=torch.float32, backend="aot_eager"
+        )
+        randomize_adapter(qmodel)
+        found.append(qmodel)
+    return found[0], found[1]
+
+
+@pytest.fixture
+def pair(models: tuple[Any, Any]) -> tuple[Any, Any, list[str]]:
+    plain, qmodel = models
+    happened: list[str] = []
+    for one in models:
+        one.train().zero_grad()
+        one.memory_budget = 1.0
+    state = plain.adapter_state_dict()
+    qmodel.load_adapter_state_dict(state)
+    for program in qmodel.programs:
+        program.graphed = recorded(program.run, qmodel.device, lambda: StandIn(happened))  # type: ignore[arg-type,return-value]
+    return plain, qmodel, happened
+
+
+def parts(qmodel: Any) -> list[Graphed]:
+    return [m for p in qmodel.programs for m in p.graphed.children() if isinstance(m, Graphed)]
+
+
+def gradients(qmodel: Any) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in qmodel.adapter_parameters()}
+
+
+def step(qmodel: Any, values: dict[str, Tensor]) -> Tensor:
+    loss: Tensor = qmodel(**values).loss
+    loss.backward()
+    return loss.detach()
+
+
+def same(plain: Any, qmodel: Any, values: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(step(qmodel, values), step(plain, values))
+    mine, true = gradients(qmodel), gradients(plain)
+    assert all(bool(g.any()) for g in true.values())
+    torch.testing.assert_close(mine, true)
+
+
+def test_steps_are_those_of_launches_one_by_one(pair: tuple[Any, Any, list[str]]) -> None:
+    """At two shapes, with updates between, which the recordings must see."""
+    plain, qmodel, happened = pair
+    optimizers = [torch.optim.AdamW(m.parameters(), 1e-2) for m in (plain, qmodel)]
+    for i in range(5):
+        for rows, tokens in ((3, 21), (2, 17)):
+            same(plain, qmodel, batch(rows, tokens, seed=i))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    recording = ["warm up", "record", "record", "replay forward", "replay backward"]
+    replays = ["replay forward", "replay backward"]
+    assert happened == recording * 2 + replays * 4
+    (part,) = parts(qmodel)
+    assert len(part.recordings) == 2
+    weights = {id(t) for t in qmodel.base.store.tensors.values()}
+    for one in part.recordings.values():
+        held = [v for v in one.values if isinstance(v, Tensor)]
+        assert sum(id(v) in weights for v in held) == sum(part.stored), "read where they lie"
+
+
+def test_gradients_add_up_and_are_kept(pair: tuple[Any, Any, list[str]]) -> None:
+    plain, qmodel, _ = pair
+    for i in range(3):
+        for micro in range(2):
+            same(plain, qmodel, batch(seed=10 * i + micro))
+        kept = [p.grad for _, p in qmodel.adapter_parameters()]
+        before = [g.clone() for g in kept]
+        for one in (plain, qmodel):
+            one.zero_grad()
+        same(plain, qmodel, batch(seed=7))
+        torch.testing.assert_close(kept, before, rtol=0, atol=0)
+        for one in (plain, qmodel):
+            one.zero_grad()
+
+
+def test_a_second_forward_before_the_backward(pair: tuple[Any, Any, list[str]]) -> None:
+    plain, qmodel, happened = pair
+    for i in range(3):
+        same(plain, qmodel, batch(seed=i))
+    for one in (plain, qmodel):
+        one.zero_grad()
+    count = len(happened)
+    for one in (plain, qmodel):
+        first, second = one(**batch(seed=1)).loss, one(**batch(seed=2)).loss
+        with torch.no_grad():
+            one(**batch(seed=3))
+        (first - 0.5 * second).backward()
+    torch.testing.assert_close(gradients(qmodel), gradients(plain))
+    assert happened[count:] == ["replay forward", "replay backward"], "the second ran by itself"
+    loss = qmodel(**batch(seed=1)).loss  # let go without a backward
+    del loss
+    same(plain, qmodel, batch(seed=4))
+    assert happened[-1] == "replay backward"
+
+
+def test_a_second_backward_after_another_forward_is_refused() -> None:
+    class Product(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+            return (x @ w,)
+
+    part = Graphed(Product(), [False, True], tuple, [False], lambda: StandIn([]))  # type: ignore[arg-type,return-value]
+    w = torch.ones(3, 2, requires_grad=True)
+    for _ in range(3):
+        part(torch.ones(4, 3), w)[0].sum().backward()
+    (y,) = part(torch.ones(4, 3), w)
+    y.sum().backward(retain_graph=True)
+    assert w.grad is not None
+    assert torch.equal(w.grad, torch.full((3, 2), 16.0))
+    part(torch.zeros(4, 3), w)
+    with pytest.raises(qlora_fx.GraphError, match="backward a second time, after another forward"):
+        y.sum().backward()
+
+
+def test_other_tensors_and_other_budgets_are_recorded_anew(
+    pair: tuple[Any, Any, list[str]],
+) -> None:
+    plain, qmodel, happened = pair
+    for one in (plain, qmodel):
+        one.memory_budget = 0.0
+    assert not any(p.graphed for p in qmodel.programs), "on a CPU it is not asked for"
+    for program in qmodel.programs:
+        program.graphed = recorded(program.run, qmodel.device, lambda: StandIn(happened))  # type: ignore[arg-type,return-value]
+    for i in range(4):
+        same(plain, qmodel, batch(seed=i))
+    assert happened.count("record") == 2
+    for one in (plain, qmodel):
+        one.add_adapter("other", LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+        one.set_adapter("other")
+    try:
+        qmodel.load_adapter_state_dict(plain.adapter_state_dict("other"), "other")
+        randomize_adapter(plain)
+        qmodel.load_adapter_state_dict(plain.adapter_state_dict("other"), "other")
+        for i in range(4):
+            for one in (plain, qmodel):
+                one.zero_grad()
+            same(plain, qmodel, batch(seed=i))
+        assert happened.count("record") == 4
+    finally:
+        for one in (plain, qmodel):
+            one.set_adapter("default")
+            one.delete_adapter("other")
+
+
+def test_what_a_caller_keeps_is_not_overwritten() -> None:
+    model = tiny_llama(3)
+    qmodel: Any = qlora_fx.transform(model, compute_dtype=torch.float32, backend="aot_eager").eval()
+    found = []
+    with torch.no_grad():
+        first = qmodel(**batch(), output_hidden_states=True)
+        for program in qmodel.programs:
+            program.graphed = recorded(program.run, qmodel.device, lambda: StandIn([]))  # type: ignore[arg-type,return-value]
+        for i in range(5):
+            found.append(qmodel(**batch(seed=i % 2), output_hidden_states=True).hidden_states)
+    for i, states in enumerate(found):
+        for mine, again in zip(states, found[i % 2], strict=True):
+            torch.testing.assert_close(mine, again, rtol=0, atol=0)
+    torch.testing.assert_close(found[4], first.hidden_states)
+    assert not torch.equal(found[0][2], found[1][2])
+
+
+def test_more_shapes_than_are_recorded_are_told_once(
+    pair: tuple[Any, Any, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, qmodel, happened = pair
+    monkeypatch.setattr(cuda_graphs, "LIMIT", 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            for tokens in (11, 12, 13, 14):
+                same(plain, qmodel, batch(2, tokens))
+    said = [str(w.message) for w in caught if "cuda_graphs" in str(w.message)]
+    assert said == [
+        "cuda_graphs: 2 shapes are recorded, and others run without; rows padded to few lengths (pad_to_multiple_of) or "
+        "packed have fewer"
+    ]
+    assert happened.count("record") == 4
+
+
+def test_what_waits_for_the_device_is_left_out(pair: tuple[Any, Any, list[str]]) -> None:
+    """The mask's kind and the rows with a label: prologue and epilogue."""
+    _, qmodel, _ = pair
+    (program,) = (p for p in qmodel.programs if p.calls)
+    kinds = [type(m).__name__ for m in program.graphed.children()]
+    assert kinds == ["GraphModule", "Graphed", "GraphModule"]
+    (part,) = (m for m in program.graphed.children() if isinstance(m, Graphed))
+    calls = list(part.part.graph.find_nodes(op="call_module"))
+    assert len(calls) == 3, "one for each layer"
+
+
+def test_arguments_that_cannot_be_honoured(models: tuple[Any, Any]) -> None:
+    for given, told in (
+        ({"cuda_graphs": "yes"}, r"cuda_graphs='yes'; accepted: True, False"),
+        ({"cuda_graphs": True}, r"cuda_graphs=True and the model is on cpu; accepted: False"),
+        ({"cuda_graphs": True, "backend": "eager"}, r"with backend='eager'; accepted: False, or"),
+    ):
+        with pytest.raises(qlora_fx.ConfigError, match=told):
+            qlora_fx.transform(tiny_llama(1), **given)  # type: ignore[arg-type]
+    with pytest.raises(qlora_fx.ConfigError, match="the model is on cpu"):
+        models[0].cuda_graphs = True
+    assert models[0].cuda_graphs is False
