@@ -35,6 +35,7 @@ SHAPES = ((1, 512), (4, 1024), (1, 4096))
 PROMPT, NEW = 512, 16
 GENERATED_ROWS = (1, 8)
 RANK = 16
+STACKS = ["reference", "reference, checkpointing", "qlora_fx"]
 MODELS: dict[str, dict[str, Any]] = {
     "1b": {
         "vocab_size": 128256,
@@ -81,7 +82,7 @@ def main() -> None:
     p.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--json", help="write the figures to this file as they come")
-    p.add_argument("--ours", action="store_true", help="leave out the reference")
+    p.add_argument("--stacks", nargs="*", default=STACKS, choices=STACKS)
     p.add_argument("--after", type=Path, help="measure when this file exists; compile meanwhile")
     p.add_argument("--host", type=Path, help="write profiles of Python to this folder")
     p.add_argument("--worker", choices=list(MODELS), help=argparse.SUPPRESS)
@@ -126,8 +127,7 @@ def main() -> None:
 
 def start(args: argparse.Namespace, *what: str) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, *what, "--rounds", str(args.rounds)]
-    if args.ours:
-        command.append("--ours")
+    command += ["--stacks", *args.stacks]
     if args.host:
         command += ["--host", str(args.host)]
     return subprocess.Popen(
@@ -171,7 +171,7 @@ def work(args: argparse.Namespace) -> None:
     stacks: dict[str, Any] = {}
     held: dict[str, float] = {}
     reports: list[dict[str, Any]] = []
-    for stack, make in makers(name, args.ours).items():
+    for stack, make in makers(name, args.stacks).items():
         before, began = torch.cuda.memory_allocated(), time.perf_counter()
         if stack == "qlora_fx":  # it takes the dense weights over
             before -= sum(p.nbytes for p in model.parameters())
@@ -219,7 +219,7 @@ def work(args: argparse.Namespace) -> None:
     for model in generating.values():
         model.eval()
     for rows in GENERATED_ROWS:
-        say(json.dumps(generation(generating, rows, args.rounds)))
+        say(json.dumps(generation(generating, rows, min(args.rounds, 3))))
     if args.host and "qlora_fx" in generating:
         by_python(args.host / f"{name}_tokens.txt", lambda: generate(mine, 1, NEW))
 
@@ -245,15 +245,15 @@ def dense_model(name: str) -> Any:
     return model
 
 
-def makers(name: str, only_ours: bool) -> dict[str, Callable[[Any], Any]]:
-    ours: dict[str, Callable[[Any], Any]] = {"qlora_fx": lambda model: qlora(model)}
-    if name == "moe" or only_ours:
-        return ours
-    return {
+def makers(name: str, wanted: list[str]) -> dict[str, Callable[[Any], Any]]:
+    made = {
         "reference": lambda model: reference(model, checkpointing=False),
         "reference, checkpointing": lambda model: reference(model, checkpointing=True),
-        **ours,
+        "qlora_fx": lambda model: qlora(model),
     }
+    if name == "moe":
+        wanted = ["qlora_fx"]
+    return {stack: make for stack, make in made.items() if stack in wanted}
 
 
 def lora() -> Any:

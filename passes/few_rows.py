@@ -64,7 +64,7 @@ def rewrite(node: fx.Node) -> bool:
         return False
     shape = [int(n) for n in weight.meta["val"].shape]
     bias = rest[0] if rest else None
-    adapted, branch = branch_of(node)
+    adapted, branch = (None, NO_BRANCH) if branches_stay(node) else branch_of(node)
     product = made.emission.product(x, made.parts, bias, branch, shape)
     if product is None:
         return False
@@ -72,6 +72,11 @@ def rewrite(node: fx.Node) -> bool:
     if adapted is not None:
         adapted.replace_all_uses_with(node)
     return True
+
+
+def branches_stay(node: fx.Node) -> bool:
+    val: torch.Tensor = node.meta["val"]
+    return val.is_cuda
 
 
 def branch_of(node: fx.Node) -> tuple[fx.Node | None, Branch]:

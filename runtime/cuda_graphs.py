@@ -23,10 +23,12 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 from torch.autograd.function import once_differentiable
 
 from ..errors import GraphError, users_stacklevel
@@ -105,7 +107,12 @@ class Recording:
             self.values[i] = place_for(values[i])
             self.places.append((i, unexpanded(self.values[i].detach())))
         self.fill(values)
-        self.wanted = [v for v in self.values if self.grad and wants_gradient(v)]
+        self.places_of_wanted = [
+            i
+            for i, v in enumerate(self.values)
+            if self.grad and isinstance(v, Tensor) and v.requires_grad
+        ]
+        self.wanted = [self.values[i] for i in self.places_of_wanted]
         self.live: Sequence[Tensor] = []
         self.given: list[Tensor] = []
         self.groups: list[list[int]] = []
@@ -161,22 +168,20 @@ class Recording:
         self.replay_backward()
         found: list[Tensor | None] = [None] * len(self.wanted)
         for group, together in zip(self.groups, self.sums, strict=True):
-            parts = torch.split(together.clone(), [self.wanted[i].numel() for i in group])
+            like = [self.wanted[i] for i in group]
+            parts: Any = _unflatten_dense_tensors(together.clone(), like)  # type: ignore[no-untyped-call]
             for i, part in zip(group, parts, strict=True):
-                found[i] = part.view(self.wanted[i].shape)
+                found[i] = part
         return found
 
 
-class Replay(torch.autograd.Function):
-    """One call by a recording."""
+class Replayed(torch.autograd.Function):
+    """The results of a replay, as functions of what is wanted."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, recording: Recording, hold: Hold, values: Sequence[Any], *wanted: Tensor
+        ctx: Any, recording: Recording, hold: Hold, *wanted: Tensor
     ) -> tuple[Tensor, ...]:
-        recording.fill(values)
-        recording.replay()
-        recording.number += 1
         ctx.recording, ctx.hold, ctx.number = recording, hold, recording.number
         ctx.set_materialize_grads(False)
         results = [t.detach() for t in recording.results]
@@ -196,7 +201,7 @@ class Replay(torch.autograd.Function):
         pairs = zip(grads, recording.differentiable, strict=True)
         found = recording.gradients([grad for grad, given in pairs if given])
         ctx.hold.done = True
-        return None, None, None, *found
+        return None, None, *found
 
 
 class Graphed(nn.Module):
@@ -223,6 +228,7 @@ class Graphed(nn.Module):
     ) -> None:
         super().__init__()
         self.part, self.stored, self.setting, self.shown = part, stored, setting, shown
+        self.flowing = [i for i, own in enumerate(stored) if not own]
         self.make_recorder = recorder
         self.recorder: Recorder | None = None
         self.recordings: dict[Any, Recording] = {}
@@ -239,14 +245,15 @@ class Graphed(nn.Module):
             recording = self.record(key, values, moving)
             if recording is None:
                 return self.run(*values)
+        recording.fill(values)
+        recording.replay()  # what follows is done while the GPU works
+        recording.number += 1
         if recording.wanted and any(recording.differentiable):
             hold = Hold()
             self.outstanding = weakref.ref(hold)
-            wanted = [v for v in values if wants_gradient(v)]
-            results = Replay.apply(recording, hold, values, *wanted)  # type: ignore[no-untyped-call]
+            wanted = [values[i] for i in recording.places_of_wanted]
+            results = Replayed.apply(recording, hold, *wanted)  # type: ignore[no-untyped-call]
         else:
-            recording.fill(values)
-            recording.replay()
             results = [t.detach() for t in recording.results]
         return tuple(
             t.clone() if shown else t for t, shown in zip(results, self.shown, strict=True)
@@ -261,16 +268,24 @@ class Graphed(nn.Module):
         hold = None if self.outstanding is None else self.outstanding()
         return hold is not None and not hold.done
 
+    def forget(self) -> None:
+        """Give up what was recorded, and its memory; a backward that is to come still has its own."""
+        self.recordings.clear()
+        self.seen.clear()
+        self.recorder = None
+
     def key(self, values: Sequence[Any]) -> tuple[Any, list[int]]:
         """What a recording is right for, and the positions of what flows in."""
+        stored = [value for value, own in zip(values, self.stored, strict=True) if own]
         modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         key: list[Any] = [*modes, self.setting()]
+        key += map(Tensor.data_ptr, stored)
+        key += map(attrgetter("requires_grad"), stored)
         moving = []
-        for i, (value, stored) in enumerate(zip(values, self.stored, strict=True)):
+        for i in self.flowing:
+            value = values[i]
             if not isinstance(value, Tensor):
                 key.append(value)
-            elif stored:
-                key.append((value.data_ptr(), value.requires_grad))
             elif value.device.type == "cpu" and not value.dim():
                 key.append(value.item())
             else:
@@ -294,13 +309,9 @@ class Graphed(nn.Module):
             return None
         if self.recorder is None:
             self.recorder = self.make_recorder()
-        recording = Recording(self.recorder, self.run, values, moving)
+        recording = Recording(self.recorder, self.part, values, moving)
         self.recordings[key] = recording
         return recording
-
-
-def wants_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def unexpanded(t: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from .allocator import give_back
@@ -57,7 +58,7 @@ class Program:
         self.device = inputs[0][1].device
         self.calls = 0
         self.prepare: Callable[[Mapping[sympy.Expr, int]], None] | None = None
-        self.graphed: Callable[..., Any] | None = None
+        self.graphed: nn.Module | None = None
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Run on the call's arguments.

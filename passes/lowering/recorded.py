@@ -63,6 +63,13 @@ def recorded(
     return fx.GraphModule(root, top, type(run).__name__)
 
 
+def forget(program: nn.Module) -> None:
+    """Give up what was recorded of a program, and its memory."""
+    for part in program.children():
+        if isinstance(part, Graphed):
+            part.forget()
+
+
 def how_many_are_recomputed(bodies: Sequence[CompiledBody]) -> tuple[int, ...]:
     return tuple(body.recomputed for body in bodies)
 

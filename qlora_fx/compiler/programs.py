@@ -15,7 +15,7 @@ from ..capture.cache import is_past
 from ..capture.skeleton import Capture
 from ..errors import CaptureError, InputError, users_stacklevel
 from ..passes.lower import lower
-from ..passes.lowering.recorded import recorded
+from ..passes.lowering.recorded import forget, recorded
 from ..runtime.program import DoesNotFit, Program
 from ..weights.base import Base
 from .compile import compile_call
@@ -98,7 +98,7 @@ class Programs:
         for several in self.captured.values():
             for one in several:
                 one.budget.change(value)
-                one.program.graphed = self.graphed(one.program)
+                self.record_anew(one.program)
 
     @property
     def cuda_graphs(self) -> bool:
@@ -108,15 +108,17 @@ class Programs:
     def cuda_graphs(self, value: bool) -> None:
         self._cuda_graphs = value
         for program in self:
-            program.graphed = self.graphed(program)
+            self.record_anew(program)
 
-    def graphed(self, program: Program) -> fx.GraphModule | None:
-        """The program with its blocks recorded as CUDA graphs, if that was asked for and its sizes come again."""
+    def record_anew(self, program: Program) -> None:
+        """Forget what is recorded; blocks are recorded if that was asked for, and if sizes come again: a cache grows."""
+        if program.graphed is not None:
+            forget(program.graphed)
         grows = any(is_past(name) for name, _ in program.inputs)
-        if not self._cuda_graphs or grows:
-            return None
-        assert isinstance(program.run, fx.GraphModule)
-        return recorded(program.run, self.base.device)
+        program.graphed = None
+        if self._cuda_graphs and not grows:
+            assert isinstance(program.run, fx.GraphModule)
+            program.graphed = recorded(program.run, self.base.device)
 
     def run(self, call: Call, signature: Signature, *, compiled: bool = True) -> Any:
         """The model's output for a call.
@@ -178,7 +180,7 @@ class Programs:
         )
         budget = Budget(lowered, self._memory_budget, self.base.device)
         program.prepare = budget.prepare
-        program.graphed = self.graphed(program)
+        self.record_anew(program)
         new = CapturedGraph(gm, program, budget, uncompiled)
         self.captured.setdefault(signature, []).append(new)
         return new

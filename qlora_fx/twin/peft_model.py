@@ -96,6 +96,21 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
         """
         return self.twin(*args, **kwargs)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As every module has it. PyTorch's takes milliseconds a step to name what it finds."""
+        found, modules = {id(self)}, [self]
+        for module in modules:
+            for p in module._parameters.values():
+                if p is not None and p.grad is not None:
+                    if set_to_none:
+                        p.grad = None
+                    else:
+                        p.grad.requires_grad_(False).zero_()
+            for child in module._modules.values():
+                if child is not None and id(child) not in found:
+                    found.add(id(child))
+                    modules.append(child)
+
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from conftest import excerpt, graph
@@ -77,6 +78,37 @@ return (%head_tokens)
 """,
     )
     assert not few_rows(gm, config=config).modified
+
+
+def test_on_a_gpu_branches_stay(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_fx.passes.few_rows.branches_stay", lambda node: True)
+    gm = graph(Continued(), INPUTS, config, few_rows)
+    assert few_rows(gm, config=config).modified
+    gm.recompile()
+    assert_expected_inline(
+        excerpt(gm, "%q:", "lora", "%q_", "scaled:"),
+        """\
+%q_bias: f32[8] = stored[q.bias]
+%q_weight_packed: u8[32, 1] = stored[q.weight]
+%q_weight_absmax: u8[1] = stored[q.weight.absmax]
+%q_weight_nested_absmax: f32[1] = stored[q.weight.nested_absmax]
+%q_weight_offset: f32[] = stored[q.weight.offset]
+%q_lora_A_weight: f32[2, 8] = adapter[q.lora_A.weight]
+%q_lora_B_weight: f32[8, 2] = adapter[q.lora_B.weight]
+%o_lora_A_weight: f32[2, 8] = adapter[o.lora_A.weight]
+%o_lora_B_weight: f32[6, 2] = adapter[o.lora_B.weight]
+%q: f32[B, S, 8] = qlora_fx.linear_4bit(%inputs_embeds, %q_weight_packed, %q_weight_absmax, %q_weight_nested_absmax, %q_weight_offset, %nested_quant_map, %q_bias, None, None, 0.0, [8, 8], 64, nf4)  # site q: quantize, adapt r=2
+%q_lora_a: f32[B, S, 2] = aten.linear(%inputs_embeds, %q_lora_A_weight)
+%q_lora_b: f32[B, S, 8] = aten.linear(%q_lora_a, %q_lora_B_weight)
+%q_scaled: f32[B, S, 8] = aten.mul(%q_lora_b, 2.0)
+%q_adapted: f32[B, S, 8] = aten.add(%q, %q_scaled)
+%view: f32[B, S, 2, 4] = aten.view(%q_adapted, [%sym_size, -1, 2, 4])
+%o: f32[B, S, 6] = qlora_fx.linear_4bit(%reshape_2, %o_weight_packed, %o_weight_absmax, %o_weight_nested_absmax, %o_weight_offset, %nested_quant_map, None, None, None, 0.0, [6, 8], 64, nf4)  # site o: quantize, adapt r=2
+%o_lora_a: f32[B, S, 2] = aten.linear(%reshape_2, %o_lora_A_weight)
+%o_lora_b: f32[B, S, 6] = aten.linear(%o_lora_a, %o_lora_B_weight)
+%o_scaled: f32[B, S, 6] = aten.mul(%o_lora_b, 2.0)
+""",
+    )
 
 
 def test_golden_of_attention(config: Config) -> None:
