@@ -119,7 +119,7 @@ def work(case: str) -> None:
     rank = settings.pop("r", 16)
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
     config = model_of(case)
-    plan = qlora_fx.plan(config, lora, **settings)
+    plan = qlora_fx.plan(config, lora, device="cpu", **settings)
     idle = benchmark.rss()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -149,7 +149,7 @@ def workspace(
     """
     sizes = sizes_on(device)
     chunk = smaller(rows, rows_of_a_chunk(vocabulary, itemsize, device))
-    in_place = itemsize == 4 or loss_triton.runs_on(device)
+    in_place = itemsize == 4 or device.type == "cuda"  # by loss_triton
     tile = 0 if in_place else smaller(rows, max(1, sizes.tile // (4 * vocabulary)))
     total = chunk * vocabulary * itemsize + 4 * tile * vocabulary + chunk * inner * itemsize
     total += 2 * rows * inner * itemsize  # those rows, and their gradient

@@ -116,13 +116,17 @@ def _groups(ends: Tensor) -> Iterator[tuple[int, int, int]]:
 # 16 bytes or a multiple; everything else goes group by group.
 
 
+ALIGNED = 8
+"""Elements of 16 bits in 16 bytes."""
+
+
 def takes_groups(x: Tensor, *sizes: int) -> bool:
     """Whether one launch computes grouped products of rows like these with matrices of these sizes.
 
     Note [Groups on a GPU].
     """
     able = x.is_cuda and x.dtype == torch.bfloat16 and capability(x.device) >= BFLOAT16
-    return able and not any(size % 8 for size in sizes)
+    return able and not any(size % ALIGNED for size in sizes)
 
 
 def zero_behind(y: Tensor, ends: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def test_the_best_checkpoint_is_known_by_the_name_it_keeps(tmp_path: Path) -> No
 
 
 def test_runs_killed_at_random_moments_end_with_the_same_bits(tmp_path: Path) -> None:
-    assert killed(tmp_path, 3) >= 3
+    assert killed(tmp_path, 2) >= 2
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ a causal mask hides counts as not computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 
 from ...runtime.loss import workspace
-from ...runtime.ops import takes_groups
+from ...runtime.ops import ALIGNED, takes_groups
 from ..graph.nodes import args_of, arguments, ops
 
 aten = torch.ops.aten
@@ -97,12 +98,37 @@ def loss_flops(node: fx.Node) -> sympy.Expr:
     return 4 * elements(value_of(node, 0)) * expression(arguments(node)["shape"][0])
 
 
+ON_GPU = sympy.Symbol("on_gpu")
+"""1 where a formula is asked for a GPU; 0 elsewhere, and where nothing is said."""
+
+
+def by_device(on_gpu: sympy.Expr, elsewhere: sympy.Expr) -> sympy.Expr:
+    return ON_GPU * on_gpu + (1 - ON_GPU) * elsewhere
+
+
 def loss_workspace(node: fx.Node) -> sympy.Expr:
     args = arguments(node)
     x, head = args["x"].meta["val"], args["weight"][0].meta["val"]
     dense = not args["quant_type"] and head.dtype == x.dtype
     shape = (expression(x.shape[0]), *args["shape"], x.dtype.itemsize)
-    return workspace(*shape, dense=dense, device=x.device, smaller=sympy.Min)  # type: ignore[no-any-return]
+    return by_device(
+        *(
+            workspace(*shape, dense=dense, device=torch.device(device), smaller=sympy.Min)
+            for device in ("cuda", "cpu")
+        )
+    )
+
+
+def grouped_workspace(node: fx.Node) -> sympy.Expr:
+    """The dense stack and its absmax in float32 where one launch multiplies all experts, else one expert dense."""
+    args = arguments(node)
+    x, packed = args["x"].meta["val"], args["packed"].meta["val"]
+    size = math.prod(args["shape"])
+    one = sympy.Integer(size * x.dtype.itemsize)
+    if x.dtype != torch.bfloat16 or any(n % ALIGNED for n in args["shape"]):
+        return one
+    stack = packed.shape[0] * (2 * size + 4 * -(-size // args["blocksize"]))
+    return by_device(sympy.Integer(stack), one)
 
 
 def loss_without_grad(node: fx.Node) -> None:
@@ -120,7 +146,9 @@ OPERATORS: dict[Any, Operator] = {
     aten.bmm.default: Operator(product_flops),
     aten.addmm.default: Operator(product_flops),
     ops.grouped_linear.default: Operator(grouped_flops, waits=goes_group_by_group),
-    ops.grouped_linear_4bit.default: Operator(grouped_flops, waits=goes_group_by_group),
+    ops.grouped_linear_4bit.default: Operator(
+        grouped_flops, grouped_workspace, waits=goes_group_by_group
+    ),
     ops.linear_4bit.default: Operator(grouped_flops),
     ops.cached_attention.default: Operator(cached_attention_flops),
     ops.grouped_outer.default: Operator(grouped_flops, waits=goes_group_by_group),

@@ -71,6 +71,7 @@ def plan(settings: PlanSettings) -> None:
         compute_dtype=settings.compute_dtype,
         also_quantize=settings.also_quantize,
         blocksize=settings.blocksize,
+        device=settings.device,
     )
     print(made)
     if settings.plot:

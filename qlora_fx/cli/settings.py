@@ -32,6 +32,9 @@ class CompilerSettings:
     )
     also_quantize: list[str] = flag([], "head, embeddings or both: 4 bits there too")
     blocksize: int = flag(64, "values per scale of 4-bit weights")
+    cuda_graphs: bool = flag(
+        False, "record what blocks launch on a GPU; for short steps of few shapes (packing)"
+    )
 
 
 @dataclass
@@ -69,6 +72,7 @@ class PlanSettings:
     compute_dtype: str = flag("bfloat16", "dtype of products")
     also_quantize: list[str] = flag([], "head, embeddings or both: 4 bits there too")
     blocksize: int = flag(64, "values per scale of 4-bit weights")
+    device: Literal["cuda", "cpu"] = flag("cuda", "where it will be trained")
     plot: str | None = flag(None, "file for a picture of live bytes along the step, as plan.png")
 
 

@@ -176,6 +176,7 @@ def train(
         memory_budget=budget(compiler.memory_budget),
         also_quantize=compiler.also_quantize,
         blocksize=compiler.blocksize,
+        cuda_graphs=compiler.cuda_graphs,
         revision=model.model_revision,
     )
     totals = qmodel.explain().totals

@@ -17,6 +17,7 @@ from ..compiler.request import Request
 from ..passes.lower import lower
 from ..passes.lowering.compiled_body import Key
 from ..passes.lowering.live_bytes import events, peak, size_of, value
+from ..passes.lowering.operators import ON_GPU
 from ..runtime.flat_update import LENGTH
 from .report import Moment, Plan
 from .resident import footprint
@@ -32,17 +33,19 @@ class Draft:
     Attributes:
         prepared: without weights.
         outer: the lowered program.
+        on_gpu: whether it is planned for one.
     """
 
     prepared: Prepared
     outer: fx.GraphModule
+    on_gpu: bool
 
     def plan(
         self, *, batch_size: int, sequence_length: int, optimizer: str, memory_budget: int | float
     ) -> Plan:
         nodes = self.prepared.result.gm.graph.find_nodes(op="placeholder")
         inputs = [n.meta["val"] for n in nodes if "input" in n.meta]
-        sizes = free_sizes(inputs, batch_size, sequence_length)
+        sizes = free_sizes(inputs, batch_size, sequence_length) | {ON_GPU: int(self.on_gpu)}
         base = self.prepared.base
         split = Budget(self.outer, memory_budget, base.device).split(sizes)
         held = footprint(self.prepared, optimizer)
@@ -114,7 +117,7 @@ def working(calls: Calls, recompute: bool, sizes: Mapping[sympy.Expr, int]) -> t
     return (calls.inputs if recompute else calls.held), forward, backward
 
 
-def draft(model: PreTrainedModel, request: Request) -> Draft:
+def draft(model: PreTrainedModel, request: Request, on_gpu: bool) -> Draft:
     """Trace a model without weights up to its split program. On a CPU, whatever it is planned for."""
     prepared = prepare(model, request, torch.device("cpu"))
-    return Draft(prepared, lower(prepared.result.gm, backend="aot_eager"))
+    return Draft(prepared, lower(prepared.result.gm, backend="aot_eager"), on_gpu)

@@ -22,6 +22,8 @@ from .fit import search
 from .report import Plan
 from .resident import state_bytes
 
+DEVICES = ("cuda", "cpu")
+
 
 def plan(
     source: Any,
@@ -37,6 +39,7 @@ def plan(
     compute_dtype: torch.dtype | str | None = torch.bfloat16,
     blocksize: int = 64,
     also_quantize: Iterable[str] = (),
+    device: str = "cuda",
     model_class: Any = None,
     revision: str | None = None,
     token: str | None = None,
@@ -46,8 +49,7 @@ def plan(
     The model is traced on fake tensors, rewritten and split into forward and backward as ``transform`` does it;
     bytes are read off those graphs and the rules of 4-bit storage. Counted are tensors: what
     ``torch.cuda.max_memory_allocated`` gives, and paged optimizer state, which is not in that. Libraries, compiled
-    code and the scratch that kernels take for themselves are not. The graphs are those of a CPU; on a GPU attention
-    holds the same tensors.
+    code and the scratch that kernels take for themselves are not.
 
     Args:
         source: a folder or hub id (only config.json is read), a ``transformers.PretrainedConfig``, or a model.
@@ -60,6 +62,8 @@ def plan(
         fit: memory the peak shall fit, as bytes or "24GB". What has to give is changed, cheapest loss of speed
             first: the memory budget, the optimizer to 8 bits, the batch, the rank, the sequence.
         dtype: of the model's 16- or 32-bit weights.
+        device: "cuda" or "cpu", which differ in what the loss and experts take while they run: on a GPU logits of a
+            thousand rows, and a whole stack of experts in bfloat16.
         model_class, revision, token: as for ``from_pretrained``.
 
     Returns:
@@ -90,8 +94,11 @@ def plan(
             "memory_budget=None is what is free where a model is trained, which a plan does not know; accepted: bytes, "
             "or a fraction from 0.0 to 1.0 (keep everything, the default)"
         )
+    if device not in DEVICES:
+        raise ConfigError(f"device={device!r}; accepted: {', '.join(map(repr, DEVICES))}")
+    on_gpu = device == "cuda"
     model = model_of(source, dtype, model_class, revision, token)
-    first = draft(model, request)
+    first = draft(model, request, on_gpu)
     asked: dict[str, Any] = {
         "batch_size": batch_size,
         "sequence_length": sequence_length,
@@ -100,7 +107,9 @@ def plan(
     }
     if limit is None:
         return first.plan(**asked)
-    return search(first, asked, limit, lambda lower: draft(model, replace(request, lora=lower)))
+    return search(
+        first, asked, limit, lambda lower: draft(model, replace(request, lora=lower), on_gpu)
+    )
 
 
 def model_of(source: Any, dtype: Any, kind: Any, revision: str | None, token: str | None) -> Any:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from qlora_fx.passes.graph.nodes import GROUPED, aten, ops
 from qlora_fx.passes.lowering.compiled_body import skip_gradients
-from qlora_fx.passes.lowering.operators import OPERATORS, operator_of
+from qlora_fx.passes.lowering.live_bytes import value
+from qlora_fx.passes.lowering.operators import ON_GPU, OPERATORS, operator_of
 from qlora_fx.passes.lowering.partition import flops_of
 from torch import fx
 
@@ -42,6 +43,7 @@ def loss(quant_type: str = "") -> fx.Node:
     return called(ops.linear_cross_entropy.default, tensor(), x, [weight], *options)
 
 
+WITH_WORKSPACE = (ops.linear_cross_entropy.default, ops.grouped_linear_4bit.default)
 ENDS = tensor(4)
 CALLS = [
     (called(aten.mm.default, tensor(3, 5), tensor(3, 4), tensor(4, 5)), 2 * 3 * 4 * 5),
@@ -81,13 +83,36 @@ def test_every_product_with_a_stack_is_counted() -> None:
     assert OPERATORS.keys() >= GROUPED
 
 
-def test_only_the_loss_takes_memory_for_itself() -> None:
-    assert int(operator_of(loss()).workspace(loss())) > 0
+def test_what_takes_memory_for_itself() -> None:
+    assert value(operator_of(loss()).workspace(loss()), {}) > 0
     stored = loss("nf4")
-    assert operator_of(stored).workspace(stored) > operator_of(loss()).workspace(loss())
-    assert all(
-        operator_of(node).workspace(node) == 0 for node, _ in CALLS if node.args[-1] is not True
+    bytes_of = [value(operator_of(n).workspace(n), {}) for n in (stored, loss())]
+    assert bytes_of[0] > bytes_of[1]
+    others = [operator_of(node) for node, _ in CALLS if node.target not in WITH_WORKSPACE]
+    assert len(others) > 5
+    assert not any(operator.workspace(CALLS[0][0]) for operator in others)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "on_gpu"),
+    [
+        (torch.bfloat16, [16, 24], 4 * (2 * 384 + 4 * 6)),
+        (torch.bfloat16, [16, 20], 2 * 320),
+        (torch.float32, [16, 24], 4 * 384),
+    ],
+)
+def test_experts_are_dense_one_by_one_or_on_a_gpu_together(
+    dtype: torch.dtype, shape: list[int], on_gpu: int
+) -> None:
+    x = tensor(9, shape[1]).to(dtype)
+    packed = torch.empty(4, shape[0] * shape[1] // 2, 1, dtype=torch.uint8, device="meta")
+    storage = (packed, tensor(4, 6), None, None, None)
+    node = called(
+        ops.grouped_linear_4bit.default, tensor(9, shape[0]), x, *storage, ENDS, shape, 64, "nf4"
     )
+    found = operator_of(node).workspace(node)
+    assert value(found, {ON_GPU: 1}) == on_gpu
+    assert value(found, {}) == dtype.itemsize * shape[0] * shape[1]
 
 
 def test_where_nothing_needs_a_gradient_the_loss_forms_none() -> None:

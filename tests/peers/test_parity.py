@@ -83,7 +83,7 @@ def backends(*default: str) -> list[Any]:
     return only_slow_but(default, ("inductor", "aot_eager", "eager"))
 
 
-@pytest.mark.parametrize("backend", backends("aot_eager"))
+@pytest.mark.parametrize("backend", backends("eager"))
 def test_errors_are_no_larger_than_the_references_in_float32(backend: str) -> None:
     batches = [batch(seed=i) for i in range(16)]
     assert_no_larger(

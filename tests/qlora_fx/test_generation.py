@@ -50,7 +50,7 @@ def token_by_token(qmodel: Any, ids: Tensor, first: int, **others: Any) -> tuple
     return torch.cat(logits, 1), out.past_key_values
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", only_slow_but(["eager"], ["eager", "inductor"]))
 def test_logits_are_those_without_a_cache_and_training_is_not_disturbed(backend: str) -> None:
     model = peer_llama(1)
     qmodel: Any = qlora_fx.transform(

@@ -12,7 +12,7 @@ import qlora_fx
 import pytest
 import torch
 from qlora_fx import ConfigError, InputError, ModelError
-from conftest import VOCABULARY, batch, tiny_gpt2, tiny_llama
+from conftest import VOCABULARY, batch, only_slow_but, tiny_gpt2, tiny_llama
 from oracle import Float64, ours, random_adapter, relative_error, step, truth
 from peft import LoraConfig
 from qlora_fx.passes.lowering.compiled_body import CompiledBody
@@ -115,7 +115,7 @@ def test_other_arguments_are_captured_lazily_over_the_same_weights(adapted: Any)
     assert len(qmodel.graph_modules) == graphs
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", only_slow_but(["eager"], ["eager", "inductor"]))
 def test_eval_after_train_after_eval_is_right_each_time(backend: str) -> None:
     model = tiny_llama()
     adapter = random_adapter(model, 4, scale=0.1)

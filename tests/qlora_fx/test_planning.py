@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qlora_fx.memory.estimate import Draft, draft
 from qlora_fx.memory.fit import lower_rank, search
 from qlora_fx.memory.resident import state_bytes
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MixtralConfig
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4}
@@ -74,7 +75,12 @@ def test_the_plan_is_what_a_step_allocates(budget: float) -> None:
     """Everything held exactly, kind by kind; the peak within 5 %."""
     cfg = config(12, hidden_size=256, intermediate_size=704, vocab_size=4000)
     plan = qlora_fx.plan(
-        cfg, LoraConfig(**LORA), batch_size=2, sequence_length=64, memory_budget=budget
+        cfg,
+        LoraConfig(**LORA),
+        batch_size=2,
+        sequence_length=64,
+        memory_budget=budget,
+        device="cpu",
     )
     qmodel, optimizer, step = trained(cfg, plan)
     store = dict(qmodel.base.store.items())
@@ -166,9 +172,11 @@ def test_fit_gives_up_what_costs_least_first() -> None:
 
 def drafted(lora: LoraConfig) -> Draft:
     request = Request.check(lora, compute_dtype="bfloat16", backend="aot_eager")
-    return draft(planning.model_of(config(), torch.bfloat16, None, None, None), request)
+    model = planning.model_of(config(), torch.bfloat16, None, None, None)
+    return draft(model, request, on_gpu=True)
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_config_alone_is_enough(tmp_path: Path) -> None:
     config(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
     one = qlora_fx.plan(tmp_path, LoraConfig(**LORA))
@@ -211,6 +219,31 @@ def test_an_encoder_decoder_is_planned_with_two_lengths() -> None:
     assert two.split.bytes > 1.9 * one.split.bytes
 
 
+def test_on_a_gpu_a_stack_of_experts_is_dense_at_a_time() -> None:
+    """Seen on one: six layers of 128 experts took 0.8 GB more than a CPU, which has one expert dense."""
+    cfg = MixtralConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=16,
+    )
+    asked = Request.check(LoraConfig(**LORA), compute_dtype="bfloat16", backend="aot_eager")
+    drafted = draft(planning.model_of(cfg, torch.bfloat16, None, None, None), asked, on_gpu=True)
+    step: dict[str, Any] = {"batch_size": 1, "sequence_length": 8, "memory_budget": 1.0}
+    gpu, cpu = (
+        replace(drafted, on_gpu=on_gpu).plan(**step, optimizer="PagedAdamW32bit")
+        for on_gpu in (True, False)
+    )
+    assert gpu.footprint == cpu.footprint
+    more = gpu.timeline[1].working - cpu.timeline[1].working
+    weights = 16 * 2 * 128 * 64  # gate and up of each
+    stack, one = 2 * weights + 4 * weights // 64, 2 * weights // 16
+    assert more == pytest.approx(stack - one, rel=0.03)
+
+
 def test_a_lower_rank_keeps_the_scaling() -> None:
     lower = lower_rank(LoraConfig(r=12, lora_alpha=6, rank_pattern={"q_proj": 32, "k_proj": 4}))
     assert (lower.r, lower.lora_alpha) == (8, 4)
@@ -243,6 +276,7 @@ def test_optimizer_state_by_its_rules() -> None:
         ({"batch_size": 0}, r"batch_size=0; accepted: an integer"),
         ({"sequence_length": "512"}, r"sequence_length='512'; accepted"),
         ({"fit": "big"}, r"fit='big'; accepted: bytes"),
+        ({"device": "tpu"}, r"device='tpu'; accepted: 'cuda', 'cpu'"),
         ({"fit": 0.5}, r"fit=0.5; accepted: bytes"),
         ({"memory_budget": 2.0}, r"memory_budget=2.0; accepted"),
         ({"memory_budget": None}, r"memory_budget=None is what is free.*accepted: bytes"),

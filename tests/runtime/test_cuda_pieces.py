@@ -187,8 +187,7 @@ def test_a_stack_is_dequantized_in_pieces_that_32_bits_count(
 # -- loss ------------------------------------------------------------------------------------------
 
 
-def test_on_a_gpu_logits_are_held_by_the_thousand_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_triton, "runs_on", lambda device: device.type == "cuda")
+def test_on_a_gpu_logits_are_held_by_the_thousand_rows() -> None:
     rows, vocabulary, inner = 4096, 128256, 2048
     held = {
         name: loss.workspace(rows, vocabulary, inner, 2, dense=True, device=torch.device(name))
