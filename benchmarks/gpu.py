@@ -10,7 +10,8 @@ The bound is the time of the step's matrix products alone on buffers made before
 gradient, LoRA's, the head's; no attention). ``--host FOLDER`` writes where Python spends the time of a step and of a token.
 ``peak`` is torch.cuda.max_memory_allocated above what all stacks hold, ``held`` what a stack holds itself. transformers +
 bitsandbytes keeps experts dense and PEFT leaves them without adapters, so that the ``moe`` row has no reference.
-Last, generation: milliseconds to the first token and of each further one.
+Our stack is measured twice, launched one by one and with ``cuda_graphs``. Last, generation: milliseconds to the first
+token and of each further one.
 """
 
 from __future__ import annotations
@@ -377,50 +378,54 @@ def measure(
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loss = float(run(model, rows, tokens).detach())
+        loss = steps[stack]()
         torch.cuda.synchronize()
-        peak = (torch.cuda.max_memory_allocated() - before) / 1e9
-        trained = [p for p in model.parameters() if p.requires_grad]
-        norms = [float(p.grad.norm()) for p in trained if p.grad is not None]
-        median = statistics.median(times[stack])
         found = {
-            "stack": stack,
-            "rows": rows,
-            "tokens": tokens,
-            "median_ms": median,
-            "min_ms": min(times[stack]),
-            "max_ms": max(times[stack]),
-            "tokens_per_s": rows * tokens / median * 1e3,
-            "bound_ms": floor,
-            "x_bound": median / floor,
-            **({} if usual is None else {"x_reference": median / usual}),
-            "peak_gb": peak,
+            "peak_gb": (torch.cuda.max_memory_allocated() - before) / 1e9,
             "held_gb": held[stack],
-            "loss": loss,
-            "gradients": f"{sum(n > 0 for n in norms)} of {len(trained)} not zero",
-            **profiled(lambda model=model: run(model, rows, tokens)),
+            "loss": float(loss.detach()),
+            "gradients": gradients(model),
         }
-        say(json.dumps(found))
+        told = speed(stack, rows, tokens, times[stack], floor, usual)
+        say(json.dumps(told | found | profiled(steps[stack])))
     if GRAPHED in steps:
-        median = statistics.median(times[GRAPHED])
+        model = stacks["qlora_fx"]
+        loss = steps[GRAPHED]()
         found = {
-            "stack": GRAPHED,
-            "rows": rows,
-            "tokens": tokens,
-            "median_ms": median,
-            "min_ms": min(times[GRAPHED]),
-            "max_ms": max(times[GRAPHED]),
-            "tokens_per_s": rows * tokens / median * 1e3,
-            "bound_ms": floor,
-            "x_bound": median / floor,
-            **({} if usual is None else {"x_reference": median / usual}),
             "recordings_gb": pool,
-            **profiled(steps[GRAPHED]),
+            "loss": float(loss.detach()),
+            "gradients": gradients(model),
         }
-        say(json.dumps(found))
+        told = speed(GRAPHED, rows, tokens, times[GRAPHED], floor, usual)
+        say(json.dumps(told | found | profiled(steps[GRAPHED])))
         del steps[GRAPHED]
-        stacks["qlora_fx"].cuda_graphs = False
+        model.cuda_graphs = False
         torch.cuda.empty_cache()
+
+
+def speed(
+    stack: str, rows: int, tokens: int, times: list[float], floor: float, usual: float | None
+) -> dict[str, Any]:
+    median = statistics.median(times)
+    return {
+        "stack": stack,
+        "rows": rows,
+        "tokens": tokens,
+        "median_ms": median,
+        "min_ms": min(times),
+        "max_ms": max(times),
+        "tokens_per_s": rows * tokens / median * 1e3,
+        "bound_ms": floor,
+        "x_bound": median / floor,
+        **({} if usual is None else {"x_reference": median / usual}),
+    }
+
+
+def gradients(model: Any) -> str:
+    """Of what was just run."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    norms = [float(p.grad.norm()) for p in trained if p.grad is not None]
+    return f"{sum(n > 0 for n in norms)} of {len(trained)} not zero"
 
 
 GRAPHED = "qlora_fx, cuda_graphs"
@@ -444,10 +449,11 @@ def recorded(model: Any, rows: int, tokens: int) -> tuple[Callable[[], Any], flo
         for program, graphed in kept:
             program.graphed = graphed if on else None
 
-    def step() -> None:
+    def step() -> Any:
         set_all(True)
-        run(model, rows, tokens)
+        loss = run(model, rows, tokens)
         set_all(False)
+        return loss
 
     set_all(False)
     return step, taken

@@ -7,14 +7,14 @@ A recording repeats the launches that it saw, on the addresses that it saw. So t
   a place of its own before each replay;
 - numbers, and tensors on the CPU that stand for one (``qlora_fx::mask_kind``), are a part of the key, and so is all that decides
   what is launched: shapes, strides, dtypes, what needs a gradient, how many blocks are recomputed;
-- nothing in it may wait for the device (``operators.waits``).
+- nothing in it may wait for the device (``operators.waits``), or write to what it was given: it is done once before it is recorded.
 
 # Note [One step at a time]
 All recordings of a part share their memory. What a forward has kept for its backward is overwritten by the next replay,
 so while a backward is to come every other call runs without a recording: slower, never wrong. A backward that comes twice,
 with another forward in between, is refused.
 
-Gradients are copied out of the recording, with one launch for all: a caller may keep them, or add to them.
+Results are copied out of the recording, and gradients with one launch for all: a caller may keep them, or add to them.
 """
 
 from __future__ import annotations
@@ -37,15 +37,22 @@ BEFORE = 2
 """Calls of a shape that run before it is recorded: they compile, and load what is launched."""
 LIMIT = 8
 """Shapes that are recorded at the same time."""
+COUNTED = 256
+"""Shapes whose calls are counted; then counting begins anew."""
 
 Work = Callable[[], list[Tensor]]
 
 
 class Recorder:
-    """Records on one GPU; all that it has recorded shares memory."""
+    """Records on one GPU; all that it has recorded shares memory.
+
+    Attributes:
+        replays: how many forwards have been replayed: the last one's memory is still as it left it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.replays = 0
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -100,7 +107,7 @@ class Recording:
         values: Sequence[Any],
         moving: Sequence[int],
     ) -> None:
-        self.run, self.grad = run, torch.is_grad_enabled()
+        self.recorder, self.run, self.grad = recorder, run, torch.is_grad_enabled()
         self.values = list(values)
         self.places: list[tuple[int, Tensor]] = []
         for i in moving:
@@ -140,12 +147,16 @@ class Recording:
         if self.given:
             self.sums, self.replay_backward = recorder.record(self.backward)
         self.live = []
-        self.number = 0
 
     def fill(self, values: Sequence[Any]) -> None:
         with torch.no_grad():
             for i, place in self.places:
                 place.copy_(unexpanded(values[i]))
+
+    def run_forward(self, values: Sequence[Any]) -> None:
+        self.fill(values)
+        self.replay()
+        self.recorder.replays += 1
 
     def forward(self) -> list[Tensor]:
         with torch.set_grad_enabled(self.grad):
@@ -182,9 +193,9 @@ class Replayed(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, recording: Recording, hold: Hold, *wanted: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.recording, ctx.hold, ctx.number = recording, hold, recording.number
+        ctx.recording, ctx.hold, ctx.number = recording, hold, recording.recorder.replays
         ctx.set_materialize_grads(False)
-        results = [t.detach() for t in recording.results]
+        results = [t.clone() for t in recording.results]
         plain = [t for t, d in zip(results, recording.differentiable, strict=True) if not d]
         ctx.mark_non_differentiable(*plain)
         return tuple(results)
@@ -193,7 +204,7 @@ class Replayed(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
         recording: Recording = ctx.recording
-        if ctx.number != recording.number:
+        if ctx.number != recording.recorder.replays:
             raise GraphError(
                 "backward a second time, after another forward: a recorded step keeps only its last one. Accepted: "
                 "cuda_graphs = False"
@@ -211,7 +222,6 @@ class Graphed(nn.Module):
         part: takes tensors and numbers, returns a tuple of tensors.
         stored: which arguments are the model's own tensors.
         setting: what else decides what is launched.
-        shown: which results leave the program: they are copied, for the caller may keep them.
         recorder: makes the recorder, once there is something to record.
 
     Attributes:
@@ -223,11 +233,10 @@ class Graphed(nn.Module):
         part: nn.Module,
         stored: Sequence[bool],
         setting: Callable[[], Any],
-        shown: Sequence[bool],
         recorder: Callable[[], Recorder],
     ) -> None:
         super().__init__()
-        self.part, self.stored, self.setting, self.shown = part, stored, setting, shown
+        self.part, self.stored, self.setting = part, stored, setting
         self.flowing = [i for i, own in enumerate(stored) if not own]
         self.make_recorder = recorder
         self.recorder: Recorder | None = None
@@ -245,19 +254,14 @@ class Graphed(nn.Module):
             recording = self.record(key, values, moving)
             if recording is None:
                 return self.run(*values)
-        recording.fill(values)
-        recording.replay()  # what follows is done while the GPU works
-        recording.number += 1
+        recording.run_forward(values)  # what follows is done while the GPU works
         if recording.wanted and any(recording.differentiable):
             hold = Hold()
             self.outstanding = weakref.ref(hold)
             wanted = [values[i] for i in recording.places_of_wanted]
-            results = Replayed.apply(recording, hold, *wanted)  # type: ignore[no-untyped-call]
-        else:
-            results = [t.detach() for t in recording.results]
-        return tuple(
-            t.clone() if shown else t for t, shown in zip(results, self.shown, strict=True)
-        )
+            found: tuple[Tensor, ...] = Replayed.apply(recording, hold, *wanted)  # type: ignore[no-untyped-call]
+            return found
+        return tuple(t.clone() for t in recording.results)
 
     def run(self, *values: Any) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = self.part(*values)
@@ -295,6 +299,8 @@ class Graphed(nn.Module):
 
     def record(self, key: Any, values: Sequence[Any], moving: Sequence[int]) -> Recording | None:
         """Record a call that came often enough."""
+        if key not in self.seen and len(self.seen) == COUNTED:
+            self.seen.clear()
         self.seen[key] += 1
         if self.seen[key] <= BEFORE:
             return None

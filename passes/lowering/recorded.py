@@ -52,7 +52,6 @@ def recorded(
                 part,
                 ["stored" in n.meta for n in inputs],
                 partial(how_many_are_recomputed, unique(bodies)),
-                [any(user.op == "output" for user in n.users) for n in results],
                 recorder or (lambda: Recorder(device)),
             )
         root.add_module(name, part)
@@ -98,13 +97,17 @@ def parts(run: fx.GraphModule) -> Iterator[tuple[bool, list[fx.Node]]]:
 
 
 def can_be_recorded(body: CompiledBody) -> bool:
-    """Nothing in it waits for the device, and nothing but numbers is computed elsewhere."""
+    """Nothing in it waits for the device or writes to what it is given, and nothing but numbers is computed elsewhere."""
     nodes = list(body.body.graph.nodes)
     vals = [n.meta["val"] for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     device = max((v.device.type for v in vals), default="cpu")  # "cuda" is more than "cpu"
-    return not any(waits(n) for n in nodes) and all(
+    return not any(waits(n) or writes(n) for n in nodes) and all(
         v.device.type == device or not v.dim() for v in vals
     )
+
+
+def writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def is_size(node: fx.Node) -> bool:

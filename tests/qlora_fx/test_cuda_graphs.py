@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import qlora_fx
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import batch, tiny_llama
 from peft import LoraConfig
-from qlora_fx.passes.lowering.recorded import recorded
+from qlora_fx.passes.lowering.recorded import can_be_recorded, recorded
 from qlora_fx.runtime import cuda_graphs
 from qlora_fx.runtime.cuda_graphs import Graphed
 from qlora_fx.testing import randomize_adapter
@@ -24,6 +25,7 @@ class StandIn:
     def __init__(self, happened: list[str]) -> None:
         self.happened = happened
         self.device = torch.device("cpu")
+        self.replays = 0
 
     def warm_up(self, work: Callable[[], None]) -> None:
         self.happened.append("warm up")
@@ -152,7 +154,7 @@ def test_a_second_forward_before_the_backward(pair: tuple[Any, Any, list[str]]) 
 
 
 def test_a_second_backward_after_another_forward_is_refused() -> None:
-    part = product(True)
+    part = product()
     w = torch.ones(3, 2, requires_grad=True)
     for _ in range(3):
         part(torch.ones(4, 3), w)[0].sum().backward()
@@ -160,7 +162,10 @@ def test_a_second_backward_after_another_forward_is_refused() -> None:
     y.sum().backward(retain_graph=True)
     assert w.grad is not None
     assert torch.equal(w.grad, torch.full((3, 2), 16.0))
-    part(torch.zeros(4, 3), w)
+    with torch.no_grad():
+        for _ in range(3):
+            part(torch.zeros(5, 3), w)
+    assert len(part.recordings) == 2, "of another shape, in the same memory"
     with pytest.raises(qlora_fx.GraphError, match="backward a second time, after another forward"):
         y.sum().backward()
 
@@ -207,17 +212,34 @@ class Product(torch.nn.Module):
         return x @ w, x * 2
 
 
-def product(shown: bool) -> Graphed:
-    """Two results, of which the second leaves the program."""
-    return Graphed(Product(), [False, True], tuple, [False, shown], lambda: StandIn([]))  # type: ignore[arg-type,return-value]
+def product() -> Graphed:
+    return Graphed(Product(), [False, True], tuple, lambda: StandIn([]))  # type: ignore[arg-type,return-value]
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_what_a_caller_keeps_is_not_overwritten(shown: bool) -> None:
-    part, w = product(shown), torch.ones(3, 2)
-    found = [part(torch.full((4, 3), float(i)), w)[1] for i in range(6)]
-    kept = [bool((t == 2.0 * i).all()) for i, t in enumerate(found)]
-    assert kept == ([True] * 6 if shown else [True, True, False, False, False, True])
+def test_counting_shapes_takes_no_end_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "COUNTED", 4)
+    part, w = product(), torch.ones(3, 2)
+    for rows in range(1, 10):
+        part(torch.ones(rows, 3), w)
+    assert len(part.seen) <= 4
+    for _ in range(3):
+        part(torch.ones(20, 3), w)
+    assert len(part.recordings) == 1
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_caller_keeps_is_not_overwritten(grad: bool) -> None:
+    part, w = product(), torch.ones(3, 2, requires_grad=grad)
+    kept = []
+    for i in range(6):
+        y, doubled = part(torch.full((4, 3), float(i)), w)
+        if grad:
+            y.sum().backward()
+        kept.append((y.detach(), doubled))
+    assert len(part.recordings) == 1
+    for i, (y, doubled) in enumerate(kept):
+        assert bool((y == 3.0 * i).all())
+        assert bool((doubled == 2.0 * i).all())
 
 
 def test_more_shapes_than_are_recorded_are_told_once(
@@ -247,6 +269,27 @@ def test_what_waits_for_the_device_is_left_out(pair: tuple[Any, Any, list[str]])
     (part,) = (m for m in program.graphed.children() if isinstance(m, Graphed))
     calls = list(part.part.graph.find_nodes(op="call_module"))
     assert len(calls) == 3, "one for each layer"
+
+
+@pytest.mark.parametrize(
+    ("target", "can"),
+    [
+        (torch.ops.aten.relu.default, True),
+        (torch.ops.aten.relu_.default, False),
+        (torch.ops.aten.nonzero.default, False),
+        (torch.ops.aten._local_scalar_dense.default, False),
+        (torch.ops.qlora_fx.mask_kind.default, False),
+        (torch.ops.qlora_fx.recurrence.default, False),
+    ],
+)
+def test_what_may_be_recorded(target: Any, can: bool) -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(target, (x,)))
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(3)
+    body: Any = SimpleNamespace(body=torch.fx.GraphModule(torch.nn.Module(), graph))
+    assert can_be_recorded(body) is can
 
 
 def test_arguments_that_cannot_be_honoured(models: tuple[Any, Any]) -> None:

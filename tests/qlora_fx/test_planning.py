@@ -200,6 +200,7 @@ def test_a_model_with_weights_can_be_planned_and_is_left_alone() -> None:
     model(**batch())
 
 
+@pytest.mark.slow
 def test_a_plan_does_not_depend_on_the_mode_it_is_made_in() -> None:
     usual = qlora_fx.plan(config(), LoraConfig(**LORA))
     with torch.no_grad():
@@ -219,6 +220,7 @@ def test_an_encoder_decoder_is_planned_with_two_lengths() -> None:
     assert two.split.bytes > 1.9 * one.split.bytes
 
 
+@pytest.mark.slow
 def test_on_a_gpu_a_stack_of_experts_is_dense_at_a_time() -> None:
     """Seen on one: six layers of 128 experts took 0.8 GB more than a CPU, which has one expert dense."""
     cfg = MixtralConfig(
