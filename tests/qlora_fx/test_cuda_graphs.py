@@ -227,6 +227,18 @@ def test_counting_shapes_takes_no_end_of_memory(monkeypatch: pytest.MonkeyPatch)
     assert len(part.recordings) == 1
 
 
+def test_another_number_of_recomputed_blocks_is_another_recording() -> None:
+    recomputed = [0]
+    part = Graphed(Product(), [False, True], lambda: tuple(recomputed), lambda: StandIn([]))  # type: ignore[arg-type,return-value]
+    for recomputed[0] in (0, 0, 0, 1, 1, 1):
+        part(torch.ones(4, 3), torch.ones(3, 2))
+    assert len(part.recordings) == 0, "every weight was another one"
+    w = torch.ones(3, 2)
+    for recomputed[0] in (0, 0, 0, 1, 1, 1):
+        part(torch.ones(4, 3), w)
+    assert len(part.recordings) == 2
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_what_a_caller_keeps_is_not_overwritten(grad: bool) -> None:
     part, w = product(), torch.ones(3, 2, requires_grad=grad)
