@@ -98,6 +98,7 @@ def test_every_model_type_of_transformers_is_in_the_table_or_has_a_reason() -> N
     )
 
 
+@pytest.mark.slow
 def test_the_walk_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient that is lost on the way, a cache that loses its tokens, an adapter that PEFT would not find."""
     import default_path

@@ -113,8 +113,8 @@ def test_the_best_checkpoint_is_known_by_the_name_it_keeps(tmp_path: Path) -> No
 # -- checkpoints ------------------------------------------------------------------------------------
 
 
-def test_runs_killed_at_random_moments_end_with_the_same_bits(tmp_path: Path) -> None:
-    assert killed(tmp_path, 2) >= 2
+def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tmp_path: Path) -> None:
+    assert killed(tmp_path, 1) >= 1
 
 
 @pytest.mark.slow
@@ -356,12 +356,16 @@ class Hungry(Trainer):
 def test_memory_that_runs_out_lowers_the_budget_and_repeats_the_step(
     backend: str, tmp_path: Path
 ) -> None:
-    models = [small(backend=backend, dropout=0.2) for _ in range(2)]
+    model = small(backend=backend, dropout=0.2)
+    before = values(model)
+    trainer(model, tmp_path / "a", max_steps=2).train()
+    undisturbed = values(model)
+    assert not same(undisturbed, before)
+    model.load_adapter_state_dict(before)
     with pytest.warns(UserWarning, match=r"step 1 ran out of memory.*memory_budget=0\.5"):
-        trainer(models[0], tmp_path / "a", kind=reliable(Hungry), max_steps=2).train()
-    trainer(models[1], tmp_path / "b", max_steps=2).train()
-    assert models[0].memory_budget == 0.5
-    assert same(values(models[0]), values(models[1]))
+        trainer(model, tmp_path / "b", kind=reliable(Hungry), max_steps=2).train()
+    assert model.memory_budget == 0.5
+    assert same(values(model), undisturbed)
 
 
 @pytest.mark.parametrize(
