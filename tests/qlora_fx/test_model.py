@@ -137,6 +137,19 @@ def test_eval_after_train_after_eval_is_right_each_time(backend: str) -> None:
         assert all(float(g.norm()) > 0 for g in grads.values())
 
 
+def test_gradients_go_also_those_of_what_a_user_puts_beside() -> None:
+    qmodel: Any = qlora_fx.transform(tiny_llama(1), backend="eager")
+    qmodel.value = torch.nn.Linear(2, 1)
+    qmodel.value(torch.ones(2)).backward()
+    qmodel(**batch()).loss.backward()
+    trained = [p for p in qmodel.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+    qmodel.zero_grad(set_to_none=False)
+    assert not any(bool(p.grad.any()) for p in trained)
+    qmodel.zero_grad()
+    assert all(p.grad is None for p in trained)
+
+
 def test_dropout_draws_anew_each_step_and_scales_by_its_survivors() -> None:
     model = tiny_llama(1)
     adapter = random_adapter(
