@@ -24,7 +24,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Recorder:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
 
-    def warm_up(self, work: Callable[[], None]) -> None:
+    def warm_up(self, work: Work) -> None:
         """Do it once where it will be recorded."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
@@ -72,17 +72,6 @@ class Recorder:
         ):
             results = work()
         return results, graph.replay
-
-
-class Given(NamedTuple):
-    """A result that has a gradient."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def empty(self, device: torch.device) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
 
 
 class Hold:
@@ -121,29 +110,14 @@ class Recording:
         ]
         self.wanted = [self.values[i] for i in self.places_of_wanted]
         self.live: Sequence[Tensor] = []
-        self.given: list[Tensor] = []
         self.groups: list[list[int]] = []
-        kinds: list[Given] = []
-
-        def once() -> None:
-            self.forward()
-            live = [t for t in self.live if t.requires_grad]
-            kinds.extend(Given(t.shape, t.stride(), t.dtype) for t in live)
-            if live:
-                found = torch.autograd.grad(
-                    live, self.wanted, [torch.zeros_like(t) for t in live], allow_unused=True
-                )
-                dtypes = {g.dtype: None for g in found if g is not None}
-                self.groups = [
-                    [i for i, g in enumerate(found) if g is not None and g.dtype == dtype]
-                    for dtype in dtypes
-                ]
-            self.live = []
-
-        recorder.warm_up(once)
+        recorder.warm_up(self.forward)
+        self.given = [torch.zeros_like(t) for t in self.live if t.requires_grad]
+        if self.given:
+            recorder.warm_up(self.backward)
+        self.live = []
         self.results, self.replay = recorder.record(self.forward)
         self.differentiable: list[bool] = [t.requires_grad for t in self.live]
-        self.given = [kind.empty(recorder.device) for kind in kinds]
         if self.given:
             self.sums, self.replay_backward = recorder.record(self.backward)
         self.live = []
@@ -164,9 +138,14 @@ class Recording:
         return [t.detach() for t in self.live]
 
     def backward(self) -> list[Tensor]:
-        """Of each group the gradients, one behind the other."""
+        """Of each group, those of one dtype, the gradients one behind the other."""
         live = [t for t in self.live if t.requires_grad]
         found = torch.autograd.grad(live, self.wanted, self.given, allow_unused=True)
+        dtypes = dict.fromkeys(g.dtype for g in found if g is not None)
+        self.groups = [
+            [i for i, g in enumerate(found) if g is not None and g.dtype == dtype]
+            for dtype in dtypes
+        ]
         return [torch.cat([found[i].reshape(-1) for i in group]) for group in self.groups]
 
     def gradients(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:

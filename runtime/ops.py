@@ -116,8 +116,9 @@ def _groups(ends: Tensor) -> Iterator[tuple[int, int, int]]:
 # 16 bytes or a multiple; everything else goes group by group.
 
 
-ALIGNED = 8
-"""Elements of 16 bits in 16 bytes."""
+def form_groups(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether a GPU that multiplies bfloat16 computes grouped products of such rows and matrices in one launch."""
+    return dtype == torch.bfloat16 and not any(size % 8 for size in sizes)
 
 
 def takes_groups(x: Tensor, *sizes: int) -> bool:
@@ -125,8 +126,7 @@ def takes_groups(x: Tensor, *sizes: int) -> bool:
 
     Note [Groups on a GPU].
     """
-    able = x.is_cuda and x.dtype == torch.bfloat16 and capability(x.device) >= BFLOAT16
-    return able and not any(size % ALIGNED for size in sizes)
+    return x.is_cuda and form_groups(x.dtype, *sizes) and capability(x.device) >= BFLOAT16
 
 
 def zero_behind(y: Tensor, ends: Tensor) -> Tensor:

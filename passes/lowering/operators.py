@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from ...runtime.loss import workspace
-from ...runtime.ops import ALIGNED, takes_groups
+from ...runtime.ops import form_groups, takes_groups
 from ..graph.nodes import args_of, arguments, ops
 
 aten = torch.ops.aten
@@ -125,7 +125,7 @@ def grouped_workspace(node: fx.Node) -> sympy.Expr:
     x, packed = args["x"].meta["val"], args["packed"].meta["val"]
     size = math.prod(args["shape"])
     one = sympy.Integer(size * x.dtype.itemsize)
-    if x.dtype != torch.bfloat16 or any(n % ALIGNED for n in args["shape"]):
+    if not form_groups(x.dtype, *args["shape"]):
         return one
     stack = packed.shape[0] * (2 * size + 4 * -(-size // args["blocksize"]))
     return by_device(sympy.Integer(stack), one)

@@ -14,12 +14,12 @@ from conftest import batch, tiny_llama
 from peft import LoraConfig
 from qlora_fx.passes.lowering.recorded import can_be_recorded, recorded
 from qlora_fx.runtime import cuda_graphs
-from qlora_fx.runtime.cuda_graphs import Graphed
+from qlora_fx.runtime.cuda_graphs import Graphed, Recorder
 from qlora_fx.testing import randomize_adapter
 from torch import Tensor
 
 
-class StandIn:
+class StandIn(Recorder):
     """Records nothing: it does the work again, into the results of the first time."""
 
     def __init__(self, happened: list[str]) -> None:
@@ -27,7 +27,7 @@ class StandIn:
         self.device = torch.device("cpu")
         self.replays = 0
 
-    def warm_up(self, work: Callable[[], None]) -> None:
+    def warm_up(self, work: Callable[[], list[Tensor]]) -> None:
         self.happened.append("warm up")
         work()
 
@@ -73,7 +73,7 @@ def pair(models: tuple[Any, Any]) -> tuple[Any, Any, list[str]]:
 
 def record(qmodel: Any, happened: list[str]) -> None:
     for program in qmodel.programs:
-        program.graphed = recorded(program.run, qmodel.device, lambda: StandIn(happened))  # type: ignore[arg-type,return-value]
+        program.graphed = recorded(program.run, qmodel.device, lambda: StandIn(happened))
 
 
 def parts(qmodel: Any) -> list[Graphed]:
@@ -107,7 +107,7 @@ def test_steps_are_those_of_launches_one_by_one(pair: tuple[Any, Any, list[str]]
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-    recording = ["warm up", "record", "record", "replay forward", "replay backward"]
+    recording = ["warm up", "warm up", "record", "record", "replay forward", "replay backward"]
     replays = ["replay forward", "replay backward"]
     assert happened == recording * 2 + replays * 4
     (part,) = parts(qmodel)
@@ -213,7 +213,7 @@ class Product(torch.nn.Module):
 
 
 def product() -> Graphed:
-    return Graphed(Product(), [False, True], tuple, lambda: StandIn([]))  # type: ignore[arg-type,return-value]
+    return Graphed(Product(), [False, True], tuple, lambda: StandIn([]))
 
 
 def test_counting_shapes_takes_no_end_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +229,7 @@ def test_counting_shapes_takes_no_end_of_memory(monkeypatch: pytest.MonkeyPatch)
 
 def test_another_number_of_recomputed_blocks_is_another_recording() -> None:
     recomputed = [0]
-    part = Graphed(Product(), [False, True], lambda: tuple(recomputed), lambda: StandIn([]))  # type: ignore[arg-type,return-value]
+    part = Graphed(Product(), [False, True], lambda: tuple(recomputed), lambda: StandIn([]))
     for recomputed[0] in (0, 0, 0, 1, 1, 1):
         part(torch.ones(4, 3), torch.ones(3, 2))
     assert len(part.recordings) == 0, "every weight was another one"
