@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -12,9 +11,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from ..config import Config
 from .graph.body import Body
-from .graph.nodes import placeholders
-
-INDEXED = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
+from .graph.nodes import block_of, placeholders
 
 
 @dataclass
@@ -49,11 +46,6 @@ def outline(gm: fx.GraphModule, *, config: Config) -> PassResult:
     if len([s for s in segments if s.block]) < 2:
         return PassResult(gm, False)  # nothing repeats: one flat graph is the simplest program
     return PassResult(build(gm, segments), True)
-
-
-def block_of(node: fx.Node) -> str:
-    match = INDEXED.match(node.meta.get("module", ""))
-    return match.group(0) if match else ""
 
 
 def split(graph: fx.Graph) -> list[Segment]:

@@ -7,7 +7,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..config import Config
-from .graph.nodes import Emitter, aten, cast, uncast
+from .graph.nodes import Emitter, aten, block_of, cast, uncast
 
 
 def siblings(gm: fx.GraphModule, *, config: Config) -> PassResult:
@@ -16,7 +16,8 @@ def siblings(gm: fx.GraphModule, *, config: Config) -> PassResult:
     The backward gains more: one product for the gradient of all ``lora_A``, and one for that of the input,
     which is then added up once. The parameters stay separate tensors; the stack is small. Base weights are
     not stacked: their products are large enough, and one wide product was no faster here. Dropout gives each
-    linear an input of its own, so with it there are no siblings. Factors that are cut out of a stack, or
+    linear an input of its own, so with it there are no siblings. Linears of other blocks are none either (every decoder
+    layer reads the encoder's states): blocks that are equal must stay so, to be compiled once. Factors that are cut out of a stack, or
     exchanged, carry no ``meta["lora_a"]``: they are computed where they are used and stay there.
 
     Before::
@@ -32,12 +33,12 @@ def siblings(gm: fx.GraphModule, *, config: Config) -> PassResult:
         %k_lora_a_part: f32[B, S, 2] = aten.slice(%q_lora_a_all, -1, 2, 4)
     """
     graph = gm.graph
-    families: dict[tuple[fx.Node, torch.dtype], list[fx.Node]] = {}
+    families: dict[tuple[fx.Node, torch.dtype, str], list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=aten.linear.default):
         if "lora_a" not in node.meta:
             continue
-        x = uncast(node.args[0])
-        families.setdefault((x, node.meta["val"].dtype), []).append(node)
+        key = (uncast(node.args[0]), node.meta["val"].dtype, block_of(node))
+        families.setdefault(key, []).append(node)
     found = [family for family in families.values() if len(family) > 1]
     for family in found:
         stack(graph, family)

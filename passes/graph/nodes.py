@@ -8,6 +8,7 @@ from it such as ``....weight.absmax``). User inputs are placeholders with ``meta
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,15 @@ from ...runtime.ops import ops as ops
 from .site import Layout, Site, Verdict, WeightView
 
 aten = torch.ops.aten
+
+
+INDEXED = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
+
+
+def block_of(node: fx.Node) -> str:
+    """The outermost ``<list>.<index>`` among the modules that a node stands in; empty outside of all blocks."""
+    match = INDEXED.match(node.meta.get("module", ""))
+    return match.group(0) if match else ""
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:

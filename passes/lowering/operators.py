@@ -167,11 +167,21 @@ def operator_of(node: fx.Node) -> Operator:
     return OPERATORS.get(node.target, UNKNOWN)
 
 
+INDEXING = frozenset({aten.index.Tensor, aten._unsafe_index.Tensor})
+"""How many elements they take is known beforehand if no index is boolean."""
+
+
+def is_boolean(node: fx.Node) -> bool:
+    return node.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
 def waits(node: fx.Node) -> bool:
     """True if a call waits for the device: to know what it has computed, or how large that is."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     if node.target.namespace == "qlora_fx" and node.target not in OPERATORS:
         return True  # nothing is known of it
+    if node.target in INDEXING:
+        return any(isinstance(n, fx.Node) and is_boolean(n) for n in node.args[1])  # type: ignore[union-attr]
     data = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     return operator_of(node).waits(node) or bool(data.intersection(node.target.tags))

@@ -14,9 +14,11 @@ from typing import TypeVar
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from ...errors import GraphError
 from ...runtime.cuda_graphs import Graphed, Recorder
+from ..graph.nodes import arguments
 from .compiled_body import CompiledBody
 from .operators import waits
 
@@ -101,13 +103,31 @@ def can_be_recorded(body: CompiledBody) -> bool:
     nodes = list(body.body.graph.nodes)
     vals = [n.meta["val"] for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     device = max((v.device.type for v in vals), default="cpu")  # "cuda" is more than "cpu"
-    return not any(waits(n) or writes(n) for n in nodes) and all(
+    return not any(waits(n) or writes_to_an_input(n) for n in nodes) and all(
         v.device.type == device or not v.dim() for v in vals
     )
 
 
-def writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+def writes_to_an_input(node: fx.Node) -> bool:
+    """True if a call writes to what its graph was given, be it through views."""
+    return any(lies_in_an_input(n) for n in shared(node, written=True))
+
+
+def lies_in_an_input(node: fx.Node) -> bool:
+    """True for an input, its views, and what an operator may return as it was given."""
+    return node.op == "placeholder" or any(map(lies_in_an_input, shared(node)))
+
+
+def shared(node: fx.Node, written: bool = False) -> list[fx.Node]:
+    """Arguments whose memory the result may lie in, or which are written."""
+    if node.target is operator.getitem:
+        return [] if written else list(node.all_input_nodes)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    given = arguments(node)
+    known = [a for a in node.target._schema.arguments if a.alias_info is not None]
+    found = pytree.tree_leaves([given[a.name] for a in known if a.is_write or not written])
+    return [n for n in found if isinstance(n, fx.Node)]
 
 
 def is_size(node: fx.Node) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import qlora_fx
@@ -13,6 +14,14 @@ from peft import LoraConfig
 from qlora_fx.runtime.cuda_graphs import Graphed
 from qlora_fx.testing import compare, randomize_adapter, relative_error
 from torch import Tensor
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """FlashAttention's backward adds up in any order."""
@@ -146,3 +155,82 @@ def test_evaluation_between_steps() -> None:
         with torch.no_grad():
             assert relative_error(qmodel.eval()(**values).logits, logits) < LIMIT[torch.bfloat16]
     assert recordings(qmodel) == 2
+
+
+EXPERTS = MixtralConfig(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=4,
+)
+T5 = T5Config(
+    vocab_size=128,
+    d_model=64,
+    d_kv=16,
+    d_ff=192,
+    num_layers=4,
+    num_heads=4,
+    dropout_rate=0.0,
+    decoder_start_token_id=0,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts(dtype: torch.dtype) -> None:
+    """One launch multiplies the experts in bfloat16 alone; otherwise the host reads where each begins, and nothing is recorded."""
+    model = MixtralForCausalLM(EXPERTS).cuda().to(dtype)
+    beside_one_by_one(model, dtype, int(dtype == torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoder_decoders(dtype: torch.dtype) -> None:
+    beside_one_by_one(T5ForConditionalGeneration(T5).cuda().to(dtype), dtype, 1)
+
+
+def beside_one_by_one(model: Any, dtype: torch.dtype, expected: int) -> None:
+    qmodel = qlora_fx.transform(model, compute_dtype=dtype, cuda_graphs=True, memory_budget=1.0)
+    randomize_adapter(qmodel)
+    optimizer = qmodel.paged_optimizer(1e-2)
+    for seed in range(5):
+        values = on_gpu(3, 21, seed=seed)
+        plain = one_by_one(qmodel, values)
+        for mine, true in zip(step(qmodel, values), plain, strict=True):
+            assert relative_error(mine, true) < 2 * LIMIT[dtype]
+        optimizer.step()
+    assert recordings(qmodel) == expected
+
+
+def test_in_a_trainer(tmp_path: Path) -> None:
+    """Accumulation, clipping, bf16=True, a paged optimizer, evaluation between: the losses without recordings."""
+    rows = torch.randint(2, 101, (64, 48), generator=torch.Generator().manual_seed(0)).tolist()
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    found = []
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        _, qmodel = made(torch.bfloat16)
+        qmodel.cuda_graphs = graphs
+        args = TrainingArguments(
+            str(tmp_path),
+            max_steps=8,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            optim="paged_adamw_8bit",
+            learning_rate=1e-2,
+            bf16=True,
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=4,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        run = Trainer(model=qmodel, args=args, train_dataset=data, eval_dataset=data[:8])
+        run.train()
+        found.append([e["loss"] for e in run.state.log_history if "loss" in e])
+        assert bool(recordings(qmodel)) is graphs
+    assert len(found[0]) == 8
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
+    assert found[0][-1] < 0.99 * found[0][0]

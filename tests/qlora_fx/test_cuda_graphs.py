@@ -283,25 +283,45 @@ def test_what_waits_for_the_device_is_left_out(pair: tuple[Any, Any, list[str]])
     assert len(calls) == 3, "one for each layer"
 
 
+aten = torch.ops.aten
+
+
 @pytest.mark.parametrize(
-    ("target", "can"),
+    ("targets", "can"),
     [
-        (torch.ops.aten.relu.default, True),
-        (torch.ops.aten.relu_.default, False),
-        (torch.ops.aten.nonzero.default, False),
-        (torch.ops.aten._local_scalar_dense.default, False),
-        (torch.ops.qlora_fx.mask_kind.default, False),
-        (torch.ops.qlora_fx.recurrence.default, False),
+        ([aten.relu.default], True),
+        ([aten.relu_.default], False),
+        ([aten.relu.default, aten.relu_.default], True),
+        ([aten.alias.default, aten.t.default, aten.relu_.default], False),
+        ([aten.relu.default, aten.t.default, aten.relu_.default], True),
+        ([aten.nonzero.default], False),
+        ([aten._local_scalar_dense.default], False),
+        ([torch.ops.qlora_fx.mask_kind.default], False),
+        ([torch.ops.qlora_fx.recurrence.default], False),
     ],
 )
-def test_what_may_be_recorded(target: Any, can: bool) -> None:
+def test_what_may_be_recorded(targets: list[Any], can: bool) -> None:
     graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    graph.output(graph.call_function(target, (x,)))
+    last = graph.placeholder("x")
+    for target in targets:
+        last = graph.call_function(target, (last,))
+    assert recordable(graph, torch.empty(3)) is can
+
+
+@pytest.mark.parametrize(("dtype", "can"), [(torch.int64, True), (torch.bool, False)])
+def test_rows_by_number_are_recorded_and_by_mask_are_not(dtype: torch.dtype, can: bool) -> None:
+    """How many a mask takes is known to the device alone."""
+    graph = torch.fx.Graph()
+    x, index = graph.placeholder("x"), graph.placeholder("index")
+    graph.call_function(aten.index.Tensor, (x, [None, index]))
+    assert recordable(graph, torch.empty(3, dtype=dtype)) is can
+
+
+def recordable(graph: torch.fx.Graph, val: Tensor) -> bool:
     for node in graph.nodes:
-        node.meta["val"] = torch.empty(3)
+        node.meta["val"] = val
     body: Any = SimpleNamespace(body=torch.fx.GraphModule(torch.nn.Module(), graph))
-    assert can_be_recorded(body) is can
+    return can_be_recorded(body)
 
 
 def test_arguments_that_cannot_be_honoured(models: tuple[Any, Any]) -> None:

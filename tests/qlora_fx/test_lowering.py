@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import qlora_fx
 import pytest
 import torch
-from conftest import batch, tiny_llama
+from conftest import VOCABULARY, batch, tiny_llama
 from oracle import Float64, random_adapter, step, truth
 from peft import LoraConfig
 from qlora_fx.passes.lowering.compiled_body import CompiledBody
 from qlora_fx.testing.check import relative_error
+from transformers import BartConfig, BartForConditionalGeneration
 
 LIMIT = 2e-5
 """Eager PyTorch in float32 is 1.4e-5 off for this model, whose q and k have gradients of 1e-5."""
@@ -46,6 +48,26 @@ def test_equal_blocks_share_one_program_and_their_gradients_are_right(trained: A
     for name, p in qmodel.adapter_parameters():
         assert p.grad is not None
         assert relative_error(p.grad, true_grads[f"base_model.model.{name}"]) < LIMIT, name
+
+
+def test_equal_layers_of_a_decoder_share_one_program() -> None:
+    """All of them read the encoder's states, of which they share nothing."""
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=3,
+        decoder_layers=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+    )
+    model = BartForConditionalGeneration(config)
+    qmodel = qlora_fx.transform(model, LoraConfig(**LORA), backend="eager")
+    calls = Counter(
+        n.target for n in next(iter(qmodel.programs)).run.graph.nodes if "Layer" in str(n.target)
+    )
+    assert calls == {"BartEncoderLayer": 3, "BartDecoderLayer": 4}
 
 
 @pytest.mark.slow
