@@ -11,7 +11,7 @@ gradient, LoRA's, the head's; no attention). ``--host FOLDER`` writes where Pyth
 ``peak`` is torch.cuda.max_memory_allocated above what all stacks hold, ``held`` what a stack holds itself. transformers +
 bitsandbytes keeps experts dense and PEFT leaves them without adapters, so that the ``moe`` row has no reference.
 Our stack is measured twice, launched one by one and with ``cuda_graphs``. Last, generation: milliseconds to the first
-token and of each further one.
+token and of each further one. ``--parts steps`` or ``--parts tokens`` measures one of the two.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ PROMPT, NEW = 512, 16
 GENERATED_ROWS = (1, 8)
 RANK = 16
 STACKS = ["reference", "reference, checkpointing", "qlora_fx"]
+PARTS = ["steps", "tokens"]
 MODELS: dict[str, dict[str, Any]] = {
     "1b": {
         "vocab_size": 128256,
@@ -84,6 +85,7 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--json", help="write the figures to this file as they come")
     p.add_argument("--stacks", nargs="*", default=STACKS, choices=STACKS)
+    p.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS, help="what is measured")
     p.add_argument("--after", type=Path, help="measure when this file exists; compile meanwhile")
     p.add_argument("--host", type=Path, help="write profiles of Python to this folder")
     p.add_argument("--worker", choices=list(MODELS), help=argparse.SUPPRESS)
@@ -101,7 +103,8 @@ def main() -> None:
         p.error("PyTorch sees no CUDA GPU here")
     found: list[dict[str, Any]] = []
     workers = {name: start(args, "--worker", name) for name in args.models}
-    plans = {name: start(args, "--plan", name) for name in args.models}
+    with_plan = args.models if "steps" in args.parts else []
+    plans = {name: start(args, "--plan", name) for name in with_plan}
     for process in plans.values():
         lines(process, lambda line: bool(print(line, flush=True)))
     for name, process in workers.items():
@@ -128,7 +131,7 @@ def main() -> None:
 
 def start(args: argparse.Namespace, *what: str) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, *what, "--rounds", str(args.rounds)]
-    command += ["--stacks", *args.stacks]
+    command += ["--stacks", *args.stacks, "--parts", *args.parts]
     if args.host:
         command += ["--host", str(args.host)]
     return subprocess.Popen(
@@ -193,13 +196,19 @@ def work(args: argparse.Namespace) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     for stack in stacks.values():  # what is left to compile
-        for rows, tokens in SHAPES:
+        for rows, tokens in SHAPES if "steps" in args.parts else ():
             for _ in range(2):
                 run(stack, rows, tokens)
     generating = {stack: model for stack, model in stacks.items() if "checkpointing" not in stack}
     for stack, model in list(generating.items()):
         model.eval()
         try:
+            for graphs in (False, True) if stack == "qlora_fx" else ():  # a ring's graph is another
+                model.cuda_graphs = graphs
+                for rows in GENERATED_ROWS:
+                    generate(model, rows, 2)
+            if stack == "qlora_fx":
+                model.cuda_graphs = False
             for rows in GENERATED_ROWS:
                 generate(model, rows, 2)
         except Exception as error:
@@ -211,17 +220,20 @@ def work(args: argparse.Namespace) -> None:
     for report in reports:
         say(json.dumps(report))
     say(f"device: {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for rows, tokens in SHAPES:
-        measure(name, stacks, held, rows, tokens, args.rounds)
-    say(json.dumps(optimizers(stacks)))
     mine = stacks.get("qlora_fx")
-    if args.host and mine is not None:
+    if "steps" in args.parts:
+        for rows, tokens in SHAPES:
+            measure(name, stacks, held, rows, tokens, args.rounds)
+        say(json.dumps(optimizers(stacks)))
+    if "steps" in args.parts and args.host and mine is not None:
         by_python(args.host / f"{name}_step.txt", lambda: run(mine, 1, 512))
     for model in generating.values():
         model.eval()
-    for rows in GENERATED_ROWS:
+    for rows in GENERATED_ROWS if "tokens" in args.parts else ():
         say(json.dumps(generation(generating, rows, min(args.rounds, 3))))
     if args.host and "qlora_fx" in generating:
+        mine.cuda_graphs = True
+        generate(mine, 1, NEW)
         by_python(args.host / f"{name}_tokens.txt", lambda: generate(mine, 1, NEW))
 
 
@@ -359,7 +371,9 @@ def measure(
     steps["bound"] = products
     times: dict[str, list[float]] = {stack: [] for stack in steps}
     if "qlora_fx" in stacks:
-        steps[GRAPHED], pool = recorded(stacks["qlora_fx"], rows, tokens)
+        mine = steps["qlora_fx"]
+        with_graphs, pool = recorded(stacks["qlora_fx"], mine)
+        steps[GRAPHED] = lambda: with_graphs(mine)
         times[GRAPHED] = []
     for step in steps.values():
         timed(step)
@@ -431,32 +445,37 @@ def gradients(model: Any) -> str:
 GRAPHED = "qlora_fx, cuda_graphs"
 
 
-def recorded(model: Any, rows: int, tokens: int) -> tuple[Callable[[], Any], float]:
-    """A step with recorded launches, and the GB that the recordings take; other steps are launched one by one."""
+def recorded(model: Any, warm: Callable[[], Any]) -> tuple[Callable[..., Any], float]:
+    """What runs a call with the launches that ``warm`` makes recorded, and the GB that the recordings take.
+
+    Other calls are launched one by one.
+    """
     import torch
 
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     model.cuda_graphs = True
     for _ in range(3):
-        run(model, rows, tokens)
+        warm()
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     taken = (torch.cuda.memory_reserved() - before) / 1e9
     kept = [(program, program.graphed) for program in model.programs]
+    buffers = model.programs.buffers
 
     def set_all(on: bool) -> None:
+        model.programs.buffers = buffers if on else None
         for program, graphed in kept:
             program.graphed = graphed if on else None
 
-    def step() -> Any:
+    def with_graphs(work: Callable[[], Any]) -> Any:
         set_all(True)
-        loss = run(model, rows, tokens)
+        result = work()
         set_all(False)
-        return loss
+        return result
 
     set_all(False)
-    return step, taken
+    return with_graphs, taken
 
 
 def bound(name: str, tokens: int) -> Callable[[], None]:
@@ -583,32 +602,42 @@ def optimizers(stacks: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def generate(model: Any, rows: int, new: int) -> None:
+def generate(model: Any, rows: int, new: int) -> Any:
     """``new`` tokens for each row of a prompt, with a cache."""
+    import torch
+
+    torch.manual_seed(0)
     made = batch(rows, PROMPT)
     del made["labels"]
     settings = {"use_cache": True, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    model.generate(**made, max_new_tokens=new, **settings)
+    return model.generate(**made, max_new_tokens=new, **settings)
 
 
 def generation(stacks: dict[str, Any], rows: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of a prompt's first token and of each further one, with a cache, by stack; launches of that one."""
     found: dict[str, Any] = {"generated": f"{rows} x {PROMPT}"}
-    times: dict[str, list[tuple[float, float]]] = {stack: [] for stack in stacks}
+    works: dict[str, Callable[[int], Any]] = {
+        stack: (lambda n, model=model: generate(model, rows, n)) for stack, model in stacks.items()
+    }
+    if "qlora_fx" in works:
+        mine = works["qlora_fx"]
+        with_graphs, taken = recorded(stacks["qlora_fx"], lambda: mine(8))
+        works[GRAPHED] = lambda n: with_graphs(lambda: mine(n))
+        found["recordings_gb"] = round(taken, 2)
+        found["same_tokens"] = float((mine(NEW) == works[GRAPHED](NEW))[:, PROMPT:].float().mean())
+    times: dict[str, list[tuple[float, float]]] = {stack: [] for stack in works}
     for _ in range(rounds):
-        for stack, model in stacks.items():
-            first, whole = (
-                timed(lambda model=model, n=n: generate(model, rows, n)) for n in (1, NEW + 1)
-            )
+        for stack, work in works.items():
+            first, whole = (timed(lambda work=work, n=n: work(n)) for n in (1, NEW + 1))
             times[stack].append((first, (whole - first) / NEW))
     for stack, taken in times.items():
         found[stack] = [round(statistics.median(t), 2) for t in zip(*taken, strict=True)]
-        one, two = (
-            profiled(lambda model=stacks[stack], n=n: generate(model, rows, n)) for n in (1, 2)
-        )
-        for key in ("launches", "waits", "busy_ms"):
+        one, two = (profiled(lambda work=works[stack], n=n: work(n)) for n in (2, 3))
+        for key in ("launches", "host_launches", "waits", "busy_ms"):
             if key in one and key in two:
                 found[f"{stack}: {key}"] = round(two[key] - one[key], 2)
+    if GRAPHED in works:
+        stacks["qlora_fx"].cuda_graphs = False
     return found
 
 

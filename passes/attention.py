@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -12,8 +12,21 @@ from torch.fx.passes.infra.pass_base import PassResult
 from ..runtime.attention_kernels import devices
 from .graph.nodes import Emitter, arguments, aten, call, is_from_cache, ops
 
-Pair = tuple[fx.Node, fx.Node]
-"""Of keys, or of values: those of a cache ``[tokens, batch, heads, size]``, and new ones ``[batch, heads, tokens, size]``."""
+
+class Joined(NamedTuple):
+    """Keys, or values, of a cache and new ones.
+
+    Attributes:
+        earlier: ``[tokens, batch, heads, size]``.
+        new: ``[batch, heads, tokens, size]``.
+        start: of the ring that the earlier ones are; None where they lie in the model's order.
+    """
+
+    earlier: fx.Node
+    new: fx.Node
+    start: fx.Node | None
+
+
 COMPARISONS = frozenset(
     {
         aten.le.Tensor,
@@ -35,7 +48,8 @@ def attention(gm: fx.GraphModule, *, config: Any) -> PassResult:
     they were before. Where no kernel of ours is for the device, PyTorch's are kept. On a GPU the look at the mask
     waits for the device, once per call of the model.
 
-    Over a cache it becomes ``qlora_fx.cached_attention``, for which earlier and new keys are not joined.
+    Over a cache it becomes ``qlora_fx.cached_attention``, for which earlier and new keys are not joined. Where the cache is
+    a ring, keys and values are read as they lie, and the mask is brought into their order once (runtime/ring.py).
 
     Before::
 
@@ -49,33 +63,57 @@ def attention(gm: fx.GraphModule, *, config: Any) -> PassResult:
     """
     graph = gm.graph
     kinds: dict[fx.Node, fx.Node] = {}
+    masks: dict[fx.Node, fx.Node] = {}
     modified = False
     for node in graph.find_nodes(
         op="call_function", target=aten.scaled_dot_product_attention.default
     ):
-        modified |= rewrite(graph, node, kinds)
+        modified |= over_a_cache(graph, node, masks) or over_itself(graph, node, kinds)
     if modified:
         graph.eliminate_dead_code()
     return PassResult(gm, modified)
 
 
-def rewrite(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, fx.Node]) -> bool:
-    args = arguments(node)
-    q, mask, scale = args["query"], args["attn_mask"], args["scale"]
-    k, v = before_repeat(args["key"], q), before_repeat(args["value"], q)
-    if args["dropout_p"]:
+def over_a_cache(graph: fx.Graph, node: fx.Node, masks: dict[fx.Node, fx.Node]) -> bool:
+    """Attention over keys of a cache and new ones; ``masks`` are those of rings, by the model's."""
+    q, k, v, mask, scale = operands(node)
+    keys, values = joined(k), joined(v)
+    if arguments(node)["dropout_p"] or not keys or not values or not mask_per_token(q, mask):
         return False
+    if (keys.start is None) is not (values.start is None):
+        return False
+    if keys.start is not None:
+        if mask not in masks:
+            with graph.inserting_after(mask):
+                ring = (mask, keys.start, keys.earlier)
+                name = f"{mask.name}_rolled"
+                masks[mask] = call(graph, ops.rolled.default, ring, name=name, like=mask)
+        mask = masks[mask]
+    emit = Emitter(graph, node)
+    args = (q, keys.earlier, keys.new, values.earlier, values.new, mask, scale)
+    with graph.inserting_before(node):
+        result = emit(ops.cached_attention.default, *args, suffix="cached")
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return True
+
+
+def operands(node: fx.Node) -> tuple[Any, Any, Any, Any, float]:
+    """Query, keys and values before they were repeated, mask, scale."""
+    args = arguments(node)
+    q, scale = args["query"], args["scale"]
     if scale is None:
         scale = float(int(q.meta["val"].shape[-1]) ** -0.5)
-    keys, values = joined(k), joined(v)
-    if keys and values and mask_per_token(q, mask):
-        emit = Emitter(graph, node)
-        with graph.inserting_before(node):
-            cached = ops.cached_attention.default
-            result = emit(cached, q, *keys, *values, mask, scale, suffix="cached")
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
-        return True
+    k, v = (before_repeat(args[name], q) for name in ("key", "value"))
+    return q, k, v, args["attn_mask"], scale
+
+
+def over_itself(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, fx.Node]) -> bool:
+    """Attention of each token over all; ``kinds`` are what masks turn out to be."""
+    args = arguments(node)
+    q, k, v, mask, scale = operands(node)
+    if args["dropout_p"]:
+        return False
     if not may_be_causal(q, k, v, mask, args["is_causal"]):
         return False
     if mask is not None and mask not in kinds:
@@ -99,14 +137,17 @@ def mask_per_token(q: Any, mask: Any) -> bool:
     return q.meta["val"].dim() == 4 and len(shape) == 4 and not isinstance(shape[1], torch.SymInt)
 
 
-def joined(t: Any) -> Pair | None:
-    """``(earlier, new)`` of keys or values that capture/cache.py joined."""
+def joined(t: Any) -> Joined | None:
+    """The parts of keys or values that capture/cache_layers.py joined."""
     if t.target is not aten.cat.default or len(t.args[0]) != 2:
         return None
     first, new = t.args[0]
-    if first.target is not aten.permute.default or not is_from_cache(first.args[0]):
+    if first.target is not aten.permute.default:
         return None
-    return first.args[0], new
+    earlier, start = first.args[0], None
+    if earlier.target is ops.unrolled.default:
+        earlier, start = earlier.args
+    return Joined(earlier, new, start) if is_from_cache(earlier) else None
 
 
 def may_be_causal(q: Any, k: Any, v: Any, mask: Any, is_causal: bool) -> bool:

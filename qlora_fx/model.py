@@ -95,7 +95,7 @@ class QLoRAModel(StorePeftModel):
         compiled: bool = True,
     ) -> Any:
         skeleton = programs.base.skeleton
-        call = skeleton.bind(args, kwargs)
+        call = skeleton.bind(args, kwargs, programs.buffers)
         skeleton.check(call)
         if call.cache is not None and self.twin.training:
             raise InputError("use_cache=True in train mode; accepted: in eval mode, model.eval()")
@@ -103,7 +103,7 @@ class QLoRAModel(StorePeftModel):
         # The model's dtypes are decided: a trainer's autocast must neither be captured nor compiled.
         with torch.autocast(skeleton.device.type, enabled=False):
             output = programs.run(call, signature, compiled=compiled)
-        return output if call.cache is None else filled(call.cache, output)
+        return output if call.cache is None else filled(call.cache, output, programs.buffers)
 
     @property
     def all_programs(self) -> list[Programs]:

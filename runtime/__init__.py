@@ -1,6 +1,6 @@
 """What a finished graph calls when it runs. Knows nothing of torch.fx."""
 
-from . import attention, cached_attention, convolution, linear_4bit, loss, ops, recurrence
+from . import attention, cached_attention, convolution, linear_4bit, loss, ops, recurrence, ring
 
 __all__ = [
     "attention",
@@ -10,4 +10,5 @@ __all__ = [
     "loss",
     "ops",
     "recurrence",
+    "ring",
 ]  # importing them registers the operators

@@ -3,8 +3,8 @@
 # Note [What may be recorded]
 A recording repeats the launches that it saw, on the addresses that it saw. So the part's own work must depend on nothing else:
 
-- weights and adapters are read where they lie, and their addresses are a part of the key; what flows into the part is copied to
-  a place of its own before each replay;
+- weights and adapters are read where they lie, and their addresses are a part of the key; so are a cache's buffers
+  (capture/cache_layers.py lends the next cache the same). What flows into the part is copied to a place of its own before each replay;
 - numbers, and tensors on the CPU that stand for one (``qlora_fx::mask_kind``), are a part of the key, and so is all that decides
   what is launched: shapes, strides, dtypes, what needs a gradient, how many blocks are recomputed;
 - nothing in it may wait for the device (``operators.waits``), or write to what it was given: it is done once before it is recorded.
@@ -15,6 +15,7 @@ so while a backward is to come every other call runs without a recording: slower
 with another forward in between, is refused.
 
 Results are copied out of the recording, and gradients with one launch for all: a caller may keep them, or add to them.
+Keys and values of new tokens are not: a cache has copied them itself before the next call.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -194,12 +196,27 @@ class Replayed(torch.autograd.Function):
         return None, None, *found
 
 
+@dataclass(frozen=True)
+class Places:
+    """What a part's arguments and results are.
+
+    Attributes:
+        stored: of each argument, whether it is one of the model's own tensors.
+        cached: positions of arguments that are a cache's buffers, read where they lie.
+        read_at_once: of each result, whether nobody reads it after the next call.
+    """
+
+    stored: Sequence[bool]
+    cached: Sequence[int] = ()
+    read_at_once: Sequence[bool] = ()
+
+
 class Graphed(nn.Module):
     """A part of a program whose launches are recorded for each shape. Note [What may be recorded].
 
     Args:
         part: takes tensors and numbers, returns a tuple of tensors.
-        stored: which arguments are the model's own tensors.
+        places: what these are.
         setting: what else decides what is launched.
         recorder: makes the recorder, once there is something to record.
 
@@ -210,13 +227,14 @@ class Graphed(nn.Module):
     def __init__(
         self,
         part: nn.Module,
-        stored: Sequence[bool],
+        places: Places,
         setting: Callable[[], Any],
         recorder: Callable[[], Recorder],
     ) -> None:
         super().__init__()
-        self.part, self.stored, self.setting = part, stored, setting
-        self.flowing = [i for i, own in enumerate(stored) if not own]
+        self.part, self.places, self.setting = part, places, setting
+        resting = set(places.cached)
+        self.flowing = [i for i, own in enumerate(places.stored) if not own and i not in resting]
         self.make_recorder = recorder
         self.recorder: Recorder | None = None
         self.recordings: dict[Any, Recording] = {}
@@ -240,7 +258,10 @@ class Graphed(nn.Module):
             wanted = [values[i] for i in recording.places_of_wanted]
             found: tuple[Tensor, ...] = Replayed.apply(recording, hold, *wanted)  # type: ignore[no-untyped-call]
             return found
-        return tuple(t.clone() for t in recording.results)
+        if not any(self.places.read_at_once):
+            return tuple(t.clone() for t in recording.results)
+        pairs = zip(recording.results, self.places.read_at_once, strict=True)
+        return tuple(t if at_once else t.clone() for t, at_once in pairs)
 
     def run(self, *values: Any) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = self.part(*values)
@@ -259,11 +280,12 @@ class Graphed(nn.Module):
 
     def key(self, values: Sequence[Any]) -> tuple[Any, list[int]]:
         """What a recording is right for, and the positions of what flows in."""
-        stored = [value for value, own in zip(values, self.stored, strict=True) if own]
+        stored = [value for value, own in zip(values, self.places.stored, strict=True) if own]
         modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         key: list[Any] = [*modes, self.setting()]
         key += map(Tensor.data_ptr, stored)
         key += map(attrgetter("requires_grad"), stored)
+        key += [(values[i].data_ptr(), values[i].shape) for i in self.places.cached]
         moving = []
         for i in self.flowing:
             value = values[i]

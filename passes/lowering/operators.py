@@ -158,6 +158,8 @@ OPERATORS: dict[Any, Operator] = {
         loss_flops, loss_workspace, loss_without_grad, waits=always
     ),
     ops.mask_kind.default: Operator(waits=always),
+    ops.rolled.default: Operator(),
+    ops.unrolled.default: Operator(),
 }
 """Every other operator counts as free: pointwise work, and what has no formula yet (convolutions, recurrences)."""
 UNKNOWN = Operator()

@@ -7,7 +7,7 @@ a label (``qlora_fx::linear_cross_entropy``, in the epilogue). Between them all 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import TypeVar
@@ -17,8 +17,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import GraphError
-from ...runtime.cuda_graphs import Graphed, Recorder
-from ..graph.nodes import arguments
+from ...runtime.cuda_graphs import Graphed, Places, Recorder
+from ..graph.nodes import arguments, is_from_cache
 from .compiled_body import CompiledBody
 from .operators import waits
 
@@ -26,15 +26,22 @@ T = TypeVar("T")
 
 
 def recorded(
-    run: fx.GraphModule, device: torch.device, recorder: Callable[[], Recorder] | None = None
+    run: fx.GraphModule,
+    device: torch.device,
+    read_at_once: Collection[int] = (),
+    recorder: Callable[[], Recorder] | None = None,
 ) -> fx.GraphModule | None:
     """The program with its blocks recorded; None where it has none that can be.
 
     Args:
         run: the lowered graph; its bodies are shared.
+        read_at_once: positions of its results that nobody reads after the next call.
         recorder: default: ``Recorder`` on ``device``.
     """
     groups = list(parts(run))
+    returned = run.graph.output_node().args[0]
+    assert isinstance(returned, (tuple, list))
+    kept = {node for i, node in enumerate(returned) if i not in read_at_once}
     if not any(is_recorded for is_recorded, _ in groups):
         return None
     outer, top, root = run.graph, fx.Graph(), nn.Module()
@@ -52,7 +59,13 @@ def recorded(
             bodies = (getattr(run, str(m.target)) for m in members if m.op == "call_module")
             part = Graphed(
                 part,
-                ["stored" in n.meta for n in inputs],
+                Places(
+                    stored=["stored" in n.meta for n in inputs],
+                    cached=[i for i, n in enumerate(inputs) if is_from_cache(n)],
+                    read_at_once=[
+                        n not in kept and all(u.op == "output" for u in n.users) for n in results
+                    ],
+                ),
                 partial(how_many_are_recomputed, unique(bodies)),
                 recorder or (lambda: Recorder(device)),
             )

@@ -12,6 +12,7 @@ import torch
 from ..errors import InputError
 from ..transformers_internals import BaseModelOutput
 from .cache import taken_cache
+from .cache_layers import Buffers
 from .known_arguments import KnownArguments
 
 
@@ -66,11 +67,15 @@ def bind_call(
     *,
     known: KnownArguments,
     device: torch.device,
+    buffers: Buffers | None = None,
 ) -> Call:
     """The call that ``forward(*args, **kwargs)`` stands for.
 
     ``use_cache`` is False unless it is asked for, or a cache is given; ``return_dict=True`` is the default and left
     out; ``num_items_in_batch`` is a tensor, since it differs from step to step.
+
+    Args:
+        buffers: lends a cache its buffers, where calls are recorded.
 
     Raises:
         InputError: an argument that the model does not take, one too many or too few, or a cache that graphs do not
@@ -83,7 +88,7 @@ def bind_call(
     logits = keywords.pop("return_logits", None)
     values = bind(signature, args, keywords)
     take_encoder_states(values)
-    cache = taken_cache(values, known.model, is_encoder_decoder(known.model))
+    cache = taken_cache(values, known.model, is_encoder_decoder(known.model), buffers)
     if cache is None and "use_cache" in signature.parameters:
         values["use_cache"] = False
     if values.get("return_dict") is True:

@@ -11,14 +11,19 @@ import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from ..errors import CaptureError, InputError
+from ..runtime.cached_attention import FEW
 from ..transformers_internals import DynamicLayer, DynamicSlidingWindowLayer
-from .cache_layers import INNER, GrowingLayer, TracedLayer
+from .cache_layers import INNER, Buffers, GrowingLayer, TracedLayer, grow
 
 ARGUMENT = "past_key_values"
 PARTS = ("keys", "values")
 CROSS = "cross_"
 PAST = re.compile(rf"{ARGUMENT}_(\d+)_({CROSS})?({'|'.join(PARTS)})")
 """Names of a graph's inputs that are a cache's tensors; with ``cross_`` those of an encoder's states."""
+START = f"{ARGUMENT}_start"
+"""The input that says how many tokens a ring holds, which its buffers do not: runtime/ring.py."""
+OF_A_RING = ("input_ids", "attention_mask", "position_ids")
+"""Tensors of a call that may be made with a ring: a mask and positions tell all that the number of earlier tokens told."""
 
 
 def is_past(name: str) -> bool:
@@ -33,7 +38,7 @@ def is_cross(name: str) -> bool:
 
 
 def past_tokens(values: Mapping[str, Any]) -> int:
-    """How many tokens a call's cache holds; 0 without one."""
+    """How many earlier tokens a call's graph sees; 0 without a cache."""
     own = (t for name, t in values.items() if is_past(name) and not is_cross(name))
     return next((int(t.shape[0]) for t in own), 0)
 
@@ -56,12 +61,15 @@ def fits(layer: Any) -> bool:
     return type(layer) in (DynamicLayer, GrowingLayer) or empty_window
 
 
-def taken_cache(values: dict[str, Any], model: Any, encoder_decoder: bool) -> Cache | None:
+def taken_cache(
+    values: dict[str, Any], model: Any, encoder_decoder: bool, source: Buffers | None = None
+) -> Cache | None:
     """Take ``past_key_values`` out of a call's arguments, and put the tensors of it in.
 
     Args:
         values: of a call with ``use_cache=True`` or with a cache.
         encoder_decoder: its cache holds the keys and values of the encoder's states besides.
+        source: lends the cache its buffers, for calls that are recorded.
 
     Returns:
         The cache that the call will fill: the caller's, or a new one. None without.
@@ -87,9 +95,14 @@ def taken_cache(values: dict[str, Any], model: Any, encoder_decoder: bool) -> Ca
     check_cache(cache, encoder_decoder)
     values["use_cache"] = True
     own, cross = halves(cache)
-    for number, layer in enumerate(own.layers):
-        growing = own.layers[number] = as_growing(layer)
-        for part, tensor in zip(PARTS, growing.past(), strict=False):
+    growing = [as_growing(layer, i, source) for i, layer in enumerate(own.layers)]
+    own.layers[:] = growing
+    earlier = [layer.past() for layer in growing]
+    if source is not None and cross is None and takes_a_ring(values, growing, source):
+        earlier = [layer.buffers for layer in growing]
+        as_ring(values, growing[0])
+    for number, tensors in enumerate(earlier):
+        for part, tensor in zip(PARTS, tensors, strict=False):
             values[f"{ARGUMENT}_{number}_{part}"] = tensor
     for number, layer in enumerate(cross.layers if cross is not None else ()):
         if cache.is_updated.get(number):
@@ -131,25 +144,50 @@ def check_cache(cache: Any, encoder_decoder: bool) -> None:
         )
 
 
-def as_growing(layer: Any) -> GrowingLayer:
+def takes_a_ring(values: Mapping[str, Any], layers: list[GrowingLayer], source: Buffers) -> bool:
+    """Whether a call may see its cache as a ring: it is told by its mask which tokens there are, and where they stand."""
+    tensors = {name: t for name, t in values.items() if isinstance(t, torch.Tensor)}
+    if torch.is_grad_enabled() or set(tensors) != set(OF_A_RING):
+        return False
+    ids, mask = tensors["input_ids"], tensors["attention_mask"]
+    if not layers or not all(map(source.has_lent, layers)):
+        return False
+    if len({(len(layer.buffers[0]), layer.get_seq_length()) for layer in layers}) > 1:
+        return False
+    expected = (ids.shape[0], layers[0].get_seq_length() + ids.shape[-1])
+    return mask.shape == expected and not mask.is_floating_point() and ids.shape[-1] <= FEW
+
+
+def as_ring(values: dict[str, Any], layer: GrowingLayer) -> None:
+    """Tell the graph of the room behind the tokens of a cache. Note [A ring]."""
+    mask, room, written = values["attention_mask"], len(layer.buffers[0]), layer.get_seq_length()
+    values["attention_mask"] = torch.nn.functional.pad(mask, (room - written, 0))
+    values[START] = torch.full((), written, device=mask.device)  # waits for no copy
+
+
+def as_growing(layer: Any, number: int, source: Buffers | None) -> GrowingLayer:
     """A layer of a cache, or one that shows the same and takes its place."""
     if type(layer) is GrowingLayer:
+        if source is not None:
+            layer.source = source
         return layer
-    growing = GrowingLayer()
+    growing = GrowingLayer(number, source)
     if layer.is_initialized:
         growing.keys, growing.values, growing.is_initialized = layer.keys, layer.values, True
     return growing
 
 
-def filled(cache: Any, output: Any) -> Any:
-    """The output of a graph with ``cache`` in it, which holds the call's tokens now."""
+def filled(cache: Any, output: Any, source: Buffers | None = None) -> Any:
+    """The output of a graph with ``cache`` in it, which holds the call's tokens now.
+
+    Args:
+        source: as in ``taken_cache``.
+    """
     own, cross = halves(cache)
     new, encoded = output[ARGUMENT]
-    for number, rows in enumerate(new):
-        if number == len(own.layers):
-            own.layers.append(GrowingLayer())
-        if rows:
-            own.layers[number].grow(rows)
+    own.layers += [GrowingLayer(i, source) for i in range(len(own.layers), len(new))]
+    pairs = [(layer, rows) for layer, rows in zip(own.layers, new, strict=False) if rows]
+    grow([layer for layer, _ in pairs], [rows for _, rows in pairs])
     for number, states in enumerate(encoded):
         if states and cross is not None:
             with torch.inference_mode(False):  # they outlive the mode
@@ -167,6 +205,7 @@ def with_traced_cache(arguments: Mapping[str, Any], encoder_decoder: bool) -> di
     if not arguments.get("use_cache"):
         return arguments
     past = [(m, arguments.pop(name)) for name in list(arguments) if (m := PAST.fullmatch(name))]
+    start = arguments.pop(START, None)
     cache = empty_cache(TracedLayer, encoder_decoder)
     own, cross = halves(cache)
     for found, tensor in past:  # keys come before values
@@ -176,7 +215,7 @@ def with_traced_cache(arguments: Mapping[str, Any], encoder_decoder: bool) -> di
             of.layers.append(TracedLayer())
         layer = of.layers[number]
         if of is own:
-            layer.past += (tensor,)
+            layer.past, layer.start = (*layer.past, tensor), start
         else:
             setattr(layer, part, tensor)
             layer.is_initialized = cache.is_updated[number] = True

@@ -10,11 +10,14 @@ as they are.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..runtime.ops import ops
 from ..runtime.torch_versions import unnoticed_by_autograd
 from ..transformers_internals import DynamicLayer
 
@@ -24,19 +27,60 @@ SMALLEST = 256
 """Tokens that a buffer has room for at least."""
 
 
+class Buffers:
+    """Buffers for the caches of a model whose calls are recorded. Note [A ring].
+
+    A recording reads a cache where it lies, so the next cache is given what one has left that is no more: the same
+    addresses, layer by layer. All are zeroed first, for what is masked must be finite.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[Any, list[tuple[Tensor, ...]]] = {}
+        self.borrowers: dict[int, weakref.ref[GrowingLayer]] = {}
+
+    def lend(self, layer: GrowingLayer, room: int, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """``[room, batch, heads, size]`` for keys and for values like ``rows``, to a layer of a cache."""
+        like = tuple((tuple(t.shape[1:]), t.dtype, t.device) for t in rows)
+        several = self.made.setdefault((layer.number, room, like), [])
+        for tensors in several:
+            borrower = self.borrowers[id(tensors)]()
+            if borrower is None or borrower.buffers is not tensors:
+                for t in tensors:
+                    t.zero_()
+                break
+        else:
+            tensors = tuple(t.new_zeros(room, *t.shape[1:]) for t in rows)
+            several.append(tensors)
+        self.borrowers[id(tensors)] = weakref.ref(layer)
+        return tensors
+
+    def has_lent(self, layer: GrowingLayer) -> bool:
+        """Whether a layer's buffers are from here, and its alone."""
+        borrower = self.borrowers.get(id(layer.buffers))
+        return borrower is not None and borrower() is layer
+
+    def __deepcopy__(self, memo: Any) -> Buffers:
+        return self  # the copy of a cache has buffers of its own
+
+
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """A layer of a ``DynamicCache`` whose ``keys`` and ``values`` are views of buffers with room behind them.
 
     To everybody else it is a ``DynamicLayer``: it may be cropped, reordered, repeated, copied, or given other tensors. The
     next call of the model copies those to buffers of their own.
 
+    Args:
+        number: of the layer in its cache.
+        source: who lends buffers; default: they are made.
+
     Attributes:
         buffers: ``[room, batch, heads, size]`` of keys and of values.
         shown: the views of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0, source: Buffers | None = None) -> None:
         super().__init__()
+        self.number, self.source = number, source
         self.buffers: tuple[Tensor, ...] = ()
         self.shown: tuple[Tensor, ...] = ()
 
@@ -47,32 +91,56 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             a is b for a, b in zip(states, self.shown, strict=True)
         ):
             return
-        self.buffers, self.shown = (), ()
+        earlier, self.buffers, self.shown = self.buffers, (), ()
         if states and states[0].numel():
-            self.grow(tuple(t.permute(OUTERMOST) for t in states))
+            rows = tuple(t.permute(OUTERMOST) for t in states)
+            if earlier and self.source is not None:
+                rows = tuple(t.clone() for t in rows)  # they may lie in what is lent anew
+            grow([self], [rows])
 
-    def grow(self, rows: tuple[Tensor, ...]) -> None:
-        """Add keys and values of further tokens, ``[tokens, batch, heads, size]``."""
+    def make_room(self, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Where further keys and values, ``[tokens, batch, heads, size]``, are to be written; they are shown from now on."""
         start = self.shown[0].shape[2] if self.shown else 0
         total = start + len(rows[0])
         if not self.buffers or total > len(self.buffers[0]):
-            room = max(SMALLEST, 1 << (total - 1).bit_length())
-            with torch.inference_mode(False):  # they outlive the mode
-                larger = tuple(t.new_empty(room, *t.shape[1:]) for t in rows)
-            for new, old in zip(larger, self.buffers, strict=False):
-                new[:start] = old[:start]
-            self.buffers = larger
-        with unnoticed_by_autograd(self.buffers):  # what it has saved of them lies before
-            for buffer, row in zip(self.buffers, rows, strict=True):
-                buffer[start:total] = row.detach()
+            self.buffers = self.larger(total, rows)
         self.keys, self.values = self.shown = tuple(b[:total].permute(INNER) for b in self.buffers)
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.is_initialized = True
+        return tuple(b[start:total] for b in self.buffers)
+
+    def larger(self, total: int, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Buffers with room for so many tokens, and what was in the old ones."""
+        room = max(SMALLEST, 1 << (total - 1).bit_length())
+        with torch.inference_mode(False):  # they outlive the mode
+            if self.source is not None:
+                found = self.source.lend(self, room, rows)
+            else:
+                found = tuple(t.new_empty(room, *t.shape[1:]) for t in rows)
+        for new, old in zip(found, self.buffers, strict=False):
+            new[: len(old)] = old
+        return found
 
     def past(self) -> tuple[Tensor, ...]:
         """Keys and values ``[tokens, batch, heads, size]``, the beginnings of buffers of their own; none of an empty layer."""
         self.settle()
         return tuple(t.permute(OUTERMOST) for t in self.shown)
+
+
+def grow(layers: Sequence[GrowingLayer], rows: Sequence[tuple[Tensor, ...]]) -> None:
+    """Add keys and values of further tokens, ``[tokens, batch, heads, size]``, to each layer: on a GPU by one launch for all."""
+    places: list[Tensor] = []
+    values: list[Tensor] = []
+    for layer, new in zip(layers, rows, strict=True):
+        for place, row in zip(layer.make_room(new), new, strict=True):
+            flat = (
+                row.is_contiguous()
+            )  # one launch takes equal strides, of dimensions of size 1, too
+            places.append(place.view(-1) if flat else place)
+            values.append((row.view(-1) if flat else row).detach())
+    if values:
+        with unnoticed_by_autograd(tuple(places)):  # what it has saved of them lies before
+            torch._foreach_copy_(places, values)
 
 
 class TracedLayer(DynamicLayer):  # type: ignore[misc]
@@ -82,12 +150,14 @@ class TracedLayer(DynamicLayer):  # type: ignore[misc]
         past: keys and values of earlier tokens, ``[tokens, batch, heads, size]``; none in a cache that is empty.
 
     Attributes:
+        start: of the ring that they are; None where they lie in their order.
         rows: of the tokens of this call.
     """
 
     def __init__(self, *past: Tensor) -> None:
         super().__init__()
         self.past = past
+        self.start: Tensor | None = None
         self.rows: tuple[Tensor, ...] = ()
 
     def update(
@@ -96,7 +166,10 @@ class TracedLayer(DynamicLayer):  # type: ignore[misc]
         states: tuple[Tensor, ...] = (key_states, value_states)
         self.rows = tuple(t.permute(OUTERMOST) for t in states)
         if self.past:
-            before = (t.permute(INNER) for t in self.past)
+            past = self.past
+            if self.start is not None:
+                past = tuple(ops.unrolled(t, self.start) for t in past)
+            before = (t.permute(INNER) for t in past)
             states = tuple(torch.cat(pair, dim=-2) for pair in zip(before, states, strict=True))
         self.keys, self.values = keys, values = states
         self.is_initialized = True

@@ -9,7 +9,6 @@ from torch import nn
 
 from ..errors import InputError
 from .arguments import is_encoder_decoder
-from .cache import past_tokens
 
 SETTINGS = ("max_position_embeddings", "max_target_positions", "max_source_positions")
 """Of a config: how many positions a table has, give or take what some models leave free at its beginning."""
@@ -47,9 +46,8 @@ def check_length(name: str, ids: Any, longest: int, past: int = 0) -> None:
         )
 
 
-def check_positions(values: Any, longest: dict[str, int]) -> None:
-    """Raise ``InputError`` if rows are longer than the model's learned positions."""
-    past = past_tokens(values)
+def check_positions(values: Any, longest: dict[str, int], past: int) -> None:
+    """Raise ``InputError`` if rows, behind ``past`` tokens in a cache, are longer than the model's learned positions."""
     cached = "decoder_input_ids" if "decoder_input_ids" in longest else "input_ids"
     for name, most in longest.items():
         check_length(name, values.get(name), most, past if name == cached else 0)

@@ -28,7 +28,8 @@ from ..errors import CaptureError
 from ..runtime.gpu import numbered
 from ..transformers_internals import experts_implementation, set_experts_implementation
 from .arguments import Call, bind_call, is_encoder_decoder, vocabulary_size
-from .cache import is_past
+from .cache import START, is_past
+from .cache_layers import Buffers
 from .check_call import check_call
 from .dynamic_shapes import automatic_dims, example, is_about_dims, resized, shared_dims
 from .export import capture_error, export, quiet, without_writes
@@ -132,16 +133,20 @@ class Skeleton:
         """Bytes of every tensor before it is quantized, by store key."""
         return {self.keys[name]: tensor.nbytes for name, tensor in named_tensors(self.model)}
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    def bind(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], buffers: Buffers | None = None
+    ) -> Call:
         """The call ``forward(*args, **kwargs)``, its arguments by name. See ``bind_call``."""
+        known = self.known_arguments
         return bind_call(
-            self.signature, args, kwargs, known=self.known_arguments, device=self.device
+            self.signature, args, kwargs, known=known, device=self.device, buffers=buffers
         )
 
     def check(self, call: Call) -> None:
         """Raise ``InputError`` if the call's tensors do not fit the model. See ``check_call``."""
         check_call(call.values, self.device, self.vocabulary, self.encoder_decoder)
-        check_positions(call.values, self.longest)
+        past = 0 if call.cache is None else call.cache.get_seq_length()
+        check_positions(call.values, self.longest, past)
 
     def fake(self, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
         """A copy with fake tensors on the real device; tensors of the model's dtype become ``dtype``."""
@@ -247,6 +252,7 @@ class Skeleton:
         for node in graph.find_nodes(op="placeholder"):
             if is_past(node.meta.get("input", "")):
                 node.meta["past"] = True
+            node.meta["start"] = node.meta.get("input") == START
         gm = fx.GraphModule(nn.Module(), graph, class_name=self.name)
         gm.meta.update(holders=holders(self.model), transposed_stacks=transposed_stacks(self.model))
         out_spec = program.call_spec.out_spec

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from ..capture.arguments import Call, Signature
-from ..capture.cache import is_past
+from ..capture.cache import ARGUMENT, START, is_past
+from ..capture.cache_layers import Buffers
 from ..capture.skeleton import Capture
 from ..errors import CaptureError, InputError, users_stacklevel
 from ..passes.lower import lower
@@ -51,6 +53,7 @@ class Programs:
 
     Attributes:
         adapter: tensors that are read in the place of the store's, by key: another adapter's.
+        buffers: lends caches their buffers, where calls are recorded; None where they are not.
         captured: graphs by signature, in the order in which they were captured.
     """
 
@@ -67,6 +70,7 @@ class Programs:
         self.adapter: Mapping[str, torch.Tensor] = {}
         self._memory_budget = memory_budget
         self._cuda_graphs = cuda_graphs
+        self.buffers = Buffers() if cuda_graphs else None
 
     def use(self, adapter: Mapping[str, torch.Tensor]) -> None:
         """Let every program read this adapter's tensors."""
@@ -107,18 +111,19 @@ class Programs:
     @cuda_graphs.setter
     def cuda_graphs(self, value: bool) -> None:
         self._cuda_graphs = value
+        self.buffers = Buffers() if value else None
         for program in self:
             self.record_anew(program)
 
     def record_anew(self, program: Program) -> None:
-        """Forget what is recorded; blocks are recorded if that was asked for, and if sizes come again: a cache grows."""
+        """Forget what is recorded; blocks are recorded if that was asked for, and if sizes come again: a cache grows, a ring not."""
         if program.graphed is not None:
             forget(program.graphed)
-        grows = any(is_past(name) for name, _ in program.inputs)
+        names = [name for name, _ in program.inputs]
         program.graphed = None
-        if self._cuda_graphs and not grows:
+        if self._cuda_graphs and (START in names or not any(map(is_past, names))):
             assert isinstance(program.run, fx.GraphModule)
-            program.graphed = recorded(program.run, self.base.device)
+            program.graphed = recorded(program.run, self.base.device, read_at_once(program))
 
     def run(self, call: Call, signature: Signature, *, compiled: bool = True) -> Any:
         """The model's output for a call.
@@ -184,6 +189,14 @@ class Programs:
         new = CapturedGraph(gm, program, budget, uncompiled)
         self.captured.setdefault(signature, []).append(new)
         return new
+
+
+def read_at_once(program: Program) -> set[int]:
+    """Positions of the results that a cache takes over before anything else happens: keys and values of new tokens."""
+    if START not in (name for name, _ in program.inputs):
+        return set()
+    output = pytree.tree_unflatten(range(program.out_spec.num_leaves), program.out_spec)
+    return set(pytree.tree_leaves(output[ARGUMENT]))
 
 
 def not_fitting(error: DoesNotFit) -> InputError:

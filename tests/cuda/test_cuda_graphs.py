@@ -234,3 +234,44 @@ def test_in_a_trainer(tmp_path: Path) -> None:
     assert len(found[0]) == 8
     assert found[1] == pytest.approx(found[0], rel=1e-2)
     assert found[0][-1] < 0.99 * found[0][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "experts"])
+def test_tokens(kind: str, dtype: torch.dtype) -> None:
+    """With a cache read where it lies, its room grown twice, rows of other lengths, twice after each other: logits are those without."""
+    if kind == "experts":
+        model = MixtralForCausalLM(EXPERTS).cuda().to(dtype)
+        qmodel = qlora_fx.transform(model, compute_dtype=dtype, cuda_graphs=True)
+        randomize_adapter(qmodel)
+    else:
+        _, qmodel = made(dtype)
+    given = on_gpu(3, 250, padded=0)
+    del given["labels"]
+    given["attention_mask"][1, :40] = 0
+    told = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "use_cache": True}
+    told |= {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 16}
+    found = [qmodel.generate(**given, **told) for _ in range(4)]
+    assert bool(recordings(qmodel)) is (kind == "llama" or dtype == torch.bfloat16)
+    with torch.no_grad():
+        for out in found:
+            whole = out.sequences
+            mask = torch.nn.functional.pad(
+                given["attention_mask"], (0, whole.shape[1] - 250), value=1
+            )
+            places = (mask.cumsum(1) - 1).clamp(min=0)
+            true = qmodel.run_uncompiled(whole, attention_mask=mask, position_ids=places).logits
+            for i, mine in enumerate(out.logits):
+                assert relative_error(mine, true[:, 249 + i]) < 5 * LIMIT[dtype]
+
+
+def test_memory_of_tokens_is_given_back() -> None:
+    _, qmodel = made(torch.bfloat16)
+    ids = on_gpu(8, 2000, padded=0)["input_ids"]
+    for _ in range(4):
+        qmodel.generate(input_ids=ids, max_new_tokens=8, pad_token_id=0, eos_token_id=None)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved()
+    qmodel.cuda_graphs = False
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < held

@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import batch, tiny_llama
 from peft import LoraConfig
+from qlora_fx.compiler.programs import read_at_once
 from qlora_fx.passes.lowering.recorded import can_be_recorded, recorded
 from qlora_fx.runtime import cuda_graphs
-from qlora_fx.runtime.cuda_graphs import Graphed, Recorder
+from qlora_fx.runtime.cuda_graphs import Graphed, Places, Recorder
 from qlora_fx.testing import randomize_adapter
 from torch import Tensor
 
@@ -73,7 +74,9 @@ def pair(models: tuple[Any, Any]) -> tuple[Any, Any, list[str]]:
 
 def record(qmodel: Any, happened: list[str]) -> None:
     for program in qmodel.programs:
-        program.graphed = recorded(program.run, qmodel.device, lambda: StandIn(happened))
+        program.graphed = recorded(
+            program.run, qmodel.device, read_at_once(program), lambda: StandIn(happened)
+        )
 
 
 def parts(qmodel: Any) -> list[Graphed]:
@@ -115,7 +118,7 @@ def test_steps_are_those_of_launches_one_by_one(pair: tuple[Any, Any, list[str]]
     weights = {id(t) for t in qmodel.base.store.tensors.values()}
     for one in part.recordings.values():
         held = [v for v in one.values if isinstance(v, Tensor)]
-        assert sum(id(v) in weights for v in held) == sum(part.stored), "read where they lie"
+        assert sum(id(v) in weights for v in held) == sum(part.places.stored), "read where they lie"
 
 
 def test_gradients_add_up_and_are_kept(pair: tuple[Any, Any, list[str]]) -> None:
@@ -213,7 +216,7 @@ class Product(torch.nn.Module):
 
 
 def product() -> Graphed:
-    return Graphed(Product(), [False, True], tuple, lambda: StandIn([]))
+    return Graphed(Product(), Places([False, True]), tuple, lambda: StandIn([]))
 
 
 def test_counting_shapes_takes_no_end_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +232,7 @@ def test_counting_shapes_takes_no_end_of_memory(monkeypatch: pytest.MonkeyPatch)
 
 def test_another_number_of_recomputed_blocks_is_another_recording() -> None:
     recomputed = [0]
-    part = Graphed(Product(), [False, True], lambda: tuple(recomputed), lambda: StandIn([]))
+    part = Graphed(Product(), Places([False, True]), lambda: tuple(recomputed), lambda: StandIn([]))
     for recomputed[0] in (0, 0, 0, 1, 1, 1):
         part(torch.ones(4, 3), torch.ones(3, 2))
     assert len(part.recordings) == 0, "every weight was another one"
