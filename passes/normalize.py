@@ -1,4 +1,4 @@
-"""normalize: bring every spelling of a linear to ``aten.linear`` and drop what computes nothing."""
+"""normalize: bring every spelling of a linear to ``aten.linear``, everything to one device, and drop what computes nothing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import re
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
+from torch.utils import _pytree as pytree
 
 from ..config import Config
-from .graph.nodes import CASTS, aten
+from .graph.nodes import CASTS, aten, fake_value, placeholders
 from .graph.weights import matrix_view
 from .linears.einsum import contract, spelling
 from .linears.experts import batched, grouped
@@ -32,7 +33,7 @@ def normalize(gm: fx.GraphModule, *, config: Config) -> PassResult:
 
     Known spellings are in spellings.py and experts.py. A weight argument that is a view of a parameter gets
     ``meta["weight_view"]``. Shape assertions may go because the program checks the captured guards before
-    it runs the graph.
+    it runs the graph. Last, numbers that a model makes on the CPU are made where it is.
 
     Before::
 
@@ -59,8 +60,40 @@ def normalize(gm: fx.GraphModule, *, config: Config) -> PassResult:
             modified = True
         else:
             modified |= rewrite(graph, node)
+    modified |= on_one_device(graph)
     modified |= graph.eliminate_dead_code()
     return PassResult(gm, modified)
+
+
+MADE = frozenset({aten.full.default, aten.scalar_tensor.default})
+"""What makes a tensor of a number."""
+
+
+def on_one_device(graph: fx.Graph) -> bool:
+    """Make numbers on the model's device that its code makes on the CPU; True if there were any.
+
+    PyTorch lets a tensor without dimensions be anywhere. Inductor folds constants with one dimension, and would find two
+    devices. And a kernel on a GPU reads its own memory faster.
+    """
+    device = next(n.meta["val"].device for n in placeholders(graph) if "input" in n.meta)
+    moved: set[fx.Node] = set()
+    if device.type == "cpu":
+        return False
+    for node in graph.nodes:
+        val = node.meta.get("val")
+        if node.target in MADE and val.device.type == "cpu" and not val.dim():
+            node.kwargs = node.kwargs | {"device": device}
+        elif node.op != "call_function" or moved.isdisjoint(node.all_input_nodes):
+            continue
+        new = fake_value(graph, node.target, node.args, node.kwargs)
+        if devices(new) != devices(val):
+            node.meta["val"] = new
+            moved.add(node)
+    return bool(moved)
+
+
+def devices(val: object) -> list[torch.device]:
+    return [t.device for t in pytree.tree_leaves(val) if isinstance(t, torch.Tensor)]
 
 
 def rewrite(graph: fx.Graph, node: fx.Node) -> bool:

@@ -301,9 +301,11 @@ class QLoRAModel(StorePeftModel):
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Eval mode; afterwards the mode is as it was."""
-        was_training = self.training
+        if not self.twin.training:
+            yield
+            return
         self.eval()
         try:
             yield
         finally:
-            self.train(was_training)
+            self.train()

@@ -281,10 +281,11 @@ class Graphed(nn.Module):
     def key(self, values: Sequence[Any]) -> tuple[Any, list[int]]:
         """What a recording is right for, and the positions of what flows in."""
         stored = [value for value, own in zip(values, self.places.stored, strict=True) if own]
-        modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        key: list[Any] = [*modes, self.setting()]
+        with_grad = torch.is_grad_enabled()
+        key: list[Any] = [with_grad, torch.is_inference_mode_enabled(), self.setting()]
         key += map(Tensor.data_ptr, stored)
-        key += map(attrgetter("requires_grad"), stored)
+        if with_grad:
+            key += map(attrgetter("requires_grad"), stored)
         key += [(values[i].data_ptr(), values[i].shape) for i in self.places.cached]
         moving = []
         for i in self.flowing:

@@ -53,7 +53,10 @@ class Program:
         self.keys = [key for key, _ in stored]
         self.stored = [tensor for _, tensor in stored]
         self.inputs = inputs
-        self.guards = [(g, compile(g, "<guard>", "eval")) for g in guards]
+        self.shapes = [(name, [size_of(size) for size in val.shape]) for name, val in inputs]
+        self.guards = guards
+        together = " and ".join(f"({g})" for g in guards) or "True"
+        self.hold = compile(together, "<guards>", "eval")
         self.out_spec = out_spec
         self.device = inputs[0][1].device
         self.calls = 0
@@ -84,22 +87,33 @@ class Program:
 
     def fit(self, values: Mapping[str, Any]) -> tuple[list[torch.Tensor], dict[sympy.Expr, int]]:
         """The call's tensors in the graph's order, and its free sizes."""
-        sizes: dict[sympy.Expr, tuple[int, str]] = {}
+        sizes: dict[sympy.Expr, int] = {}
+        first: dict[sympy.Expr, str] = {}
         tensors = []
-        for name, expected in self.inputs:
+        for name, shape in self.shapes:
             tensor = values[name]
-            for dim, (size, want) in enumerate(zip(tensor.shape, expected.shape, strict=True)):
-                where = f"{name}.shape[{dim}]"
-                if not isinstance(want, torch.SymInt) or want.node.expr.is_number:
-                    if size != int(want):
-                        raise DoesNotFit(f"{where} is {size}, captured as {want}", name)
-                    continue
-                known, first = sizes.setdefault(want.node.expr, (size, where))
-                if known != size:
-                    raise DoesNotFit(f"{where} is {size}, but {first} is {known}", name)
+            for dim, (size, want) in enumerate(zip(tensor.shape, shape, strict=True)):
+                known = want if isinstance(want, int) else sizes.get(want)
+                if known is None:
+                    sizes[want], first[want] = size, f"{name}.shape[{dim}]"
+                elif known != size:
+                    there = (
+                        f", but {first[want]} is {known}"
+                        if want in first
+                        else f", captured as {want}"
+                    )
+                    raise DoesNotFit(f"{name}.shape[{dim}] is {size}{there}", name)
             tensors.append(tensor.contiguous())
         scope = {"L": values, "torch": torch, "math": math}
-        for text, code in self.guards:
-            if not eval(code, scope):
-                raise DoesNotFit(f"the capture relied on {text}")
-        return tensors, {symbol: size for symbol, (size, _) in sizes.items()}
+        if not eval(self.hold, scope):
+            failed = next(guard for guard in self.guards if not eval(guard, scope))
+            raise DoesNotFit(f"the capture relied on {failed}")
+        return tensors, sizes
+
+
+def size_of(size: int | torch.SymInt) -> int | sympy.Expr:
+    """A fixed size, or the formula of a free one."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    formula = size.node.expr
+    return int(formula) if formula.is_number else formula

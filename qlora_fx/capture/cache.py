@@ -97,10 +97,13 @@ def taken_cache(
     own, cross = halves(cache)
     growing = [as_growing(layer, i, source) for i, layer in enumerate(own.layers)]
     own.layers[:] = growing
-    earlier = [layer.past() for layer in growing]
-    if source is not None and cross is None and takes_a_ring(values, growing, source):
+    for layer in growing:
+        layer.settle()
+    if source is not None and cross is None and takes_a_ring(values, model, growing, source):
         earlier = [layer.buffers for layer in growing]
         as_ring(values, growing[0])
+    else:
+        earlier = [layer.past() for layer in growing]
     for number, tensors in enumerate(earlier):
         for part, tensor in zip(PARTS, tensors, strict=False):
             values[f"{ARGUMENT}_{number}_{part}"] = tensor
@@ -144,25 +147,33 @@ def check_cache(cache: Any, encoder_decoder: bool) -> None:
         )
 
 
-def takes_a_ring(values: Mapping[str, Any], layers: list[GrowingLayer], source: Buffers) -> bool:
-    """Whether a call may see its cache as a ring: it is told by its mask which tokens there are, and where they stand."""
+def takes_a_ring(
+    values: Mapping[str, Any], model: Any, layers: list[GrowingLayer], source: Buffers
+) -> bool:
+    """Whether a call may see its cache as a ring: it says where its tokens stand, and may be told by a mask which there are."""
     tensors = {name: t for name, t in values.items() if isinstance(t, torch.Tensor)}
-    if torch.is_grad_enabled() or set(tensors) != set(OF_A_RING):
+    if torch.is_grad_enabled() or set(tensors) | {"attention_mask"} != set(OF_A_RING):
         return False
-    ids, mask = tensors["input_ids"], tensors["attention_mask"]
+    if "attention_mask" not in inspect.signature(type(model).forward).parameters:
+        return False
     if not layers or not all(map(source.has_lent, layers)):
         return False
     if len({(len(layer.buffers[0]), layer.get_seq_length()) for layer in layers}) > 1:
         return False
-    expected = (ids.shape[0], layers[0].get_seq_length() + ids.shape[-1])
-    return mask.shape == expected and not mask.is_floating_point() and ids.shape[-1] <= FEW
+    rows, tokens = tensors["input_ids"].shape
+    mask = tensors.get("attention_mask")
+    fits = mask is None or mask.shape == (rows, layers[0].get_seq_length() + tokens)
+    return fits and (mask is None or not mask.is_floating_point()) and tokens <= FEW
 
 
 def as_ring(values: dict[str, Any], layer: GrowingLayer) -> None:
     """Tell the graph of the room behind the tokens of a cache. Note [A ring]."""
-    mask, room, written = values["attention_mask"], len(layer.buffers[0]), layer.get_seq_length()
+    ids, room, written = values["input_ids"], len(layer.buffers[0]), layer.get_seq_length()
+    mask = values.get("attention_mask")
+    if mask is None:
+        mask = ids.new_ones(ids.shape[0], written + ids.shape[1])
     values["attention_mask"] = torch.nn.functional.pad(mask, (room - written, 0))
-    values[START] = torch.full((), written, device=mask.device)  # waits for no copy
+    values[START] = torch.full((), written, device=ids.device)  # waits for no copy
 
 
 def as_growing(layer: Any, number: int, source: Buffers | None) -> GrowingLayer:
@@ -172,8 +183,8 @@ def as_growing(layer: Any, number: int, source: Buffers | None) -> GrowingLayer:
             layer.source = source
         return layer
     growing = GrowingLayer(number, source)
-    if layer.is_initialized:
-        growing.keys, growing.values, growing.is_initialized = layer.keys, layer.values, True
+    growing.keys, growing.values = layer.keys, layer.values
+    growing.is_initialized = layer.is_initialized
     return growing
 
 

@@ -75,38 +75,62 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     Attributes:
         buffers: ``[room, batch, heads, size]`` of keys and of values.
-        shown: the views of them.
+        written: how many tokens they hold.
+        given: keys or values that somebody has put into the place of those.
     """
 
     def __init__(self, number: int = 0, source: Buffers | None = None) -> None:
+        self.given: dict[str, Tensor | None] = {}
         super().__init__()
         self.number, self.source = number, source
         self.buffers: tuple[Tensor, ...] = ()
-        self.shown: tuple[Tensor, ...] = ()
+        self.written = 0
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``[batch, heads, tokens, size]``, a view; None of an empty layer. ``values``, too."""
+        return self.given["keys"] if "keys" in self.given else self.shown(0)
+
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        self.given["keys"] = states
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.given["values"] if "values" in self.given else self.shown(1)
+
+    @values.setter
+    def values(self, states: Tensor | None) -> None:
+        self.given["values"] = states
+
+    def shown(self, part: int) -> Tensor:
+        return self.buffers[part][: self.written].permute(INNER)
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() if self.given else self.written
 
     def settle(self) -> None:
-        """Hold what it shows in buffers of its own, if somebody has changed that."""
-        states = (self.keys, self.values) if self.is_initialized else ()
-        if len(states) == len(self.shown) and all(
-            a is b for a, b in zip(states, self.shown, strict=True)
-        ):
+        """Hold in buffers of its own what somebody has put there."""
+        if not self.given:
             return
-        earlier, self.buffers, self.shown = self.buffers, (), ()
-        if states and states[0].numel():
-            rows = tuple(t.permute(OUTERMOST) for t in states)
-            if earlier and self.source is not None:
-                rows = tuple(t.clone() for t in rows)  # they may lie in what is lent anew
-            grow([self], [rows])
+        states = [t for t in (self.keys, self.values) if t is not None and t.numel()]
+        lent = bool(self.buffers) and self.source is not None
+        self.buffers, self.written = (), 0
+        if not states:
+            return
+        rows = tuple(t.permute(OUTERMOST) for t in states)
+        if lent:  # they may lie in what will be lent anew
+            rows = tuple(t.clone() for t in rows)
+        grow([self], [rows])
 
     def make_room(self, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Where further keys and values, ``[tokens, batch, heads, size]``, are to be written; they are shown from now on."""
-        start = self.shown[0].shape[2] if self.shown else 0
-        total = start + len(rows[0])
-        if not self.buffers or total > len(self.buffers[0]):
+        start, total = self.written, self.written + rows[0].shape[0]
+        if not self.buffers or total > self.buffers[0].shape[0]:
             self.buffers = self.larger(total, rows)
-        self.keys, self.values = self.shown = tuple(b[:total].permute(INNER) for b in self.buffers)
-        self.dtype, self.device = self.keys.dtype, self.keys.device
-        self.is_initialized = True
+            self.dtype, self.device = rows[0].dtype, rows[0].device
+        self.written, self.is_initialized = total, True
+        self.given.clear()
         return tuple(b[start:total] for b in self.buffers)
 
     def larger(self, total: int, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -118,13 +142,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             else:
                 found = tuple(t.new_empty(room, *t.shape[1:]) for t in rows)
         for new, old in zip(found, self.buffers, strict=False):
-            new[: len(old)] = old
+            new[: self.written] = old[: self.written]
         return found
 
     def past(self) -> tuple[Tensor, ...]:
-        """Keys and values ``[tokens, batch, heads, size]``, the beginnings of buffers of their own; none of an empty layer."""
-        self.settle()
-        return tuple(t.permute(OUTERMOST) for t in self.shown)
+        """Keys and values ``[tokens, batch, heads, size]``, the beginnings of ``buffers``; none of an empty layer."""
+        return tuple(b[: self.written] for b in self.buffers)
 
 
 def grow(layers: Sequence[GrowingLayer], rows: Sequence[tuple[Tensor, ...]]) -> None:
