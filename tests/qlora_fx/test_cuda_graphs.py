@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,37 +11,12 @@ import pytest
 import torch
 from conftest import batch, tiny_llama
 from peft import LoraConfig
-from qlora_fx.compiler.programs import read_at_once
-from qlora_fx.passes.lowering.recorded import can_be_recorded, recorded
+from qlora_fx.passes.lowering.recorded import can_be_recorded
 from qlora_fx.runtime import cuda_graphs
-from qlora_fx.runtime.cuda_graphs import Graphed, Places, Recorder
+from qlora_fx.runtime.cuda_graphs import Graphed, Places
 from qlora_fx.testing import randomize_adapter
+from recording import StandIn, record
 from torch import Tensor
-
-
-class StandIn(Recorder):
-    """Records nothing: it does the work again, into the results of the first time."""
-
-    def __init__(self, happened: list[str]) -> None:
-        self.happened = happened
-        self.device = torch.device("cpu")
-        self.replays = 0
-
-    def warm_up(self, work: Callable[[], list[Tensor]]) -> None:
-        self.happened.append("warm up")
-        work()
-
-    def record(self, work: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-        self.happened.append("record")
-        results = work()
-
-        def replay() -> None:
-            self.happened.append(f"replay {work.__name__}")
-            with torch.no_grad():
-                for place, value in zip(results, work(), strict=True):
-                    place.copy_(value)
-
-        return results, replay
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +44,6 @@ def pair(models: tuple[Any, Any]) -> tuple[Any, Any, list[str]]:
     qmodel.load_adapter_state_dict(state)
     record(qmodel, happened)
     return plain, qmodel, happened
-
-
-def record(qmodel: Any, happened: list[str]) -> None:
-    for program in qmodel.programs:
-        program.graphed = recorded(
-            program.run, qmodel.device, read_at_once(program), lambda: StandIn(happened)
-        )
 
 
 def parts(qmodel: Any) -> list[Graphed]:
