@@ -67,7 +67,8 @@ def transform(
         cuda_graphs: record what blocks launch on a GPU, once for each batch and sequence, and replay it as one launch.
             Worth it where steps are short: the host needs longer to launch than the GPU to compute. Rows padded to
             few lengths, or packed, are recorded once; a third call of a shape is recorded, eight shapes at most. Its
-            memory stays taken between steps. ``qmodel.cuda_graphs`` changes it.
+            memory stays taken between steps. Generated tokens are recorded as well, for each room of their cache (a
+            power of two). ``qmodel.cuda_graphs`` changes it.
 
     Returns:
         The model in training mode; compiled on its first call.

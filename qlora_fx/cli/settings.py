@@ -139,9 +139,7 @@ class GenerateSettings:
     """Of ``QLoRAModel.generate``."""
 
     prompt: str = flag("", "text; the chat template is applied where there is one")
-    max_new_tokens: int = flag(
-        64, "most tokens that are generated; each computes its whole prefix again"
-    )
+    max_new_tokens: int = flag(64, "most tokens that are generated")
     temperature: float = flag(0.0, "0 takes the likeliest token")
     backend: Literal["inductor", "aot_eager", "eager"] = flag(
         "eager", "what runs the graph; inductor compiles first, which pays for long texts"
