@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# What is imported is compiled when it first is, and that is kept: a third of what is installed. pip would compile all of it.
+unexport PYTHONDONTWRITEBYTECODE
 
 GPU_PYTHON ?= python3
 OLDEST_PYTHON ?= python3
@@ -64,7 +66,7 @@ bench: $(INSTALLED)  ## step, cold start, profile, memory and loading, beside PE
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt --editable ".[demo,test,dev]"
+	$(PIP) install --no-compile --constraint constraints.txt --editable ".[demo,test,dev]"
 	touch $@
 
 clean:

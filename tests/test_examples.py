@@ -174,7 +174,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     fast.save_pretrained(folder)
-    peer_llama(2, vocab_size=len(vocabulary)).save_pretrained(folder)
+    peer_llama(1, vocab_size=len(vocabulary)).save_pretrained(folder)
     return folder
 
 

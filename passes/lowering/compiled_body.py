@@ -165,13 +165,19 @@ class CompiledBody(nn.Module):
         partition = self.partitions.get(key)
         if partition is None or (not partition.inputs and any(key.needs_grad)):
             example = self.example(key)
+            partition = self.partitions[key] = example.partition
+            other = Key(key.needs_grad, not key.recompute)
+            if (
+                self.calls > 1 and other not in self.partitions
+            ):  # the same joint graph, which takes long to trace
+                partition.other = self.partitions[other] = partition.beside(other.recompute)
             with (
                 torch.inference_mode(False),
                 torch.enable_grad(),
                 tracing(TracingContext(example.mode)),
             ):
                 aot_eager(example)
-            partition = self.partitions[key] = example.partition
+            partition.other = None
         return partition
 
     def warn_once(self, error: Exception) -> None:

@@ -46,6 +46,7 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
         recompute: keep nothing but the inputs and what was drawn at random.
 
     Attributes:
+        other: is shown the same joint graph, before.
         saved: what the forward hands to the backward, once it has run.
         inputs: the forward's inputs, in order.
         symbols: the capture's free sizes, by those that the graph was traced with.
@@ -64,6 +65,7 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
         super().__init__()
         self.held, self.activations = held, activations
         self.recompute = recompute
+        self.other: Partition | None = None
         self.saved: list[fx.Node] = []
         self.inputs: list[fx.Node] = []
         self.symbols: dict[sympy.Symbol, sympy.Expr] = {}
@@ -71,6 +73,8 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
         self.flops: tuple[sympy.Expr, sympy.Expr] = (sympy.Integer(0), sympy.Integer(0))
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        if self.other is not None:
+            self.other(copied(gm), joint_inputs, **kwargs)
         mark_recompute(gm.graph, self.held)
         if self.recompute:
             mark_all_recompute(gm.graph)
@@ -85,6 +89,12 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
         transient = self.transient(backward.graph)
         self.live = (self.events(forward.graph, ()), self.events(backward.graph, transient))
         return forward, backward
+
+    def beside(self, recompute: bool) -> Partition:
+        """Another way to split the same joint graph."""
+        other = Partition(self.held, self.activations, recompute=recompute)
+        other.symbols = self.symbols
+        return other
 
     def captured(self, formula: Any) -> sympy.Expr:
         """A formula over sizes in the symbols of the capture."""
@@ -111,6 +121,15 @@ class Partition(CustomPartitionerFn):  # type: ignore[misc]
 
     def __getstate__(self) -> Any:
         return self.uuid()
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with marks of its own."""
+    graph = fx.Graph()
+    at: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        at[node] = graph.node_copy(node, at.__getitem__)
+    return fx.GraphModule(gm, graph)
 
 
 CHEAP_IS_RECOMPUTED = {
