@@ -14,12 +14,13 @@ from peft import LoraConfig
 from torch import fx, nn
 
 from .adapters.initialize import add_adapters
-from .capture.cache import caches, filled
+from .capture.arguments import Call
+from .capture.cache import START, caches, filled
 from .checkpoints.save import write_quantized
 from .compiler.compile import Prepared
 from .compiler.programs import Programs
 from .compiler.request import check_cuda_graphs, check_memory_budget
-from .errors import InputError, users_stacklevel
+from .errors import CaptureError, InputError, users_stacklevel
 from .explain import Explanation, explain
 from .memory.saved_activations import Activations, saved_activations
 from .merging.merge import MergeReport, merge
@@ -96,6 +97,17 @@ class QLoRAModel(StorePeftModel):
     ) -> Any:
         skeleton = programs.base.skeleton
         call = skeleton.bind(args, kwargs, programs.buffers)
+        try:
+            return self._run_call(programs, call, compiled)
+        except (CaptureError, InputError) as error:
+            if START not in call.values:
+                raise
+            output = self._run_call(programs, skeleton.bind(args, kwargs), compiled)
+            programs.take_no_rings(error)
+            return output
+
+    def _run_call(self, programs: Programs, call: Call, compiled: bool) -> Any:
+        skeleton = programs.base.skeleton
         skeleton.check(call)
         if call.cache is not None and self.twin.training:
             raise InputError("use_cache=True in train mode; accepted: in eval mode, model.eval()")

@@ -8,15 +8,17 @@ falls back, is captured again or is refused is a failure.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
+import qlora_fx
 import pytest
 import torch
 from conftest import only_slow_but
-from default_path import STEPS, Walk, walk
-from families import ALL, FAMILIES, NOT_TRIED, Family
+from default_path import DECODERS, SPECIAL, STEPS, Walk, walk
+from families import ALL, FAMILIES, NOT_TRIED, Family, build
 from families.exceptions import (
     CAPTURED_AGAIN,
     NO_CHECKPOINT,
@@ -26,8 +28,10 @@ from families.exceptions import (
     ROUNDING,
     SAID,
 )
-from qlora_fx.capture.cache_layers import GrowingLayer
+from qlora_fx.capture.cache import START, caches
+from qlora_fx.capture.cache_layers import Buffers, GrowingLayer
 from qlora_fx.tested_versions import TESTED, minor
+from qlora_fx.testing import randomize_adapter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 BY_TYPE = {f.model_type: f for f in FAMILIES}
@@ -128,3 +132,32 @@ def test_the_walk_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(default_path, "dense_weights", wrong)
     result = walk(BY_TYPE["gpt2"], steps=("eval", "peft"), backend="eager")
     assert result.error.startswith("peft: Wrong"), result.error
+
+
+NO_RING = ("bloom", "gpt_neo", "mllama_text_model", "mpt", "trocr", "xglm")
+"""Their calls do not say where tokens stand, or their tables are shorter than a cache's room."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", [t for t, f in BY_TYPE.items() if f.kind in DECODERS])
+def test_a_cache_of_fixed_room_gives_the_logits_of_one_that_grows(model_type: str) -> None:
+    family = BY_TYPE[model_type]
+    model = build(family).eval()
+    if not caches(model) or model_type in NOT_GENERATED:
+        pytest.skip("has no cache that graphs take")
+    qmodel: Any = qlora_fx.transform(
+        model, example_inputs=family.batch(3, 21), compute_dtype="float32", backend="eager"
+    )
+    randomize_adapter(qmodel)
+    ids = family.batch(3, 21)["input_ids"][:2, :9]
+    told = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 4}
+    told |= {"output_logits": True, "return_dict_in_generate": True, "suppress_tokens": SPECIAL}
+    expected = qmodel.generate(ids, **told).logits
+    qmodel.programs.buffers = Buffers()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="cuda_graphs: tokens of .* are not recorded")
+        found = qmodel.generate(ids, **told).logits
+    for mine, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, true, rtol=0, atol=1e-5 * float(true.abs().max()))
+    taken = qmodel.programs.buffers is not None and any(START in n for n in qmodel.graph_modules)
+    assert taken is (model_type not in NO_RING)

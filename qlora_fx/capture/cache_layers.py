@@ -10,6 +10,7 @@ as they are.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import users_stacklevel
 from ..runtime.ops import ops
 from ..runtime.torch_versions import unnoticed_by_autograd
 from ..transformers_internals import DynamicLayer
@@ -25,6 +27,8 @@ OUTERMOST, INNER = (2, 0, 1, 3), (1, 2, 0, 3)
 """From ``[batch, heads, tokens, size]`` to ``[tokens, batch, heads, size]``, and back."""
 SMALLEST = 256
 """Tokens that a buffer has room for at least."""
+KEPT_SHAPES, KEPT_AT_ONCE = 8, 4
+"""Of buffers that are lent: sizes of batches and rooms, and caches that live at the same time."""
 
 
 class Buffers:
@@ -32,16 +36,25 @@ class Buffers:
 
     A recording reads a cache where it lies, so the next cache is given what one has left that is no more: the same
     addresses, layer by layer. All are zeroed first, for what is masked must be finite.
+
+    Attributes:
+        made: by what the recordings see (room, shapes, dtypes), and by layer, one for each cache that lived at the same time.
     """
 
     def __init__(self) -> None:
-        self.made: dict[Any, list[tuple[Tensor, ...]]] = {}
+        self.made: dict[Any, dict[int, list[tuple[Tensor, ...]]]] = {}
         self.borrowers: dict[int, weakref.ref[GrowingLayer]] = {}
+        self.warned = False
 
-    def lend(self, layer: GrowingLayer, room: int, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """``[room, batch, heads, size]`` for keys and for values like ``rows``, to a layer of a cache."""
-        like = tuple((tuple(t.shape[1:]), t.dtype, t.device) for t in rows)
-        several = self.made.setdefault((layer.number, room, like), [])
+    def lend(
+        self, layer: GrowingLayer, room: int, rows: Sequence[Tensor]
+    ) -> tuple[Tensor, ...] | None:
+        """``[room, batch, heads, size]`` for keys and for values like ``rows``; None where as many are kept as may be."""
+        key = (room, *((t.shape[1:], t.dtype, t.device) for t in rows))
+        if key not in self.made and len(self.made) == KEPT_SHAPES:
+            self.warn(f"of {KEPT_SHAPES} shapes and rooms")
+            return None
+        several = self.made.setdefault(key, {}).setdefault(layer.number, [])
         for tensors in several:
             borrower = self.borrowers[id(tensors)]()
             if borrower is None or borrower.buffers is not tensors:
@@ -49,10 +62,21 @@ class Buffers:
                     t.zero_()
                 break
         else:
+            if len(several) == KEPT_AT_ONCE:
+                self.warn(f"{KEPT_AT_ONCE} at the same time")
+                return None
             tensors = tuple(t.new_zeros(room, *t.shape[1:]) for t in rows)
             several.append(tensors)
         self.borrowers[id(tensors)] = weakref.ref(layer)
         return tensors
+
+    def warn(self, kept: str) -> None:
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"cuda_graphs: tokens of caches {kept} are recorded, and others run without; fewer sizes of batches are faster",
+                stacklevel=users_stacklevel(),
+            )
 
     def has_lent(self, layer: GrowingLayer) -> bool:
         """Whether a layer's buffers are from here, and its alone."""
@@ -137,9 +161,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Buffers with room for so many tokens, and what was in the old ones."""
         room = max(SMALLEST, 1 << (total - 1).bit_length())
         with torch.inference_mode(False):  # they outlive the mode
-            if self.source is not None:
-                found = self.source.lend(self, room, rows)
-            else:
+            found = None if self.source is None else self.source.lend(self, room, rows)
+            if found is None:
                 found = tuple(t.new_empty(room, *t.shape[1:]) for t in rows)
         for new, old in zip(found, self.buffers, strict=False):
             new[: self.written] = old[: self.written]

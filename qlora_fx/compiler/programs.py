@@ -115,6 +115,14 @@ class Programs:
         for program in self:
             self.record_anew(program)
 
+    def take_no_rings(self, error: Exception) -> None:
+        """Let every cache grow from now on: the model's code does not take one of fixed room. Note [A ring]."""
+        self.buffers = None
+        warnings.warn(
+            f"cuda_graphs: tokens of {self.base.skeleton.name} are not recorded: {error}",
+            stacklevel=users_stacklevel(),
+        )
+
     def record_anew(self, program: Program) -> None:
         """Forget what is recorded; blocks are recorded if that was asked for, and if sizes come again: a cache grows, a ring not."""
         if program.graphed is not None:

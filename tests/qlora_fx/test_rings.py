@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import batch, peer_llama, tiny_gpt2, tiny_llama
 from peft import LoraConfig
+from qlora_fx.capture import cache_layers
 from qlora_fx.capture.cache import START
 from qlora_fx.capture.cache_layers import Buffers
 from qlora_fx.errors import InputError
@@ -17,7 +18,7 @@ from qlora_fx.runtime.ops import ops
 from qlora_fx.testing import randomize_adapter
 from recording import record
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
@@ -109,8 +110,8 @@ def test_recorded_tokens_are_those_without_a_cache() -> None:
         values = padded(2, tokens)
         close(OneByOne(qmodel, values, tokens - 5).rest(), whole(qmodel, values))
     made = qmodel.programs.buffers.made
-    assert sorted(key[1] for key in made) == [256, 256, 512, 512], "of two layers"
-    assert all(len(several) == 1 for several in made.values())
+    assert [key[0] for key in made] == [256, 512]
+    assert all(len(layers[i]) == 1 for layers in made.values() for i in (0, 1))
     # From a room of 256: 3, 2 and 1 tokens; from one of 512: 2, 3 and 4. Two of each are not recorded.
     assert happened.count("record") == 2
     assert happened.count("replay forward") == 6 - 2 + 9 - 2
@@ -125,7 +126,8 @@ def test_caches_at_the_same_time_share_no_buffers(ringed: Any) -> None:
     for one, values in zip(running, given, strict=True):
         close(one.rest(), whole(ringed, values))
     assert takes_rings(ringed)
-    assert [len(several) for several in ringed.programs.buffers.made.values()] == [3], "and whole's"
+    (layers,) = ringed.programs.buffers.made.values()
+    assert len(layers[0]) == 3, "and whole's"
 
 
 @pytest.mark.slow
@@ -162,11 +164,29 @@ def test_what_is_left_in_buffers_is_zeroed(ringed: Any) -> None:
     """What is masked is multiplied all the same."""
     values = padded(2, 12)
     OneByOne(ringed, values, 9).rest()
-    (several,) = ringed.programs.buffers.made.values()
-    for t in several[0]:
+    (layers,) = ringed.programs.buffers.made.values()
+    for t in layers[0][0]:
         t.fill_(torch.nan)
     close(OneByOne(ringed, values, 9).rest(), whole(ringed, values))
-    assert len(several) == 1
+    assert len(layers[0]) == 1
+
+
+def test_what_is_kept_has_an_end_and_other_caches_grow(
+    ringed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_layers, "KEPT_AT_ONCE", 1)
+    monkeypatch.setattr(cache_layers, "KEPT_SHAPES", 1)
+    values = padded(2, 12)
+    true = whole(ringed, values)
+    first = OneByOne(ringed, values, 9)
+    with pytest.warns(UserWarning, match="cuda_graphs: tokens of caches 1 at the same time are"):
+        second = OneByOne(ringed, values, 9)
+    for one in (second, first, OneByOne(ringed, padded(3, 12), 9)):
+        one.rest()
+    close(second.rest(), true)
+    close(first.rest(), true)
+    (layers,) = ringed.programs.buffers.made.values()
+    assert len(layers[0]) == 1
 
 
 def test_which_calls_see_a_ring(ringed: Any) -> None:
@@ -226,6 +246,32 @@ def test_learned_positions_end_where_they_end() -> None:
         InputError, match=f"behind {longest} in the cache; accepted: at most {longest}"
     ):
         one.take(1)
+
+
+def test_a_model_that_takes_no_ring_runs_without() -> None:
+    """GPT-Neo reads a table of as many tokens as it has positions, which are fewer than a cache has room for."""
+    config = GPTNeoConfig(
+        vocab_size=101,
+        hidden_size=32,
+        num_layers=1,
+        attention_types=[[["local"], 1]],
+        num_heads=2,
+        max_position_embeddings=64,
+        window_size=4,
+    )
+    qmodel = transformed(GPTNeoForCausalLM(config))
+    values = padded(2, 14)
+    true = whole(qmodel, values)
+    qmodel.programs.buffers = Buffers()
+    one = OneByOne(qmodel, values, 9)
+    with pytest.warns(
+        UserWarning, match="tokens of GPTNeoForCausalLM are not recorded: the tensors"
+    ):
+        one.take(1)
+    close(one.rest(), true)
+    assert qmodel.programs.buffers is None
+    with pytest.raises(InputError, match="attention_mask has shape"):
+        qmodel(values["input_ids"], attention_mask=values["attention_mask"][:, 1:])
 
 
 def beside_the_whole(qmodel: Any, tokens: int) -> None:
