@@ -115,6 +115,14 @@ def test_recorded_tokens_are_those_without_a_cache() -> None:
     # From a room of 256: 3, 2 and 1 tokens; from one of 512: 2, 3 and 4. Two of each are not recorded.
     assert happened.count("record") == 2
     assert happened.count("replay forward") == 6 - 2 + 9 - 2
+    given = [padded(2, 30), padded(2, 25)]
+    both = [OneByOne(qmodel, values, 9) for values in given]
+    for _ in range(5):
+        for one in both:
+            one.take(1)
+    for one, values in zip(both, given, strict=True):
+        close(one.rest(), whole(qmodel, values))
+    assert happened.count("record") == 3, "one for the second cache's buffers"
 
 
 def test_caches_at_the_same_time_share_no_buffers(ringed: Any) -> None:
