@@ -21,7 +21,14 @@ from qlora_fx.compiler import pipeline, printer, request
 from qlora_fx.config import Config, Quantization, default_lora
 from qlora_fx.runtime.fastest_dtype import ComputeDtype
 from torch import fx, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 VOCABULARY = 101
 
@@ -88,6 +95,23 @@ def tiny_gpt2() -> GPT2LMHeadModel:
         if name.endswith("bias"):
             nn.init.normal_(p, std=0.1)
     return model
+
+
+def windowed_gemma2() -> Gemma2ForCausalLM:
+    """One layer, whose tokens see 4 keys."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=4,
+        query_pre_attn_scalar=16,
+    )
+    return Gemma2ForCausalLM(config)
 
 
 def batch(

@@ -167,9 +167,7 @@ class CompiledBody(nn.Module):
             example = self.example(key)
             partition = self.partitions[key] = example.partition
             other = Key(key.needs_grad, not key.recompute)
-            if (
-                self.calls > 1 and other not in self.partitions
-            ):  # the same joint graph, which takes long to trace
+            if self.calls > 1 and other not in self.partitions:  # what takes long is tracing
                 partition.other = self.partitions[other] = partition.beside(other.recompute)
             with (
                 torch.inference_mode(False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Mapping, MutableMapping
@@ -154,16 +155,24 @@ def takes_a_ring(
     tensors = {name: t for name, t in values.items() if isinstance(t, torch.Tensor)}
     if torch.is_grad_enabled() or set(tensors) | {"attention_mask"} != set(OF_A_RING):
         return False
-    if "attention_mask" not in inspect.signature(type(model).forward).parameters:
-        return False
     if not layers or not all(map(source.has_lent, layers)):
         return False
     if len({(len(layer.buffers[0]), layer.get_seq_length()) for layer in layers}) > 1:
         return False
     rows, tokens = tensors["input_ids"].shape
     mask = tensors.get("attention_mask")
-    fits = mask is None or mask.shape == (rows, layers[0].get_seq_length() + tokens)
-    return fits and (mask is None or not mask.is_floating_point()) and tokens <= FEW
+    if mask is None:
+        model_class: Any = type(model)
+        can_be_told = takes_a_mask(model_class)
+    else:
+        expected = (rows, layers[0].get_seq_length() + tokens)
+        can_be_told = mask.shape == expected and not mask.is_floating_point()
+    return can_be_told and tokens <= FEW
+
+
+@functools.cache
+def takes_a_mask(model_class: Any) -> bool:
+    return "attention_mask" in inspect.signature(model_class.forward).parameters
 
 
 def as_ring(values: dict[str, Any], layer: GrowingLayer) -> None:

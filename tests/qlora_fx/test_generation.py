@@ -10,7 +10,7 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import batch, only_slow_but, peer_llama
+from conftest import batch, only_slow_but, peer_llama, windowed_gemma2
 from oracle import Float64, ours, random_adapter, truth
 from peft import LoraConfig
 from qlora_fx.errors import InputError
@@ -18,8 +18,6 @@ from qlora_fx.testing import randomize_adapter
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     StaticCache,
@@ -301,19 +299,7 @@ def test_calls_that_no_graph_takes_are_refused_by_name(adapted: Any) -> None:
 
 @pytest.mark.slow
 def test_a_window_is_that_of_the_model() -> None:
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=101,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=4,
-        query_pre_attn_scalar=16,
-    )
-    qmodel = qlora_fx.transform(Gemma2ForCausalLM(config), LoraConfig(**LORA), backend="eager")
+    qmodel = qlora_fx.transform(windowed_gemma2(), LoraConfig(**LORA), backend="eager")
     ids = batch(2, 6, padded=0)["input_ids"]
     with_cache, without = (
         qmodel.generate(ids, max_new_tokens=8, use_cache=use, **ALONE) for use in (True, False)

@@ -8,7 +8,7 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import batch, peer_llama, tiny_gpt2, tiny_llama
+from conftest import batch, peer_llama, tiny_gpt2, tiny_llama, windowed_gemma2
 from peft import LoraConfig
 from qlora_fx.capture import cache_layers
 from qlora_fx.capture.cache import START
@@ -18,7 +18,7 @@ from qlora_fx.runtime.ops import ops
 from qlora_fx.testing import randomize_adapter
 from recording import record
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
@@ -219,19 +219,7 @@ def test_which_calls_see_a_ring(ringed: Any) -> None:
 
 
 def test_a_window_is_that_of_the_model() -> None:
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=101,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=4,
-        query_pre_attn_scalar=16,
-    )
-    beside_the_whole(transformed(Gemma2ForCausalLM(config)), 14)
+    beside_the_whole(transformed(windowed_gemma2()), 14)
 
 
 @pytest.mark.slow
