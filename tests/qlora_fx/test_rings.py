@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import qlora_fx
@@ -103,6 +104,7 @@ def test_recorded_tokens_are_those_without_a_cache() -> None:
     qmodel = transformed(tiny_llama(2), "aot_eager")
     qmodel.programs.buffers = Buffers()
     OneByOne(qmodel, padded(2, 6), 5).rest()
+    gc.collect()  # torch.export 2.11 holds the frames of its first caller in a circle, and so that cache
     assert takes_rings(qmodel)
     happened: list[str] = []
     record(qmodel, happened)
