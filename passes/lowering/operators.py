@@ -184,6 +184,7 @@ def waits(node: fx.Node) -> bool:
     if node.target.namespace == "qlora_fx" and node.target not in OPERATORS:
         return True  # nothing is known of it
     if node.target in INDEXING:
-        return any(isinstance(n, fx.Node) and is_boolean(n) for n in node.args[1])  # type: ignore[union-attr]
+        indices = arguments(node)["indices"]
+        return any(is_boolean(n) for n in indices if n is not None)
     data = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     return operator_of(node).waits(node) or bool(data.intersection(node.target.tags))

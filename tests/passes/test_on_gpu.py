@@ -19,6 +19,7 @@ import torch
 from conftest import batch, peer_llama
 from functorch.compile import make_boxed_func
 from qlora_fx.passes.lowering import compiled_body, on_gpu
+from qlora_fx.passes.normalize import on_one_device
 from qlora_fx.runtime.ops import NESTED_BLOCKSIZE, whole_rows
 from qlora_fx.testing.check import randomize_adapter
 from torch import Tensor, fx
@@ -26,7 +27,7 @@ from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 ops, aten, prims = torch.ops.bitsandbytes, torch.ops.aten, torch.ops.prims
@@ -286,3 +287,27 @@ def test_what_inductor_writes_for_a_gpu_launches_a_third_of_the_reference(tmp_pa
     assert found["kinds"]["qlora_fx.attention"] == layers
     assert found["kinds"]["mm"] + found["kinds"].get("addmm", 0) > 2 * weights * layers
     assert found["launches"] < found["likely"] < 0.35 * found["reference"]
+
+
+def test_numbers_are_made_on_the_models_device() -> None:
+    """Also what is computed of them; a number that is asked for on the CPU stays there."""
+    graph = fx.Graph()
+    x, mode = graph.placeholder("x"), FakeTensorMode()
+    with mode:
+        x.meta.update(input="x", val=torch.empty(3, device="cuda"))
+        made = graph.call_function(aten.full.default, ([], 2.0))
+        made.meta["val"] = torch.full([], 2.0)
+        view = graph.call_function(aten.expand.default, (made, []))
+        view.meta["val"] = made.meta["val"].expand([])
+        scaled = graph.call_function(aten.mul.Tensor, (x, view))
+        scaled.meta["val"] = x.meta["val"] * view.meta["val"]
+        there = graph.call_function(aten.to.device, (view, "cpu", torch.float32))
+        there.meta["val"] = view.meta["val"].to("cpu")
+    graph.output((scaled, there))
+    assert on_one_device(graph)
+    assert [n.meta["val"].device.type for n in (made, view, scaled, there)] == [
+        *["cuda"] * 3,
+        "cpu",
+    ]
+    assert made.kwargs["device"] == torch.device("cuda", 0)
+    assert not on_one_device(graph)

@@ -9,7 +9,7 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import batch, peer_llama, tiny_gpt2, tiny_llama, windowed_gemma2
+from conftest import batch, only_slow_but, peer_llama, tiny_gpt2, tiny_llama, windowed_gemma2
 from peft import LoraConfig
 from qlora_fx.capture import cache_layers
 from qlora_fx.capture.cache import START
@@ -99,9 +99,10 @@ def close(mine: Tensor, true: Tensor) -> None:
     torch.testing.assert_close(mine, true, rtol=0, atol=1e-5 * float(true.abs().max()))
 
 
-def test_recorded_tokens_are_those_without_a_cache() -> None:
+@pytest.mark.parametrize("backend", only_slow_but(["aot_eager"], ["aot_eager", "inductor"]))
+def test_recorded_tokens_are_those_without_a_cache(backend: str) -> None:
     """Over a room that is filled and grows; a cache leaves its buffers to the next."""
-    qmodel = transformed(tiny_llama(2), "aot_eager")
+    qmodel = transformed(tiny_llama(2), backend)
     qmodel.programs.buffers = Buffers()
     OneByOne(qmodel, padded(2, 6), 5).rest()
     gc.collect()  # torch.export 2.11 holds the frames of its first caller in a circle, and so that cache
