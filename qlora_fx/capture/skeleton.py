@@ -28,7 +28,7 @@ from ..errors import CaptureError
 from ..runtime.gpu import numbered
 from ..transformers_internals import experts_implementation, set_experts_implementation
 from .arguments import Call, bind_call, is_encoder_decoder, vocabulary_size
-from .cache import START, is_past
+from .cache import is_past
 from .cache_layers import Buffers
 from .check_call import check_call
 from .dynamic_shapes import automatic_dims, example, is_about_dims, resized, shared_dims
@@ -252,7 +252,6 @@ class Skeleton:
         for node in graph.find_nodes(op="placeholder"):
             if is_past(node.meta.get("input", "")):
                 node.meta["past"] = True
-            node.meta["start"] = node.meta.get("input") == START
         gm = fx.GraphModule(nn.Module(), graph, class_name=self.name)
         gm.meta.update(holders=holders(self.model), transposed_stacks=transposed_stacks(self.model))
         out_spec = program.call_spec.out_spec
