@@ -35,16 +35,18 @@ COMPARISONS = frozenset(
         aten.gt.Tensor,
         aten.tril.default,
         aten.triu.default,
+        aten.bucketize.Tensor,
     }
 )
+"""What masks are made by that hide much: comparisons of positions, and which of several pictures a patch is of."""
 
 
 def attention(gm: fx.GraphModule, *, config: Any) -> PassResult:
     """Attention over an explicit mask becomes ``qlora_fx.attention``, told at run time what the mask is.
 
     A captured model builds a mask of ``[sequence, sequence]`` and its kernel reads all of it. What the batch
-    made of it is seen by ``mask_kind`` once per call: exactly causal, or anything else (padding, a window), of
-    which the tiles that hide everything are skipped. Keys that a model repeats for its query heads are taken as
+    made of it is seen by ``mask_kind`` once per call: exactly causal, or anything else (padding, a window, several
+    pictures), of which the tiles that hide everything are skipped. Keys that a model repeats for its query heads are taken as
     they were before. Where no kernel of ours is for the device, PyTorch's are kept. On a GPU the look at the mask
     waits for the device, once per call of the model.
 
@@ -171,7 +173,7 @@ def may_be_causal(q: Any, k: Any, v: Any, mask: Any, is_causal: bool) -> bool:
 
 
 def compares(mask: fx.Node) -> bool:
-    """True if the mask depends on a comparison of positions, as every causal mask does."""
+    """True if the mask depends on a comparison of positions, as every causal mask does, or keeps pictures apart."""
     seen: set[fx.Node] = set()
     stack = [mask]
     while stack:

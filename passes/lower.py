@@ -22,11 +22,13 @@ the same backend compiles each body once for every batch and sequence.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx, nn
 
 from .lowering.compiled_body import CompiledBody
-from .lowering.free_sizes import hidden_symbols, symbols
+from .lowering.free_sizes import FreeSize, hidden_symbols, symbols
 
 BACKENDS = ("inductor", "aot_eager", "eager")
 
@@ -81,22 +83,26 @@ def lower(gm: fx.GraphModule, *, backend: str = "inductor") -> fx.GraphModule:
     outer.output(outer.graph_copy(gm.graph, {}))
     inputs = list(outer.find_nodes(op="placeholder"))
     known = symbols(inputs)
-    places = {size.term: size.place for size in known if size.place is not None}
     root = nn.Module()
     for name, body in gm.named_children():
         assert isinstance(body, fx.GraphModule)
         hidden = hidden_symbols(list(body.graph.find_nodes(op="placeholder")))
-        foreign = [size._replace(place=None) for size in known if size.term in hidden]
-        compiled = CompiledBody(body, backend, foreign)
+        foreign = [size for size in known if size.term in hidden]
+        compiled = CompiledBody(body, backend, [s._replace(place=None) for s in foreign])
         root.add_module(name, compiled)
         calls = list(outer.find_nodes(op="call_module", target=name))
         compiled.calls = len(calls)
         for number, node in enumerate(calls):
             with outer.inserting_before(node):
-                sizes = [
-                    outer.call_function(torch.ops.aten.sym_size.int, (inputs[i], dim))
-                    for i, dim in (places[size.term] for size in foreign)
-                ]
+                sizes = [read(outer, inputs, size) for size in foreign]
             node.args = (*node.args, *sizes, number)
     mark_usual(outer, root)
     return fx.GraphModule(root, outer, type(gm).__name__)
+
+
+def read(graph: fx.Graph, inputs: list[fx.Node], size: FreeSize) -> fx.Node:
+    """Nodes that read a free size from the inputs of the whole graph."""
+    assert size.place is not None
+    i, dim = size.place
+    node = graph.call_function(torch.ops.aten.sym_size.int, (inputs[i], dim))
+    return node if size.times == 1 else graph.call_function(operator.floordiv, (node, size.times))

@@ -104,6 +104,7 @@ __all__ = [
     "build_on_meta",
     "check_target_module_exists",
     "conversions_used",
+    "counts_of_grid",
     "dot_natural_key",
     "experts_implementation",
     "export_patches",
@@ -322,6 +323,18 @@ def remove_older_checkpoints(
 def masks_expanded_by(expansion: Callable[[Any], Any]) -> contextlib.AbstractContextManager[Any]:
     """Let ``expansion(function)(batch, head, query, key)`` evaluate masks of index functions, in vmap's place."""
     return mock.patch.object(masking_utils, "_vmap_expansion_sdpa", expansion)
+
+
+def counts_of_grid(tower: Any, grid: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a vision tower computes in Python from ``grid_thw [pictures, 3]``, by the names under which it takes it.
+
+    Ends of pictures and windows, positions of patches, indices into tables of positions.
+    """
+    from transformers.exporters.utils import precompute_export_inputs
+
+    values: dict[str, Any] = {"grid_thw": grid}
+    precompute_export_inputs(tower, values)
+    return {k: t for k, t in values.items() if k != "grid_thw" and isinstance(t, torch.Tensor)}
 
 
 def export_patches() -> Callable[[], contextlib.AbstractContextManager[None]]:

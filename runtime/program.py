@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -93,6 +93,13 @@ class Program:
         for name, shape in self.shapes:
             tensor = values[name]
             for dim, (size, want) in enumerate(zip(tensor.shape, shape, strict=True)):
+                if isinstance(want, Multiple):
+                    size, rest = divmod(size, want.times)
+                    if rest:
+                        raise DoesNotFit(
+                            f"{name}.shape[{dim}] is no multiple of {want.times}", name
+                        )
+                    want = want.symbol
                 known = want if isinstance(want, int) else sizes.get(want)
                 if known is None:
                     sizes[want], first[want] = size, f"{name}.shape[{dim}]"
@@ -111,9 +118,25 @@ class Program:
         return tensors, sizes
 
 
-def size_of(size: int | torch.SymInt) -> int | sympy.Expr:
+class Multiple(NamedTuple):
+    """A size that is so many times a free one."""
+
+    times: int
+    symbol: sympy.Symbol
+
+
+def size_of(size: int | torch.SymInt) -> int | sympy.Expr | Multiple:
     """A fixed size, or the formula of a free one."""
     if not isinstance(size, torch.SymInt):
         return size
     formula = size.node.expr
-    return int(formula) if formula.is_number else formula
+    if formula.is_number:
+        return int(formula)
+    times, symbol = multiple(formula)
+    return formula if symbol is None or times == 1 else Multiple(times, symbol)
+
+
+def multiple(formula: sympy.Expr) -> tuple[int, sympy.Symbol | None]:
+    """A symbol and how many times it is taken; None where the formula is anything else."""
+    times, symbol = formula.as_coeff_Mul()
+    return (int(times), symbol) if symbol.is_symbol and times.is_Integer else (1, None)

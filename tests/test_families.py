@@ -33,8 +33,7 @@ COMPILED = (
     *("switch_transformers", "llama4_text"),
 )
 ROWS_BY_DATA = {
-    *("switch_transformers", "nllb-moe", "dbrx", "jetmoe", "deberta", "idefics3", "qwen2_vl"),
-    "qwen3_vl",
+    *("switch_transformers", "nllb-moe", "dbrx", "jetmoe", "deberta", "idefics3"),
 }
 """How many rows some linears get is not known before the call: experts in loops, spans in tensors, chosen images."""
 DEAD_LINEARS = {"squeezebert"}

@@ -83,6 +83,7 @@ SIGNATURES = {
     "transformers.utils.loading_report:LoadStateDictInfo": "missing_keys=, unexpected_keys=, mismatched_keys=, "
     "error_msgs=, conversion_errors=, skipped_pp_keys=",
     "transformers.exporters.utils:apply_patches": "backend",
+    "transformers.exporters.utils:precompute_export_inputs": "model, inputs",
     f"{MODEL}.get_init_context": "dtype, is_quantized, _is_ds_init_called, allow_all_kernels",
     f"{MODEL}._from_config": "config",
     f"{MODEL}._get_dtype_plan": "self, dtype",

@@ -77,7 +77,7 @@ class CompiledBody(nn.Module):
         output = next(iter(body.graph.find_nodes(op="output")))
         self.single = isinstance(output.args[0], fx.Node)
         shown = free_sizes(self.inputs)
-        self.places = [size.place for size in shown if size.place is not None]
+        self.places = [(*size.place, size.times) for size in shown if size.place is not None]
         self.free = [*shown, *foreign]
         self.calls = 1
         self.recomputed = 0
@@ -95,7 +95,7 @@ class CompiledBody(nn.Module):
             )
             needs_grad = self.usual
         key = Key(needs_grad, any(needs_grad) and call < self.recomputed)
-        sizes = (*(args[i].shape[dim] for i, dim in self.places), *foreign)
+        sizes = (*(args[i].shape[dim] // times for i, dim, times in self.places), *foreign)
         run = self.variant(key, sizes).run
         # Without gradients autograd's part of each operator's dispatch is for nothing.
         with contextlib.nullcontext() if any(needs_grad) else below_autograd():

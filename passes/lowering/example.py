@@ -77,7 +77,7 @@ class Example:
         new: dict[sympy.Expr, sympy.Expr] = {}
         hints: dict[sympy.Expr, sympy.Integer] = {}
         formulas: dict[sympy.Symbol, sympy.Expr] = {}
-        for i, (term, offset, _) in enumerate(free):
+        for i, (term, offset, _, _) in enumerate(free):
             by_data = free_unbacked_symbols(term)
             hint = (
                 sizes[i]
@@ -99,7 +99,7 @@ class Example:
             if isinstance(expr, sympy.Symbol):
                 formulas[expr] = term + offset
 
-        computed = any(not term.is_symbol for term, _, _ in free)
+        computed = any(not size.term.is_symbol for size in free)
 
         def size(old: Any) -> Any:
             if not isinstance(old, torch.SymInt):

@@ -10,6 +10,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from ...runtime.program import multiple
+
 
 class FreeSize(NamedTuple):
     """A size that is free where a body is compiled.
@@ -19,11 +21,13 @@ class FreeSize(NamedTuple):
             the body has no other use for. Note [Sizes of a body's own].
         offset: the size is ``term + offset``.
         place: the input and the dimension that show it; None where the caller passes it.
+        times: they show so many times the size: ``4 * S`` patches of a picture, of which 4 become one token.
     """
 
     term: sympy.Expr
     offset: int
     place: tuple[int, int] | None
+    times: int = 1
 
     @property
     def formula(self) -> sympy.Expr:
@@ -50,11 +54,12 @@ def hidden_symbols(inputs: Sequence[fx.Node]) -> set[sympy.Symbol]:
 
 
 def symbols(inputs: Sequence[fx.Node]) -> list[FreeSize]:
-    """Each symbol that is a size, where it is first."""
+    """Each symbol that is a size, or of which a size is a multiple, where it is first."""
     found: dict[sympy.Expr, FreeSize] = {}
     for place, formula in shown(inputs):
-        if formula.is_symbol:
-            found.setdefault(formula, FreeSize(formula, 0, place))
+        times, symbol = multiple(formula)
+        if symbol is not None:
+            found.setdefault(symbol, FreeSize(symbol, 0, place, times))
     return list(found.values())
 
 

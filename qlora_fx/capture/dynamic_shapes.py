@@ -10,6 +10,7 @@ from torch.export import Dim
 
 from .arguments import ENCODED
 from .cache import is_cross, is_past, past_tokens
+from .pictures import MODALITIES, grid_of, modality_of, sizes_of_pictures
 
 TEXT = ("input_ids", "inputs_embeds")
 DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels")
@@ -17,21 +18,29 @@ DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask
 CACHED = ("past", "total")
 
 
-def resized(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dict[str, Any]:
+def resized(
+    inputs: Mapping[str, Any], encoder_decoder: bool = False, patches_per_token: int = 1
+) -> dict[str, Any]:
     """Shapes to trace with: sizes 0 and 1 of free dimensions become 2, which export can keep dynamic.
 
     With a cache, the tokens in it get a number that no other size has.
 
     Args:
         encoder_decoder: the model is an encoder-decoder, whose target has a length of its own.
+        patches_per_token: of pictures.
     """
-    free = free_dims(inputs, encoder_decoder)
+    free = free_dims(inputs, encoder_decoder, patches_per_token)
     sizes = {
         role: max(inputs[name].shape[i], 2)
         for name, dims in free.items()
         for i, role in dims.items()
     }
     new = sizes.get("target", sizes.get("sequence"))
+    for modality in MODALITIES:
+        if f"{modality}_patches" in sizes:
+            tokens = -(-sizes[f"{modality}_patches"] // patches_per_token)
+            tokens = sizes[f"{modality}_tokens"] = max(tokens, 2)
+            sizes[f"{modality}_patches"] = tokens * patches_per_token
     if "past" in sizes and new is not None:
         sizes["past"] = sum(size for role, size in sizes.items() if role not in CACHED) + 1
         sizes["total"] = sizes["past"] + new
@@ -46,12 +55,14 @@ def resized(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dict[st
     }
 
 
-def free_dims(inputs: Mapping[str, Any], encoder_decoder: bool) -> dict[str, dict[int, str]]:
+def free_dims(
+    inputs: Mapping[str, Any], encoder_decoder: bool, patches_per_token: int = 1
+) -> dict[str, dict[int, str]]:
     """``batch``, ``sequence`` and ``target`` dimensions of each input that has them.
 
     The first dimension of the main input is the batch. Text inputs, and what has their length, share one
     sequence; in an encoder-decoder the decoder's inputs and the labels share another. With a cache there are also the
-    ``past`` tokens in it, and all together, ``total``, which a mask tells of.
+    ``past`` tokens in it, and all together, ``total``, which a mask tells of. Sizes of pictures are free, each by itself.
     """
     tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.dim()}
     main = main_input(tensors)
@@ -66,11 +77,18 @@ def free_dims(inputs: Mapping[str, Any], encoder_decoder: bool) -> dict[str, dic
         if is_past(name):
             found[name] = {0: "batch", 2: "sequence"} if is_cross(name) else {0: "past", 1: "batch"}
             continue
+        modality = modality_of(name, tensors)
+        if modality is not None:
+            found[name] = sizes_of_pictures(name, modality, tensors, patches_per_token)
+            continue
         dims = found.setdefault(name, {})
+        axes = name == "position_ids" and tensor.dim() == 3  # [axes, batch, sequence]
         decoder = target is not None and name in DECODER
         length = target if decoder else main
         for i, size in enumerate(tensor.shape):
-            if i == 0 and size == batch:
+            if i == 0 and main is not None and name in IMAGES:
+                dims[i] = name  # a row may have none, or several
+            elif i == int(axes) and size == batch:
                 dims[i] = "batch"
             elif is_embedded(name) and i == 2:
                 continue
@@ -103,28 +121,51 @@ def example(value: Any) -> Any:
     return torch.ones(value.shape, dtype=value.dtype, device=value.device)
 
 
-def shared_dims(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dict[str, Any]:
+def shared_dims(
+    inputs: Mapping[str, Any], encoder_decoder: bool = False, patches_per_token: int = 1
+) -> dict[str, Any]:
     """One named ``Dim`` for batch, one for sequence, one for each further length; other sizes as export finds them."""
-    free = free_dims(inputs, encoder_decoder)
+    free = free_dims(inputs, encoder_decoder, patches_per_token)
     if main_input(inputs) is None:
         return automatic_dims(inputs)
-    named = {name: Dim(name) for name in ("batch", "sequence", "target", "past")}
-    named["total"] = Dim.AUTO
+    named: dict[str, Any] = {name: Dim(name) for name in ("batch", "sequence", "target", "past")}
+    named |= dict.fromkeys(("total", *IMAGES, *map(grid_of, MODALITIES)), Dim.AUTO)
+    for modality in MODALITIES:
+        tokens = named[f"{modality}_tokens"] = Dim(f"{modality}_tokens")
+        named[f"{modality}_patches"] = patches_per_token * tokens
     spec: dict[str, Any] = {}
     for name, value in inputs.items():
         if not isinstance(value, torch.Tensor):
             spec[name] = None
             continue
         dims: dict[int, Any] = {i: named[role] for i, role in free.get(name, {}).items()}
+        pictures = modality_of(name, inputs) is not None
         for i, size in enumerate(value.shape):
-            fixed = (is_embedded(name) and i == 2) or is_past(name)
+            fixed = (is_embedded(name) and i == 2) or is_past(name) or (pictures and i > 0)
             if i not in dims and size > 1 and not fixed:
                 dims[i] = Dim.AUTO
         spec[name] = dims
     return spec
 
 
-def automatic_dims(inputs: Mapping[str, Any], encoder_decoder: bool = False) -> dict[str, Any]:
+def has_pictures(inputs: Mapping[str, Any]) -> bool:
+    """True for pictures ``[..., channels, height, width]``."""
+    value = inputs.get("pixel_values")
+    return isinstance(value, torch.Tensor) and value.dim() > 3
+
+
+def of_fixed_pictures(
+    inputs: Mapping[str, Any], encoder_decoder: bool = False, patches_per_token: int = 1
+) -> dict[str, Any]:
+    """``shared_dims``, but pictures of one height and width: for models that take the root of a number of patches."""
+    spec = shared_dims(inputs, encoder_decoder, patches_per_token)
+    rank = inputs["pixel_values"].dim()
+    return spec | {"pixel_values": {i: d for i, d in spec["pixel_values"].items() if i < rank - 2}}
+
+
+def automatic_dims(
+    inputs: Mapping[str, Any], encoder_decoder: bool = False, patches_per_token: int = 1
+) -> dict[str, Any]:
     """Let export decide: sizes the model depends on become static."""
     return {
         name: {i: Dim.AUTO for i, size in enumerate(value.shape) if size > 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import logging
 import os
 import traceback
 import warnings
@@ -54,7 +55,18 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
         warnings.filterwarnings("ignore", message=".*lru_cache.*")
-        yield
+        before = {name: logging.getLogger(name).level for name in LOGGERS}
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)
+
+
+LOGGERS = ("torch.utils._sympy.interp", "torch.fx.experimental.symbolic_shapes")
+"""Tell of formulas that they cannot follow before the error that says so."""
 
 
 def capture_error(model: Any, error: Exception, inputs: Mapping[str, Any]) -> CaptureError:

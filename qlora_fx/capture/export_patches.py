@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import CaptureError
 from ..runtime.recurrence import LIKE, as_operator
 from ..transformers_internals import broadcast_indices, export_patches, masks_expanded_by
+from .pictures import any_number_of_pictures
 
 Patches = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
 
@@ -59,6 +60,7 @@ def always(model: nn.Module) -> Iterator[None]:
         masks_by_broadcasting(),
         no_gradients_of_their_own(),
         chances_that_are_zero(model),
+        any_number_of_pictures(model),
     ):
         yield
 

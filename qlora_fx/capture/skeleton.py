@@ -31,11 +31,20 @@ from .arguments import Call, bind_call, is_encoder_decoder, vocabulary_size
 from .cache import is_past
 from .cache_layers import Buffers
 from .check_call import check_call
-from .dynamic_shapes import automatic_dims, example, is_about_dims, resized, shared_dims
+from .dynamic_shapes import (
+    automatic_dims,
+    example,
+    has_pictures,
+    is_about_dims,
+    of_fixed_pictures,
+    resized,
+    shared_dims,
+)
 from .export import capture_error, export, quiet, without_writes
 from .export_patches import Patches, always, ways
 from .flat_graph import Flattener
 from .known_arguments import KnownArguments
+from .pictures import PictureCounts
 from .positions import check_positions, longest_rows
 
 
@@ -76,6 +85,7 @@ class Skeleton:
     Attributes:
         model: a copy of the model whose tensors are on the meta device.
         signature, known_arguments: of its forward.
+        pictures: what is counted in them before a call.
         keys: canonical store key of every parameter and buffer name (tied names share one).
         dtype: dtype of the model's first floating-point parameter.
         dtypes: of every tensor, by name.
@@ -103,6 +113,7 @@ class Skeleton:
         self.dtypes = {name: t.dtype for name, t in tensors.items()}
         self.parameters = {self.keys[name] for name, _ in model.named_parameters()}
         self.known_arguments = KnownArguments(self.model, self.signature)
+        self.pictures = PictureCounts(self.model)
         self.vocabulary = vocabulary_size(self.model)
         self.encoder_decoder = is_encoder_decoder(self.model)
         self.longest = longest_rows(self.model)
@@ -121,6 +132,7 @@ class Skeleton:
         other.model.__class__ = type(cls.__name__, (cls,), {"forward": forward})
         other.signature = inspect.signature(module.forward)
         other.known_arguments = KnownArguments(module, other.signature)
+        other.pictures = PictureCounts(module)
         other.encoder_decoder &= "decoder_input_ids" in other.signature.parameters
         return other
 
@@ -138,9 +150,11 @@ class Skeleton:
     ) -> Call:
         """The call ``forward(*args, **kwargs)``, its arguments by name. See ``bind_call``."""
         known = self.known_arguments
-        return bind_call(
+        call = bind_call(
             self.signature, args, kwargs, known=known, device=self.device, buffers=buffers
         )
+        self.pictures.add(call.values)
+        return call
 
     def check(self, call: Call) -> None:
         """Raise ``InputError`` if the call's tensors do not fit the model. See ``check_call``."""
@@ -182,8 +196,9 @@ class Skeleton:
             CaptureError: naming the line of the model that stopped the trace.
         """
         errors: list[Exception] = []
-        for patches in ways():
-            for dims in (shared_dims, automatic_dims):
+        choices = [shared_dims, *([of_fixed_pictures] if has_pictures(inputs) else [])]
+        for shared, patches in itertools.product(choices, ways()):
+            for dims in (shared, automatic_dims):
                 try:
                     program = self.export(inputs, training, dtype, dims, patches)
                 except CaptureError:
@@ -209,9 +224,10 @@ class Skeleton:
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         mode.cache_enabled = False  # as in passes/lowering/example.py
         model = self.fake(mode, dtype).train(training)
+        told = (self.encoder_decoder, self.pictures.patches_per_token)
         with mode:
-            examples = {k: example(v) for k, v in resized(inputs, self.encoder_decoder).items()}
-        spec = dims(examples, self.encoder_decoder)
+            examples = {k: example(v) for k, v in resized(inputs, *told).items()}
+        spec = dims(examples, *told)
         # torch.export makes a mode of its own, too.
         uncached = dynamo_config.patch(fake_tensor_cache_enabled=False)
         with mode, uncached, quiet(), always(model), patches(model):

@@ -22,6 +22,7 @@ from ..passes.lowering.live_bytes import value
 from ..passes.lowering.operators import elements
 from ..passes.lowering.partition import Partition, activations
 from ..runtime.free_memory import free_bytes
+from ..runtime.program import multiple
 
 SHARE_OF_FREE = 0.8
 """Of free memory, where no budget is given: the rest is for what a step holds only for a moment."""
@@ -165,14 +166,21 @@ def free_sizes(
 ) -> dict[sympy.Expr, int]:
     """The capture's symbols for a batch: rows of all inputs, encoder's and decoder's, have ``sequence_length``.
 
+    Pictures have the sizes that they were captured with.
+
     Args:
         inputs: fake values of the program's inputs.
     """
     found: dict[sympy.Expr, int] = {}
     for tensor in inputs:
         for dim, size in enumerate(tensor.shape):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                found.setdefault(size.node.expr, sequence_length if dim else batch_size)
+            if not isinstance(size, torch.SymInt):
+                continue
+            times, symbol = multiple(size.node.expr)
+            if times > 1:
+                found.setdefault(symbol, size.node.hint // times)
+            elif symbol is not None:
+                found.setdefault(symbol, sequence_length if dim else batch_size)
     return found
 
 

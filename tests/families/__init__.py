@@ -19,10 +19,10 @@ from .mixtures_sliding import MIXTURES_SLIDING
 from .not_tried import NOT_TRIED
 from .speech import SPEECHES
 from .state_space import STATE_SPACE
+from .three_axes import PICTURES_OF_ANY_SIZE
 from .towers import TOWERS
 from .vision import VISION
 from .vision_language import VISION_LANGUAGE
-from .vision_language_qwen import VISION_LANGUAGE_QWEN
 from .vision_pyramids import VISION_PYRAMIDS
 
 __all__ = ["ALL", "FAMILIES", "NOT_TRIED", "Family", "build"]
@@ -39,7 +39,7 @@ ALL: tuple[Family, ...] = (
     *VISION_PYRAMIDS,
     *SPEECHES,
     *VISION_LANGUAGE,
-    *VISION_LANGUAGE_QWEN,
+    *PICTURES_OF_ANY_SIZE,
     *TOWERS,
     *STATE_SPACE,
     *LINEAR_ATTENTION,

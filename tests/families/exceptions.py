@@ -14,22 +14,15 @@ CAPTURED_AGAIN: dict[str, str] = {
     "canine": WINDOWS,
     "funnel": WINDOWS,
     "deberta": "the span of relative positions is cut at the sequence's length in Python",
-    "llava": IMAGES,
-    "idefics2": IMAGES,
-    "idefics3": IMAGES,
     "smolvlm": IMAGES,
     "siglip2": IMAGES,
     "siglip2_vision_model": IMAGES,
-    "qwen2_vl": IMAGES,
-    "qwen3_vl": IMAGES,
-    "qwen3_vl_moe": IMAGES,
 }
 """Another shape is another capture, said in a warning."""
 
 REFUSED: dict[str, str] = {
     "fsmt": "if not padding_mask.any()",
     "ibert": "assert x_max.isnan()",
-    "internvl": "could not be captured",
     "lasr_ctc": "_ctc_loss",
     "longcat_flash": "for expert_idx_tensor in expert_hit",
     "minimax_m3_vl_text": "Cannot create Dim",
@@ -37,7 +30,6 @@ REFUSED: dict[str, str] = {
     "parakeet_ctc": "_ctc_loss",
     "rwkv": "during forward (aten::div_)",
     "prophetnet": "assert torch.all(shifted_input_ids >= 0)",
-    "qwen2_5_vl": "get_vision_window_index",
     "qwen4_exp_text": "if num_complete_blocks > 0",
     "sew-d": "XSoftmax has a backward of its own",
     "yoso": "has a backward of its own",
@@ -64,19 +56,15 @@ NO_PEFT: dict[str, str] = {
 }
 """The saved adapter is not compared in PEFT."""
 
-AXES = "positions in pictures are made by generate"
 INNER = "calls generate of the decoder in it"
 NOT_GENERATED = {
     "cpmant": "transformers' own tokens differ without its cache",
     "musicgen_decoder": "is generated from by a model around it",
     "whisper": "returns tokens without those that it begins with",
-    "qwen2_vl": AXES,
-    "qwen3_vl": AXES,
-    "qwen3_vl_moe": AXES,
     "blip-2": INNER,
     "instructblip": INNER,
 }
-"""Models with a cache whose tokens are not compared; whisper and qwen3_vl are in test_generation_encoder_decoders."""
+"""Models with a cache whose tokens are not compared; whisper is in test_generation_encoder_decoders."""
 NO_CHECKPOINT: dict[str, str] = {}
 """The dense checkpoint is not loaded with ``from_pretrained``."""
 
@@ -91,8 +79,6 @@ SAID: dict[str, tuple[str, ...]] = {
     "mobilebert": ("the weight is computed",),
     "inkling2_text": ("unrecognised product",),
     "zamba": ("unrecognised product",),
-    "qwen3_vl": ("Inductor cannot compile between",),
-    "qwen3_vl_moe": ("Inductor cannot compile between",),
 }
 """Parts of warnings that belong to a family."""
 

@@ -12,7 +12,8 @@ REASONS: dict[str, str] = {
         metaclip_2_vision_model parakeet_encoder pixtral qwen2_5_vl_text qwen2_5_vl_vision
         qwen2_vl_text qwen2_vl_vision qwen3_vl_moe_text qwen3_vl_moe_vision qwen3_vl_text
         qwen3_vl_vision siglip2_text_model siglip_text_model smolvlm_vision
-        t5_gemma_module t5gemma2_decoder t5gemma2_encoder t5gemma2_text
+        glm4v_moe_text glm4v_moe_vision glm4v_text glm4v_vision glm_ocr_text glm_ocr_vision
+        qwen3_5_moe_vision qwen3_5_vision t5_gemma_module t5gemma2_decoder t5gemma2_encoder t5gemma2_text
     """,
     "its model class is that of a type in the table": """
         gpt-sw3 internlm3 iquestcoder mlcd nougat pp_chart2table
@@ -20,7 +21,7 @@ REASONS: dict[str, str] = {
     "its decoder of text is in the table": """
         cohere_compass dots3_note emu3 gemma3n gemma4 gemma4_unified inkling2
         inkling_mm_model lfm2_vl lfm3_vl llama4 minimax_m3_vl mllama musicgen
-        nemotron_h_omni qwen3_5 qwen3_5_moe qwen4_exp shieldgemma2
+        nemotron_h_omni qwen4_exp shieldgemma2
     """,
     "a part of a type that is not in the table": """
         align_text_model align_vision_model audioflamingo3_encoder blt_global_transformer
@@ -36,9 +37,9 @@ REASONS: dict[str, str] = {
         ernie4_5_vl_moe_text ernie4_5_vl_moe_vision exaone4_5_vision flava_image_codebook
         flava_image_model flava_multimodal_model flava_text_model fun_asr_nano_encoder
         gemma3n_audio gemma4_audio gemma4_unified_audio gemma4_unified_vision
-        gemma4_vision glm4v_moe_text glm4v_moe_vision glm4v_text glm4v_vision
+        gemma4_vision
         glm5_next_text glm5_next_vision glm_image_text glm_image_vision glm_image_vqmodel
-        glm_ocr_text glm_ocr_vision glmasr_encoder granite4_vision_text
+        glmasr_encoder granite4_vision_text
         granite_docling_text granite_docling_vision granite_speech5_encoder
         granite_speech_encoder granite_speech_plus_encoder groupvit_text_model
         groupvit_vision_model hunyuan_vl_text hunyuan_vl_vision idefics_perciever
@@ -61,7 +62,7 @@ REASONS: dict[str, str] = {
         pp_formulanet_vision qianfan_ocr_vision qwen2_5_omni_audio_encoder
         qwen2_5_omni_bigvgan qwen2_5_omni_dit qwen2_5_omni_talker qwen2_5_omni_text
         qwen2_5_omni_thinker qwen2_5_omni_token2wav qwen2_5_omni_vision_encoder
-        qwen2_audio_encoder qwen3_5_moe_vision qwen3_5_vision qwen3_asr_encoder
+        qwen2_audio_encoder qwen3_asr_encoder
         qwen3_omni_moe_audio_encoder qwen3_omni_moe_talker_code_predictor
         qwen3_omni_moe_talker_text qwen3_omni_moe_text qwen3_omni_moe_thinker
         qwen3_omni_moe_vision_encoder qwen4_exp_vision rf_detr_dinov2 sam2_hiera_det_model
@@ -85,7 +86,7 @@ REASONS: dict[str, str] = {
         EvollaModel align audioflamingo3 bridgetower canary chameleon clap clipseg
         cohere_asr colmodernvbert colpali colqwen2 cosmos3_edge cosmos3_omni deepseek_ocr2
         deepseek_vl_hybrid ernie4_5_vl_moe evolla exaone4_5 flava florence2 fun_asr_nano
-        glm46v glm4v glm4v_moe glm5_next glm_image glm_ocr glmasr glmga granite4_vision
+        glm46v glm5_next glm_image glmasr glmga granite4_vision
         granite_docling granite_speech granite_speech_plus groupvit hunyuan_vl
         hyperclovax_vision_v2 idefics instructblipvideo janus kimi_k25 kosmos-2 kosmos-2.5
         kyutai_speech_to_text lighton_ocr llava_next llava_next_video llava_onevision

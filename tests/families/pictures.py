@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .batches import EOS, IMAGE, classes, floats, ids, targets, text, unlabelled
@@ -125,13 +127,21 @@ def regions(rows: int, tokens: int) -> Tensors:
     }
 
 
+GRIDS = ((1, 4, 4), (1, 6, 4), (1, 2, 8))
+"""Frames, rows and columns of patches; 4 patches become a token."""
+
+
 def patches(rows: int, tokens: int) -> Tensors:
-    """One image of 4x4 patches per row, flattened as Qwen2-VL's processor does."""
-    inputs = placeholders(rows, tokens)
+    """A picture per row and one more in the first, of several sizes, flattened as Qwen2-VL's processor does."""
+    inputs = text(rows, tokens)
+    grids = [GRIDS[0], (1, 2, 4), *(GRIDS[row % len(GRIDS)] for row in range(1, rows))]
+    begins = [(0, 1), (0, 6), *((row, 1) for row in range(1, rows))]
+    for (row, begin), grid in zip(begins, grids, strict=True):
+        end = begin + math.prod(grid) // 4
+        inputs["input_ids"][row, begin:end] = IMAGE
+        inputs["labels"][row, begin:end] = -100
     return inputs | {
-        "pixel_values": floats(rows * 16, 3 * 2 * 4 * 4),
-        "image_grid_thw": torch.tensor([[1, 4, 4]]).repeat(rows, 1),
+        "pixel_values": floats(sum(map(math.prod, grids)), 3 * 2 * 4 * 4),
+        "image_grid_thw": torch.tensor(grids),
         "mm_token_type_ids": (inputs["input_ids"] == IMAGE).long(),
-        # Left out, the model computes them from image_grid_thw in Python.
-        "position_ids": torch.arange(inputs["input_ids"].shape[1]).repeat(3, rows, 1),
     }

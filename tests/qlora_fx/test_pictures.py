@@ -1,0 +1,150 @@
+"""Pictures of any number and size: counted before the graph, apart in attention, one capture for all."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import qlora_fx
+import pytest
+import torch
+from families import FAMILIES, build
+from families.batches import IMAGE, Tensors, floats, text
+from peft import LoraConfig
+from qlora_fx.runtime.attention_kernels import devices
+from qlora_fx.testing.check import compare, randomize_adapter
+from qlora_fx.transform import graph_text
+
+BY_TYPE = {f.model_type: f for f in FAMILIES}
+LORA = LoraConfig(r=4, target_modules="all-linear")
+VIDEO = 3
+
+
+def batch(rows: int, tokens: int, *pictures: tuple[int, tuple[int, int, int]]) -> Tensors:
+    """Text with pictures of ``(row, (frames, rows, columns of patches))``; one of several frames is a video."""
+    inputs = text(rows, tokens)
+    inputs["labels"] = inputs["labels"].clone()
+    inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    free = [1] * rows
+    for row, grid in pictures:
+        begin, end = free[row], free[row] + math.prod(grid) // 4
+        free[row] = end + 1
+        video = grid[0] > 1
+        inputs["input_ids"][row, begin:end] = VIDEO if video else IMAGE
+        inputs["mm_token_type_ids"][row, begin:end] = 2 if video else 1
+        inputs["labels"][row, begin:end] = -100
+    for name, patches, which in (
+        ("image", "pixel_values", [g for _, g in pictures if g[0] == 1]),
+        ("video", "pixel_values_videos", [g for _, g in pictures if g[0] > 1]),
+    ):
+        if which:
+            inputs[f"{name}_grid_thw"] = torch.tensor(which)
+            inputs[patches] = floats(sum(map(math.prod, which)), 3 * 2 * 4 * 4)
+    return inputs
+
+
+FIRST = batch(3, 30, (0, (1, 4, 4)), (0, (1, 6, 4)), (1, (1, 4, 8)), (2, (1, 4, 4)))
+
+
+def transformed(model_type: str, **options: Any) -> tuple[Any, Any]:
+    model = build(BY_TYPE[model_type]).train()
+    told = {"compute_dtype": torch.float32, "example_inputs": FIRST, "backend": "eager"} | options
+    qmodel = qlora_fx.transform(copy.deepcopy(model), LORA, **told)
+    randomize_adapter(qmodel)
+    return model, qmodel
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+def test_one_capture_takes_pictures_of_any_number_and_size(model_type: str) -> None:
+    """Windows, positions interpolated in a table, features added in deeper layers; another capture would warn."""
+    model, qmodel = transformed(model_type)
+    for inputs in (
+        FIRST,
+        batch(2, 25, (1, (1, 4, 6))),
+        batch(2, 41, (0, (1, 8, 8)), (1, (1, 4, 4)), (1, (1, 2, 4))),
+    ):
+        report = compare(model, qmodel, inputs, all_outputs=False)
+        assert report.passed, str(report)
+        assert min(line.norm for line in report.sites) > 0
+
+
+@pytest.mark.slow
+def test_a_video_beside_pictures() -> None:
+    model, qmodel = transformed("qwen2_5_vl")
+    for inputs in (
+        batch(2, 40, (0, (2, 4, 4)), (0, (1, 4, 4)), (1, (1, 2, 8))),
+        batch(2, 30, (0, (1, 4, 4)), (1, (3, 2, 4)), (1, (2, 4, 4))),
+    ):
+        report = compare(model, qmodel, inputs, all_outputs=False)
+        assert report.passed, str(report)
+
+
+def test_what_is_counted_is_what_the_model_counts() -> None:
+    """Positions given by the caller are left alone; of those not given the model's own loss tells."""
+    model, qmodel = transformed("qwen2_vl")
+    positions, _ = model.model.get_rope_index(
+        **{
+            k: FIRST[k]
+            for k in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+        }
+    )
+    with torch.no_grad():
+        losses = [
+            float(qmodel(**FIRST).loss),
+            float(qmodel(**FIRST, position_ids=positions).loss),
+            float(qmodel(**FIRST, position_ids=positions * 2).loss),
+        ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.skipif(not devices(), reason="no kernel is for this machine")
+def test_attention_skips_what_is_of_other_pictures() -> None:
+    """The kernel that skips hidden tiles runs in tower and text, whose layers are one body each, windows or not."""
+    _, qmodel = transformed("qwen2_5_vl")
+    graph = graph_text(qmodel)
+    assert graph.count("qlora_fx.attention(") == 2
+    assert graph.count("qlora_fx.mask_kind(") == 3, "of pictures, windows and text"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda b: b | {"pixel_values": b["pixel_values"][:-4]},
+            r"pixel_values has 84 patches, image_grid_thw=\[\[1, 4, 4\], .* stands for 88; accepted: as many",
+        ),
+        (
+            lambda b: b | {"input_ids": b["input_ids"].masked_fill(b["input_ids"] == IMAGE, 7)},
+            r"input_ids have 0 placeholders for pictures \(ids \[3, 4\]\), the pictures become 22 tokens",
+        ),
+    ],
+)
+def test_pictures_that_do_not_fit_are_told(change: Any, said: str) -> None:
+    _, qmodel = transformed("qwen2_vl")
+    with pytest.raises(qlora_fx.InputError, match=said):
+        qmodel(**change(FIRST))
+
+
+def test_tiles_of_pictures_are_free_of_the_rows() -> None:
+    """InternVL: a row has none, one or several tiles of one size; that size is written into the graph."""
+    model = build(BY_TYPE["internvl"]).train()
+    family = BY_TYPE["internvl"]
+    first = family.batch(2, 21)
+    more = {k: torch.cat([v, v]) if k == "pixel_values" else v for k, v in first.items()}
+    more["input_ids"] = more["input_ids"].clone()
+    more["input_ids"][:, 6:10] = IMAGE
+    qmodel = qlora_fx.transform(
+        copy.deepcopy(model),
+        LORA,
+        compute_dtype=torch.float32,
+        example_inputs=first,
+        backend="eager",
+    )
+    randomize_adapter(qmodel)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for inputs in (first, more):
+            report = compare(model, qmodel, inputs, all_outputs=False)
+            assert report.passed, str(report)
