@@ -344,7 +344,8 @@ class Hungry(Trainer):
         return loss
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_memory_that_runs_out_lowers_the_budget_and_repeats_the_step(
     backend: str, tmp_path: Path
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -129,22 +129,36 @@ def shared_dims(
     if main_input(inputs) is None:
         return automatic_dims(inputs)
     named: dict[str, Any] = {name: Dim(name) for name in ("batch", "sequence", "target", "past")}
-    named |= dict.fromkeys(("total", *IMAGES, *map(grid_of, MODALITIES)), Dim.AUTO)
-    for modality in MODALITIES:
-        tokens = named[f"{modality}_tokens"] = Dim(f"{modality}_tokens")
-        named[f"{modality}_patches"] = patches_per_token * tokens
+    named |= dict.fromkeys(("total", *IMAGES), Dim.AUTO)
     spec: dict[str, Any] = {}
     for name, value in inputs.items():
         if not isinstance(value, torch.Tensor):
             spec[name] = None
             continue
+        if modality_of(name, inputs) is not None:
+            continue
         dims: dict[int, Any] = {i: named[role] for i, role in free.get(name, {}).items()}
-        pictures = modality_of(name, inputs) is not None
         for i, size in enumerate(value.shape):
-            fixed = (is_embedded(name) and i == 2) or is_past(name) or (pictures and i > 0)
+            fixed = (is_embedded(name) and i == 2) or is_past(name)
             if i not in dims and size > 1 and not fixed:
                 dims[i] = Dim.AUTO
         spec[name] = dims
+    return spec | dims_of_pictures(inputs, patches_per_token)
+
+
+def dims_of_pictures(inputs: Mapping[str, Any], patches_per_token: int) -> dict[str, Any]:
+    """Of arguments whose sizes are those of pictures: how many there are, and patches as a multiple of their tokens."""
+    named: dict[str, Any] = dict.fromkeys(map(grid_of, MODALITIES), Dim.AUTO)
+    for modality in MODALITIES:
+        tokens = named[f"{modality}_tokens"] = Dim(f"{modality}_tokens")
+        named[f"{modality}_patches"] = patches_per_token * tokens
+    spec: dict[str, Any] = {}
+    for name, value in inputs.items():
+        of = modality_of(name, inputs)
+        if of is not None and isinstance(value, torch.Tensor):
+            roles = sizes_of_pictures(name, of, inputs, patches_per_token)
+            first = {i: named[role] for i, role in roles.items()}
+            spec[name] = first or ({0: Dim.AUTO} if value.shape[0] > 1 else {})
     return spec
 
 
@@ -154,25 +168,28 @@ def has_pictures(inputs: Mapping[str, Any]) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 3
 
 
-def of_fixed_pictures(
-    inputs: Mapping[str, Any], encoder_decoder: bool = False, patches_per_token: int = 1
-) -> dict[str, Any]:
-    """``shared_dims``, but pictures of one height and width: for models that take the root of a number of patches."""
-    spec = shared_dims(inputs, encoder_decoder, patches_per_token)
-    rank = inputs["pixel_values"].dim()
-    return spec | {"pixel_values": {i: d for i, d in spec["pixel_values"].items() if i < rank - 2}}
+def of_fixed_pictures(dims: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The same sizes, but pictures of one height and width: for models that take the root of a number of patches."""
+
+    def fixed(inputs: Mapping[str, Any], *told: Any) -> dict[str, Any]:
+        spec, rank = dims(inputs, *told), inputs["pixel_values"].dim()
+        pictures = {i: dim for i, dim in spec["pixel_values"].items() if i < rank - 2}
+        return spec | {"pixel_values": pictures}
+
+    return fixed
 
 
 def automatic_dims(
     inputs: Mapping[str, Any], encoder_decoder: bool = False, patches_per_token: int = 1
 ) -> dict[str, Any]:
-    """Let export decide: sizes the model depends on become static."""
-    return {
+    """Let export decide: sizes the model depends on become static. Those of pictures are as in ``shared_dims``."""
+    free = {
         name: {i: Dim.AUTO for i, size in enumerate(value.shape) if size > 1}
         if isinstance(value, torch.Tensor)
         else None
         for name, value in inputs.items()
     }
+    return free | dims_of_pictures(inputs, patches_per_token)
 
 
 def is_about_dims(error: Exception) -> bool:

@@ -196,9 +196,10 @@ class Skeleton:
             CaptureError: naming the line of the model that stopped the trace.
         """
         errors: list[Exception] = []
-        choices = [shared_dims, *([of_fixed_pictures] if has_pictures(inputs) else [])]
-        for shared, patches in itertools.product(choices, ways()):
-            for dims in (shared, automatic_dims):
+        choices = (False, True) if has_pictures(inputs) else (False,)
+        for fixed, patches in itertools.product(choices, ways()):
+            for free in (shared_dims, automatic_dims):
+                dims = of_fixed_pictures(free) if fixed else free
                 try:
                     program = self.export(inputs, training, dtype, dims, patches)
                 except CaptureError:

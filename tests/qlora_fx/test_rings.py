@@ -221,6 +221,7 @@ def test_which_calls_see_a_ring(ringed: Any) -> None:
     close(found, plain)
 
 
+@pytest.mark.slow
 def test_a_window_is_that_of_the_model() -> None:
     beside_the_whole(transformed(windowed_gemma2()), 14)
 

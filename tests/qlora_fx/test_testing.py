@@ -135,6 +135,7 @@ def test_every_site_is_compared() -> None:
     assert all(line.norm > 0 for line in report.sites)
 
 
+@pytest.mark.slow
 def test_calls_after_a_comparison_are_compiled() -> None:
     """``compare`` looks at logits that training leaves out, without compiling a graph for them."""
     import qlora_fx
