@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import qlora_fx
 import pytest
 import torch
 from conftest import tiny_llama
 from qlora_fx.cli import main as entry
+from qlora_fx.cli.chat import Conversation, talk
 from qlora_fx.cli.main import COMMANDS, main
+from qlora_fx.cli.settings import ChatSettings
 from safetensors.torch import load_file
 from trainers import rows, tokenizer
 from transformers import AutoModelForCausalLM
@@ -172,6 +175,61 @@ def test_generate_and_merge_take_the_model_that_the_adapter_names(
     text = said(capsys, "merge", adapter, "--output_dir", tmp_path / "merged")
     assert f"written: {tmp_path / 'merged'}" in text
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+TURNS = (
+    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def test_a_chat_goes_on_from_what_was_said(folder: Path, capsys: Any) -> None:
+    """A turn computes what is new alone, and says what a whole conversation at once would; /new forgets it."""
+    names = tokenizer()
+    names.chat_template = TURNS
+    qmodel = qlora_fx.from_pretrained(folder / "model", backend="eager", progress=False)
+    settings = ChatSettings(max_new_tokens=4)
+    going, whole = (Conversation(qmodel, names, settings) for _ in range(2))
+    given: list[Any] = []
+    own = qmodel.generate
+    qmodel.generate = lambda **call: given.append(call["past_key_values"]) or own(**call)
+    talk(going, ["w1 w2", "", "w3 w4"])
+    assert [cache is None for cache in given] == [True, False]
+    whole.messages = going.messages[:2]
+    assert whole.answer("w3 w4") == going.messages[-1]["content"]
+    shown = capsys.readouterr().out.split()
+    assert shown == [
+        w for m in going.messages if m["role"] == "assistant" for w in m["content"].split()
+    ]
+    said_before = list(going.messages)
+    qmodel.generate = stopped
+    talk(going, ["w5"])
+    assert going.messages == said_before
+    qmodel.generate = own
+    talk(going, ["/new", "w1 w2"])
+    assert going.messages == said_before[:2]
+
+
+def stopped(**call: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_chat_reads_lines_until_they_end(
+    adapter: Path, folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["w1 w2", "w3"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or end())
+    text = said(capsys, "chat", adapter, "--max_new_tokens", 2)
+    assert text.startswith(f"{folder / 'model'}: /new begins anew")
+    assert len(text.strip().splitlines()) == 3
+    names = tokenizer()
+    names.chat_template = None
+    with pytest.raises(qlora_fx.ConfigError, match="has no chat template; accepted"):
+        Conversation(None, names, ChatSettings())
+
+
+def end() -> str:
+    raise EOFError
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The command line: ``qlora-fx sft | dpo | plan | explain | check | merge | generate``.
+"""The command line: ``qlora-fx sft | dpo | plan | explain | check | merge | generate | chat``.
 
 main       the commands by name, and errors in one line
 parser     flags and YAML from dataclasses, as transformers and TRL parse them

@@ -1,4 +1,4 @@
-"""``qlora-fx plan``, ``explain``, ``check``, ``merge`` and ``generate``."""
+"""``qlora-fx plan``, ``explain``, ``check``, ``merge``, ``generate`` and ``chat``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .main import COMMANDS, UsageError
 from .parser import Parser
 from .settings import (
     AdapterSettings,
+    ChatSettings,
     CheckSettings,
     ExplainSettings,
     GenerateSettings,
@@ -30,8 +31,9 @@ def run(command: str, args: list[str]) -> None:
         "check": (CheckSettings,),
         "merge": (AdapterSettings, MergeSettings),
         "generate": (AdapterSettings, GenerateSettings),
+        "chat": (AdapterSettings, ChatSettings),
     }
-    word = "--adapter" if command in ("merge", "generate") else "--model"
+    word = "--adapter" if AdapterSettings in kinds[command] else "--model"
     parser = Parser(
         command,
         kinds[command],
@@ -44,6 +46,7 @@ def run(command: str, args: list[str]) -> None:
         "check": check,
         "merge": merge,
         "generate": generate,
+        "chat": chat,
     }
     runs[command](*parser.parse(args))
 
@@ -139,6 +142,8 @@ def generate(which: AdapterSettings, settings: GenerateSettings) -> None:
     import torch
     from transformers import AutoTokenizer
 
+    from .chat import choice
+
     if not settings.prompt:
         raise UsageError("generate: accepted: --prompt 'some text'")
     qmodel, source = loaded(which, settings.backend)
@@ -151,17 +156,26 @@ def generate(which: AdapterSettings, settings: GenerateSettings) -> None:
     inputs = {
         k: v.to(qmodel.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")
     }
-    sampling: dict[str, Any] = {"do_sample": settings.temperature > 0}
-    if settings.temperature > 0:
-        sampling["temperature"] = settings.temperature
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    chosen = choice(tokenizer, settings.temperature)
     with torch.no_grad():
-        ids = qmodel.generate(
-            **inputs, max_new_tokens=settings.max_new_tokens, pad_token_id=pad, **sampling
-        )
+        ids = qmodel.generate(**inputs, max_new_tokens=settings.max_new_tokens, **chosen)
     print(
         tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     )
+
+
+def chat(which: AdapterSettings, settings: ChatSettings) -> None:
+    from transformers import AutoTokenizer
+
+    from .chat import NEW, Conversation, talk, typed
+
+    qmodel, source = loaded(which, settings.backend)
+    conversation = Conversation(qmodel, AutoTokenizer.from_pretrained(source), settings)
+    print(f"{source}: {NEW} begins anew, Ctrl-C stops an answer, Ctrl-D ends")
+    try:
+        talk(conversation, typed())
+    except KeyboardInterrupt:
+        print()
 
 
 def loaded(which: AdapterSettings, backend: str) -> tuple[Any, str]:

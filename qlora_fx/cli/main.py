@@ -21,6 +21,7 @@ COMMANDS = {
     "check": ("inspect", "a compiled training step beside float64"),
     "merge": ("inspect", "an ordinary checkpoint with the adapter in its weights"),
     "generate": ("inspect", "text from a model, with or without an adapter"),
+    "chat": ("inspect", "a conversation in the terminal, with or without an adapter"),
     "doctor": ("doctor", "what is installed, what answers, and whether a step is right here"),
 }
 """By name: the module, and what it does."""

@@ -135,6 +135,18 @@ class DoctorSettings:
 
 
 @dataclass
+class ChatSettings:
+    """Of a conversation."""
+
+    system: str = flag("", "what the system says first, where the chat template has a place for it")
+    max_new_tokens: int = flag(512, "most tokens of an answer")
+    temperature: float = flag(0.0, "0 takes the likeliest token")
+    backend: Literal["inductor", "aot_eager", "eager"] = flag(
+        "eager", "what runs the graph; inductor compiles first, which pays for long conversations"
+    )
+
+
+@dataclass
 class GenerateSettings:
     """Of ``QLoRAModel.generate``."""
 
