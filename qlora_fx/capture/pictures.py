@@ -73,17 +73,17 @@ class PictureCounts:
         model: a transformers model; its tensors are not read.
 
     Attributes:
-        patches_per_token: how many patches become one token of the text.
-        placeholders: ids of the tokens that stand for pictures.
+        patches_per_token: how many patches become one token of the text; 1 where the tower does not tell.
+        placeholders: ids of the tokens that stand for pictures; empty where the tower does not tell.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.tower = next((m for m in model.modules() if takes(m, "grid_thw")), None)
         self.text = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
         parts: Iterable[Any] = () if self.tower is None else self.tower.modules()
-        sides = (m.spatial_merge_size for m in parts if hasattr(m, "spatial_merge_size"))
-        self.patches_per_token = int(next(sides, 1)) ** 2
-        names = ("image_token_id", "video_token_id")
+        sides = [m.spatial_merge_size for m in parts if hasattr(m, "spatial_merge_size")]
+        self.patches_per_token = int(sides[0]) ** 2 if sides else 1
+        names = ("image_token_id", "video_token_id") if sides else ()
         numbers = {getattr(getattr(self.text, "config", None), name, None) for name in names}
         self.placeholders: set[int] = {n for n in numbers if isinstance(n, int)}
 
@@ -176,7 +176,7 @@ def any_number_of_pictures(model: nn.Module) -> Iterator[None]:
                     ALL_ATTENTION_FUNCTIONS=Functions(functions, attention),
                 )
             )
-        for cls in {type(m) for m in model.modules() if hasattr(m, "_deepstack_process")}:
+        for cls in {type(m) for m in model.modules() if type(m).__name__ in ADDED}:
             stack.enter_context(mock.patch.object(cls, "_deepstack_process", added_at))
         classes = {type(m).__name__ for m in model.modules()}
         if packed or classes & (SPLIT | LISTED):
@@ -270,6 +270,8 @@ def added_at(
     return hidden + torch.zeros_like(hidden).masked_scatter(at, features)
 
 
+ADDED = frozenset({"Qwen3VLTextModel", "Qwen3VLMoeTextModel"})
+"""Add features of pictures to hidden states in deeper layers."""
 SPLIT = frozenset({"Idefics2Model", "Idefics3Model"})
 """Go through features that ``split`` gave, only to reshape and join them."""
 LISTED = frozenset({"LlavaModel"})
