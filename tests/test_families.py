@@ -35,18 +35,8 @@ ROWS_BY_DATA = {
 }
 """How many rows some linears get is not known before the call: experts in loops, spans in tensors, chosen images."""
 DEAD_LINEARS = {
-    *(
-        "big_bird",
-        "bros",
-        "canine",
-        "encoder-decoder",
-        "fnet",
-        "layoutlm",
-        "lilt",
-        "luke",
-        "pegasus_x",
-    ),
-    *("squeezebert", "vision-encoder-decoder"),
+    *("big_bird", "bros", "canine", "encoder-decoder", "fnet", "layoutlm", "lilt", "luke"),
+    *("pegasus_x", "squeezebert", "vision-encoder-decoder"),
 }
 """Compute what nothing reads (a pooled output, a stream beside the text in the last layer); the graph does not."""
 COPIED = {"xlnet"}

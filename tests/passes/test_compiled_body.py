@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from conftest import captured
 from qlora_fx.passes.graph.body import Body
+from qlora_fx.passes.lower import read
 from qlora_fx.passes.lowering import compiled_body
 from qlora_fx.passes.lowering.compiled_body import CompiledBody, aot_eager
 from qlora_fx.passes.lowering.example import Example, allowed
-from qlora_fx.passes.lowering.free_sizes import formula_of, free_sizes, hidden_symbols
+from qlora_fx.passes.lowering.free_sizes import FreeSize, formula_of, free_sizes, hidden_symbols
+from qlora_fx.runtime.program import multiple
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -242,3 +245,15 @@ def test_sizes_that_the_data_decide_are_the_inputs_where_the_capture_found_that(
         assert formula_of(other) == other.node.expr
         assert formula_of(n) == n.node.expr
         assert (allowed(env, a.node.expr), allowed(env, other.node.expr)) == (1, 5)
+
+
+def test_a_size_is_read_from_a_multiple_of_it() -> None:
+    """Of pictures the inputs show patches, 4 of which are a token."""
+    graph = torch.fx.Graph()
+    patches = graph.placeholder("patches")
+    size = FreeSize(sympy.Symbol("tokens"), 0, (0, 1), 4)
+    graph.output(read(graph, [patches], size))
+    assert torch.fx.GraphModule(torch.nn.Module(), graph)(torch.zeros(3, 20)) == 5
+    assert multiple(4 * size.term) == (4, size.term)
+    assert multiple(size.term) == (1, size.term)
+    assert multiple(4 * size.term + 1) == multiple(size.term**2) == (1, None)

@@ -12,6 +12,7 @@ import torch
 from families import FAMILIES, build
 from families.batches import IMAGE, Tensors, floats, text
 from peft import LoraConfig
+from qlora_fx.passes.lowering.compiled_body import CompiledBody
 from qlora_fx.runtime.attention_kernels import devices
 from qlora_fx.testing.check import compare, randomize_adapter
 from qlora_fx.transform import graph_text
@@ -55,10 +56,12 @@ def transformed(model_type: str, **options: Any) -> tuple[Any, Any]:
     return model, qmodel
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
-def test_one_capture_takes_pictures_of_any_number_and_size(model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "backend"), [("qwen2_5_vl", "eager"), ("qwen3_vl", "aot_eager")]
+)
+def test_one_capture_takes_pictures_of_any_number_and_size(model_type: str, backend: str) -> None:
     """Windows, positions interpolated in a table, features added in deeper layers; another capture would warn."""
-    model, qmodel = transformed(model_type)
+    model, qmodel = transformed(model_type, backend=backend)
     for inputs in (
         FIRST,
         batch(2, 25, (1, (1, 4, 6))),
@@ -67,6 +70,8 @@ def test_one_capture_takes_pictures_of_any_number_and_size(model_type: str) -> N
         report = compare(model, qmodel, inputs, all_outputs=False)
         assert report.passed, str(report)
         assert min(line.norm for line in report.sites) > 0
+    bodies = [body for program in qmodel.programs for body in program.run.children()]
+    assert all(body.compilations <= 1 for body in bodies if isinstance(body, CompiledBody))
 
 
 @pytest.mark.slow
