@@ -7,7 +7,7 @@ import torch
 from .build import Batch, Tensors
 
 VOCABULARY, LABELS = 101, 5
-EOS, IMAGE = 1, 4
+EOS, VIDEO, IMAGE = 1, 3, 4
 """Ids of special tokens; random text uses 5 and above."""
 
 

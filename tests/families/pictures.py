@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .batches import EOS, IMAGE, classes, floats, ids, targets, text, unlabelled
+from .batches import EOS, IMAGE, VIDEO, classes, floats, ids, targets, text, unlabelled
 from .build import Batch, Tensors
 
 
@@ -131,17 +131,33 @@ GRIDS = ((1, 4, 4), (1, 6, 4), (1, 2, 8))
 """Frames, rows and columns of patches; 4 patches become a token."""
 
 
-def patches(rows: int, tokens: int) -> Tensors:
-    """A picture per row and one more in the first, of several sizes, flattened as Qwen2-VL's processor does."""
+def with_pictures(rows: int, tokens: int, *pictures: tuple[int, tuple[int, int, int]]) -> Tensors:
+    """Text with pictures, given as ``(row, (frames, rows, columns of patches))``, as Qwen2-VL's processor returns them.
+
+    One of several frames is a video. There is no loss on their tokens, and one token between two of them.
+    """
     inputs = text(rows, tokens)
-    grids = [GRIDS[0], (1, 2, 4), *(GRIDS[row % len(GRIDS)] for row in range(1, rows))]
-    begins = [(0, 1), (0, 6), *((row, 1) for row in range(1, rows))]
-    for (row, begin), grid in zip(begins, grids, strict=True):
-        end = begin + math.prod(grid) // 4
-        inputs["input_ids"][row, begin:end] = IMAGE
-        inputs["labels"][row, begin:end] = -100
-    return inputs | {
-        "pixel_values": floats(sum(map(math.prod, grids)), 3 * 2 * 4 * 4),
-        "image_grid_thw": torch.tensor(grids),
-        "mm_token_type_ids": (inputs["input_ids"] == IMAGE).long(),
-    }
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    types = torch.zeros_like(ids)
+    free = [1] * rows
+    for row, grid in pictures:
+        begin, end = free[row], free[row] + math.prod(grid) // 4
+        free[row] = end + 1
+        kind = 2 if grid[0] > 1 else 1
+        ids[row, begin:end], labels[row, begin:end] = (IMAGE, VIDEO)[kind - 1], -100
+        types[row, begin:end] = kind
+    inputs["mm_token_type_ids"] = types
+    for name, patches, grids in (
+        ("image", "pixel_values", [g for _, g in pictures if g[0] == 1]),
+        ("video", "pixel_values_videos", [g for _, g in pictures if g[0] > 1]),
+    ):
+        if grids:
+            inputs[f"{name}_grid_thw"] = torch.tensor(grids)
+            inputs[patches] = floats(sum(map(math.prod, grids)), 3 * 2 * 4 * 4)
+    return inputs
+
+
+def patches(rows: int, tokens: int) -> Tensors:
+    """A picture per row and one more in the first, of several sizes."""
+    others = ((row, GRIDS[row % len(GRIDS)]) for row in range(1, rows))
+    return with_pictures(rows, tokens, (0, GRIDS[0]), (0, (1, 2, 4)), *others)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .batches import IMAGE
+from .batches import IMAGE, VIDEO
 from .build import Family, Settings, composite
 from .pictures import patches
 from .settings import (
@@ -26,7 +26,7 @@ THREE_AXES = DECODER | axes(2, 2, 2)
 HYBRID = DECODER | HEAD | LINEAR_THEN_FULL | DELTA | axes(2, 2, 2, partial_rotary_factor=0.75)
 QWEN_TOKENS: Settings = {
     "image_token_id": IMAGE,
-    "video_token_id": 3,
+    "video_token_id": VIDEO,
     "vision_start_token_id": 2,
     "vision_end_token_id": 2,
 }
@@ -41,7 +41,7 @@ MERGED = WIDE | {
 }
 GLM_TOKENS: Settings = {
     "image_token_id": IMAGE,
-    "video_token_id": 3,
+    "video_token_id": VIDEO,
     "image_start_token_id": 2,
     "image_end_token_id": 2,
     "video_start_token_id": 2,

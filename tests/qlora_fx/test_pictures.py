@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import qlora_fx
 import pytest
 import torch
 from families import FAMILIES, build
-from families.batches import IMAGE, Tensors, floats, text
+from families.batches import IMAGE
+from families.pictures import with_pictures
 from peft import LoraConfig
 from qlora_fx.passes.lowering.compiled_body import CompiledBody
 from qlora_fx.runtime.attention_kernels import devices
@@ -19,33 +19,7 @@ from qlora_fx.transform import graph_text
 
 BY_TYPE = {f.model_type: f for f in FAMILIES}
 LORA = LoraConfig(r=4, target_modules="all-linear")
-VIDEO = 3
-
-
-def batch(rows: int, tokens: int, *pictures: tuple[int, tuple[int, int, int]]) -> Tensors:
-    """Text with pictures of ``(row, (frames, rows, columns of patches))``; one of several frames is a video."""
-    inputs = text(rows, tokens)
-    inputs["labels"] = inputs["labels"].clone()
-    inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-    free = [1] * rows
-    for row, grid in pictures:
-        begin, end = free[row], free[row] + math.prod(grid) // 4
-        free[row] = end + 1
-        video = grid[0] > 1
-        inputs["input_ids"][row, begin:end] = VIDEO if video else IMAGE
-        inputs["mm_token_type_ids"][row, begin:end] = 2 if video else 1
-        inputs["labels"][row, begin:end] = -100
-    for name, patches, which in (
-        ("image", "pixel_values", [g for _, g in pictures if g[0] == 1]),
-        ("video", "pixel_values_videos", [g for _, g in pictures if g[0] > 1]),
-    ):
-        if which:
-            inputs[f"{name}_grid_thw"] = torch.tensor(which)
-            inputs[patches] = floats(sum(map(math.prod, which)), 3 * 2 * 4 * 4)
-    return inputs
-
-
-FIRST = batch(3, 30, (0, (1, 4, 4)), (0, (1, 6, 4)), (1, (1, 4, 8)), (2, (1, 4, 4)))
+FIRST = with_pictures(3, 30, (0, (1, 4, 4)), (0, (1, 6, 4)), (1, (1, 4, 8)), (2, (1, 4, 4)))
 
 
 def transformed(model_type: str, **options: Any) -> tuple[Any, Any]:
@@ -64,8 +38,8 @@ def test_one_capture_takes_pictures_of_any_number_and_size(model_type: str, back
     model, qmodel = transformed(model_type, backend=backend)
     for inputs in (
         FIRST,
-        batch(2, 25, (1, (1, 4, 6))),
-        batch(2, 41, (0, (1, 8, 8)), (1, (1, 4, 4)), (1, (1, 2, 4))),
+        with_pictures(2, 25, (1, (1, 4, 6))),
+        with_pictures(2, 41, (0, (1, 8, 8)), (1, (1, 4, 4)), (1, (1, 2, 4))),
     ):
         report = compare(model, qmodel, inputs, all_outputs=False)
         assert report.passed, str(report)
@@ -78,8 +52,8 @@ def test_one_capture_takes_pictures_of_any_number_and_size(model_type: str, back
 def test_a_video_beside_pictures() -> None:
     model, qmodel = transformed("qwen2_5_vl")
     for inputs in (
-        batch(2, 40, (0, (2, 4, 4)), (0, (1, 4, 4)), (1, (1, 2, 8))),
-        batch(2, 30, (0, (1, 4, 4)), (1, (3, 2, 4)), (1, (2, 4, 4))),
+        with_pictures(2, 40, (0, (2, 4, 4)), (0, (1, 4, 4)), (1, (1, 2, 8))),
+        with_pictures(2, 30, (0, (1, 4, 4)), (1, (3, 2, 4)), (1, (2, 4, 4))),
     ):
         report = compare(model, qmodel, inputs, all_outputs=False)
         assert report.passed, str(report)
