@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -172,10 +173,9 @@ def chat(which: AdapterSettings, settings: ChatSettings) -> None:
     qmodel, source = loaded(which, settings.backend)
     conversation = Conversation(qmodel, AutoTokenizer.from_pretrained(source), settings)
     print(f"{source}: {NEW} begins anew, Ctrl-C stops an answer, Ctrl-D ends")
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         talk(conversation, typed())
-    except KeyboardInterrupt:
-        print()
+    print()  # the shell's prompt gets a line of its own
 
 
 def loaded(which: AdapterSettings, backend: str) -> tuple[Any, str]:
