@@ -10,7 +10,7 @@ The bound is the time of the step's matrix products alone on buffers made before
 gradient, LoRA's, the head's; no attention). ``--host FOLDER`` writes where Python spends the time of a step and of a token.
 ``peak`` is torch.cuda.max_memory_allocated above what all stacks hold, ``held`` what a stack holds itself. transformers +
 bitsandbytes keeps experts dense and PEFT leaves them without adapters, so that the ``moe`` row has no reference.
-Our stack is measured twice, launched one by one and with ``cuda_graphs``. Last, generation: milliseconds to the first
+``--padded`` pads on the right, as collators do. Our stack is measured twice, launched one by one and with ``cuda_graphs``. Last, generation: milliseconds to the first
 token and of each further one. ``--parts steps`` or ``--parts tokens`` measures one of the two.
 """
 
@@ -25,14 +25,15 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder, whose profile.py would hide Python's own
 
-SHAPES = ((1, 512), (4, 1024), (1, 4096))
+SHAPES = ("1x512", "4x1024", "1x4096")
 PROMPT, NEW = 512, 16
 GENERATED_ROWS = (1, 8)
 RANK = 16
@@ -84,6 +85,8 @@ def main() -> None:
     p.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--json", help="write the figures to this file as they come")
+    p.add_argument("--shapes", nargs="*", default=SHAPES, help="rows x tokens of a step")
+    p.add_argument("--padded", action="store_true", help="rows of other lengths, down to half")
     p.add_argument("--stacks", nargs="*", default=STACKS, choices=STACKS)
     p.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS, help="what is measured")
     p.add_argument("--after", type=Path, help="measure when this file exists; compile meanwhile")
@@ -95,7 +98,7 @@ def main() -> None:
         work(args)
         return
     if args.plan:
-        planned(args.plan)
+        planned(args.plan, args.shapes)
         return
     import torch
 
@@ -131,7 +134,9 @@ def main() -> None:
 
 def start(args: argparse.Namespace, *what: str) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, *what, "--rounds", str(args.rounds)]
-    command += ["--stacks", *args.stacks, "--parts", *args.parts]
+    command += ["--stacks", *args.stacks, "--parts", *args.parts, "--shapes", *args.shapes]
+    if args.padded:
+        command.append("--padded")
     if args.host:
         command += ["--host", str(args.host)]
     return subprocess.Popen(
@@ -171,6 +176,8 @@ def work(args: argparse.Namespace) -> None:
 
     warnings.filterwarnings("ignore")
     name = args.worker
+    shapes = sizes(args.shapes)
+    run = partial(step_of, padded=args.padded)
     model = dense_model(name)
     stacks: dict[str, Any] = {}
     held: dict[str, float] = {}
@@ -196,7 +203,7 @@ def work(args: argparse.Namespace) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     for stack in stacks.values():  # what is left to compile
-        for rows, tokens in SHAPES if "steps" in args.parts else ():
+        for rows, tokens in shapes if "steps" in args.parts else ():
             for _ in range(2):
                 run(stack, rows, tokens)
     generating = {stack: model for stack, model in stacks.items() if "checkpointing" not in stack}
@@ -222,8 +229,8 @@ def work(args: argparse.Namespace) -> None:
     say(f"device: {torch.cuda.get_device_name()}, torch {torch.__version__}")
     mine = stacks.get("qlora_fx")
     if "steps" in args.parts:
-        for rows, tokens in SHAPES:
-            measure(name, stacks, held, rows, tokens, args.rounds)
+        for rows, tokens in shapes:
+            measure(run, name, stacks, held, rows, tokens, args.rounds)
         say(json.dumps(optimizers(stacks)))
     if "steps" in args.parts and args.host and mine is not None:
         by_python(args.host / f"{name}_step.txt", lambda: run(mine, 1, 512))
@@ -325,21 +332,23 @@ def reference(model: Any, *, checkpointing: bool) -> Any:
     return get_peft_model(q, lora()).train()
 
 
-def batch(rows: int, tokens: int) -> dict[str, Any]:
+def batch(rows: int, tokens: int, padded: bool) -> dict[str, Any]:
     import torch
 
     ids = torch.randint(5, 100000, (rows, tokens), device="cuda")
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    lengths = torch.linspace(tokens, tokens // 2 if padded else tokens, rows, device="cuda").long()
+    mask = (torch.arange(tokens, device="cuda") < lengths[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def run(stack: Any, rows: int, tokens: int) -> Any:
+def step_of(stack: Any, rows: int, tokens: int, padded: bool = False) -> Any:
     import torch
 
     stack.zero_grad(set_to_none=True)
     # As Trainer's bf16=True does it: PEFT keeps adapters in float32. Ours multiplies in bfloat16 by itself.
     mine = type(stack).__module__.startswith("qlora_fx")
     with contextlib.nullcontext() if mine else torch.autocast("cuda", torch.bfloat16):
-        loss = stack(**batch(rows, tokens)).loss
+        loss = stack(**batch(rows, tokens, padded)).loss
     loss.backward()
     return loss
 
@@ -358,7 +367,13 @@ def timed(step: Callable[[], Any]) -> float:
 
 
 def measure(
-    name: str, stacks: dict[str, Any], held: dict[str, float], rows: int, tokens: int, rounds: int
+    run: Callable[[Any, int, int], Any],
+    name: str,
+    stacks: dict[str, Any],
+    held: dict[str, float],
+    rows: int,
+    tokens: int,
+    rounds: int,
 ) -> None:
     import torch
 
@@ -565,14 +580,20 @@ def is_paged(state: Any, optimizer: Any) -> bool:
     )
 
 
-def planned(name: str) -> None:
+def sizes(shapes: Sequence[str]) -> list[tuple[int, int]]:
+    """Rows and tokens."""
+    pairs = (shape.split("x") for shape in shapes)
+    return [(int(rows), int(tokens)) for rows, tokens in pairs]
+
+
+def planned(name: str, shapes: Sequence[str]) -> None:
     """What qlora_fx.plan says of the same steps, from the config alone."""
     import qlora_fx
     from transformers import LlamaConfig, Qwen3MoeConfig
 
     kind = Qwen3MoeConfig if name == "moe" else LlamaConfig
     settings = {**MODELS[name], "max_position_embeddings": 8192, "use_cache": False}
-    for rows, tokens in SHAPES:
+    for rows, tokens in sizes(shapes):
         plan = qlora_fx.plan(
             kind(**settings), lora(), batch_size=rows, sequence_length=tokens,
             optimizer="PagedAdamW8bit",
@@ -591,7 +612,7 @@ def optimizers(stacks: dict[str, Any]) -> dict[str, Any]:
         try:
             trained = [p for p in model.parameters() if p.requires_grad]
             optimizer = bnb.optim.PagedAdamW8bit(trained, lr=1e-5)
-            run(model, 1, 512)
+            step_of(model, 1, 512)
             for _ in range(3):
                 timed(optimizer.step)
             found[stack] = round(statistics.median(timed(optimizer.step) for _ in range(5)), 2)
@@ -607,7 +628,7 @@ def generate(model: Any, rows: int, new: int, **options: Any) -> Any:
     import torch
 
     torch.manual_seed(0)
-    made = batch(rows, PROMPT)
+    made = batch(rows, PROMPT, False)
     del made["labels"]
     settings = {"use_cache": True, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     settings["return_dict_in_generate"] = True

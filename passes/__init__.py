@@ -9,6 +9,7 @@ few_rows      products of a token that is generated, from storage without a dens
 siblings      one product where several adapters read one input
 attention     a kernel that skips what a causal mask hides
 convolutions  forms that compile once for every length
+masked_rows   features in the places of their placeholders
 loss_head     cross-entropy without logits
 outline       equal blocks as one body
 lower         bodies to programs; lowering/ has partition, recomputation, what operators cost

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from ..runtime.attention_kernels import devices
+from ..runtime.attention_kernels import devices, take_cu_seqlens
 from .graph.nodes import Emitter, arguments, aten, call, is_from_cache, ops
 
 
@@ -46,7 +46,7 @@ def attention(gm: fx.GraphModule, *, config: Any) -> PassResult:
 
     A captured model builds a mask of ``[sequence, sequence]`` and its kernel reads all of it. What the batch
     made of it is seen by ``mask_kind`` once per call: exactly causal, or anything else (padding, a window, several
-    pictures), of which the tiles that hide everything are skipped. Keys that a model repeats for its query heads are taken as
+    pictures), of which the tiles that hide everything are skipped; on a GPU ``cu_seqlens`` says where sequences start. Keys that a model repeats for its query heads are taken as
     they were before. Where no kernel of ours is for the device, PyTorch's are kept. On a GPU the look at the mask
     waits for the device, once per call of the model.
 
@@ -64,7 +64,7 @@ def attention(gm: fx.GraphModule, *, config: Any) -> PassResult:
         %attn_result: f32[B, 4, S, 16] = getitem(%attn_causal, 0)
     """
     graph = gm.graph
-    kinds: dict[fx.Node, fx.Node] = {}
+    kinds: dict[fx.Node, tuple[fx.Node, ...]] = {}
     masks: dict[fx.Node, fx.Node] = {}
     modified = False
     for node in graph.find_nodes(
@@ -110,8 +110,8 @@ def operands(node: fx.Node) -> tuple[Any, Any, Any, Any, float]:
     return q, k, v, args["attn_mask"], scale
 
 
-def over_itself(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, fx.Node]) -> bool:
-    """Attention of each token over all; ``kinds`` are what masks turn out to be."""
+def over_itself(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, tuple[fx.Node, ...]]) -> bool:
+    """Attention of each token over all; ``kinds`` are what masks turn out to be, and where their sequences start."""
     args = arguments(node)
     q, k, v, mask, scale = operands(node)
     if args["dropout_p"]:
@@ -119,16 +119,28 @@ def over_itself(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, fx.Node]) -
     if not may_be_causal(q, k, v, mask, args["is_causal"]):
         return False
     if mask is not None and mask not in kinds:
-        with graph.inserting_after(mask):
-            name = f"{mask.name}_kind"
-            kinds[mask] = call(graph, ops.mask_kind.default, (mask,), name=name, like=mask)
+        kinds[mask] = looked_at(graph, mask)
+    kind, *starts = kinds.get(mask, (None,))
     emit = Emitter(graph, node)
     with graph.inserting_before(node):
-        pair = emit(ops.attention.default, q, k, v, mask, kinds.get(mask), scale, suffix="causal")
+        call_args = (q, k, v, mask, kind, scale, *starts)
+        pair = emit(ops.attention.default, *call_args, suffix="causal")
         result = emit(operator.getitem, pair, 0, suffix="result")
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     return True
+
+
+def looked_at(graph: fx.Graph, mask: fx.Node) -> tuple[fx.Node, ...]:
+    """What a mask is and, on devices with a kernel that asks for it, where its sequences start."""
+    made: tuple[fx.Node, ...] = ()
+    val = mask.meta["val"]
+    with graph.inserting_after(mask):
+        if val.device.type in take_cu_seqlens() and val.shape[1] == 1:
+            name = f"{mask.name}_cu_seqlens"
+            made = (call(graph, ops.cu_seqlens.default, (mask,), name=name, like=mask),)
+        kind = call(graph, ops.mask_kind.default, (mask,), name=f"{mask.name}_kind", like=mask)
+    return (kind, *made)
 
 
 def mask_per_token(q: Any, mask: Any) -> bool:

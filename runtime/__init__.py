@@ -1,6 +1,16 @@
 """What a finished graph calls when it runs. Knows nothing of torch.fx."""
 
-from . import attention, cached_attention, convolution, linear_4bit, loss, ops, recurrence, ring
+from . import (
+    attention,
+    cached_attention,
+    convolution,
+    linear_4bit,
+    loss,
+    masked_rows,
+    ops,
+    recurrence,
+    ring,
+)
 
 __all__ = [
     "attention",
@@ -8,6 +18,7 @@ __all__ = [
     "convolution",
     "linear_4bit",
     "loss",
+    "masked_rows",
     "ops",
     "recurrence",
     "ring",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .attention_kernels import Inputs, Mask, kernel_for, mask_kind_of
 from .attention_kernels.kernel import empty_gradients, empty_output
+from .attention_kernels.varlen import cu_seqlens_of
 from .ops import ops
 
 
@@ -20,7 +21,7 @@ def mask_kind(mask: Tensor) -> Tensor:
     """What a boolean mask ``[batch or 1, 1, queries, keys]`` is; looked up once per call of the model.
 
     Returns:
-        An int64 scalar on the CPU: the code of a ``MaskKind`` (``CAUSAL``), or ``ANY``.
+        An int64 scalar on the CPU: a code of a kernel's (``CAUSAL``, a ``Varlen``'s), or ``ANY``.
     """
     return torch.tensor(mask_kind_of(mask))
 
@@ -30,9 +31,30 @@ def _(mask: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64)
 
 
+@torch.library.custom_op("qlora_fx::cu_seqlens", mutates_args=())
+def cu_seqlens(mask: Tensor) -> Tensor:
+    """Where the sequences that a boolean mask ``[batch, 1, sequence, sequence]`` is made of start; waits for nothing.
+
+    Returns:
+        int32 ``[4, 3, batch, sequence]``, of use where ``mask_kind`` says that it is (attention_kernels/varlen.py).
+    """
+    return cu_seqlens_of(mask)
+
+
+@cu_seqlens.register_fake
+def _(mask: Tensor) -> Tensor:
+    return mask.new_empty((4, 3, mask.shape[0], mask.shape[2]), dtype=torch.int32)
+
+
 @torch.library.custom_op("qlora_fx::attention", mutates_args=())
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    kind: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T + mask) v``.
 
@@ -43,13 +65,14 @@ def attention(
         mask: boolean, True where a key is seen, ``[batch or 1, heads or 1, sequence, sequence]``; None: causal.
         kind: what ``mask_kind(mask)`` said.
         scale: of the scores.
+        cu_seqlens: ``cu_seqlens(mask)``, where a kernel on the device takes it.
 
     Returns:
         ``[batch, heads, sequence, value size]`` with the strides of a transposed ``[batch, sequence, heads, ...]``;
         a query that sees no key gets zeros. And for backward the float32 log-sum-exp of the scores,
         ``[batch, heads, sequence]``.
     """
-    inputs = Inputs(q, k, v, Mask.of(mask, kind), scale)
+    inputs = Inputs(q, k, v, Mask.of(mask, kind, cu_seqlens), scale)
     return kernel_for(inputs).forward(inputs)
 
 
@@ -69,9 +92,10 @@ def attention_backward(
     mask: Tensor | None,
     kind: Tensor | None,
     scale: float,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``attention`` for ``q``, ``k`` and ``v``, contiguous and in their dtypes."""
-    inputs = Inputs(q, k, v, Mask.of(mask, kind), scale)
+    inputs = Inputs(q, k, v, Mask.of(mask, kind, cu_seqlens), scale)
     return kernel_for(inputs).backward(inputs, out, lse, grad)
 
 
@@ -81,14 +105,16 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 def _context(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, mask, kind, scale = inputs
-    ctx.save_for_backward(q, k, v, *output, mask, kind)
+    q, k, v, mask, kind, scale, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, *output, mask, kind, cu_seqlens)
     ctx.scale = scale
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> Any:
-    dq, dk, dv = ops.attention_backward(grad, *ctx.saved_tensors, ctx.scale)
-    return dq, dk, dv, None, None, None
+    *saved, cu_seqlens = ctx.saved_tensors
+    told = () if cu_seqlens is None else (cu_seqlens,)
+    dq, dk, dv = ops.attention_backward(grad, *saved, ctx.scale, *told)
+    return dq, dk, dv, None, None, None, None
 
 
 torch.library.register_autograd("qlora_fx::attention", _backward, setup_context=_context)

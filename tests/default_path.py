@@ -9,6 +9,8 @@ is fixed, to float32: what is fastest here must not decide what a test tolerates
 from __future__ import annotations
 
 import copy
+import json
+import os
 import tempfile
 import time
 import warnings
@@ -73,6 +75,7 @@ def walk(
             warnings.simplefilter("always", UserWarning)
             yield
         result.seconds[name] = round(time.perf_counter() - start, 1)
+        log(family.model_type, step, result.seconds[name])
         said = [str(w.message) for w in caught if "qlora_fx" in str(w.filename) or ours(w)]
         if said:
             result.said[name] = said
@@ -83,6 +86,14 @@ def walk(
         text = str(error).strip() or "-"
         result.error = f"{step}: {type(error).__name__}: {text[:600]}"
     return result
+
+
+def log(model_type: str, step: str, seconds: float) -> None:
+    """To ``QLORA_FX_GPU_LOG``: of a walk that a lent machine's time ends, what was seen."""
+    place = os.environ.get("QLORA_FX_GPU_LOG")
+    if place:
+        with open(place, "a") as file:
+            file.write(json.dumps({"walk": model_type, "step": step, "seconds": seconds}) + "\n")
 
 
 DECODERS = ("causal", "mixture-of-experts", "state-space")

@@ -25,6 +25,7 @@ from ..passes.attention import attention
 from ..passes.convolutions import convolutions
 from ..passes.few_rows import few_rows
 from ..passes.loss_head import loss_head
+from ..passes.masked_rows import masked_rows
 from ..passes.normalize import normalize
 from ..passes.outline import outline
 from ..passes.quantize import quantize
@@ -77,6 +78,7 @@ PIPELINE: tuple[Stage, ...] = (
     Stage(siblings, optional=True),
     Stage(attention, optional=True),
     Stage(convolutions, optional=True),
+    Stage(masked_rows, optional=True),
     # After quantize: it reads the storage that the head's weight was made from.
     Stage(loss_head, optional=True),
     # Last: two blocks share a body only when all rewrites of both are done.

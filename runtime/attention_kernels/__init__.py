@@ -3,7 +3,8 @@
 kernel   what every kernel can do, what is known of masks
 onednn   compiled for this machine: oneDNN's block products, without what a mask hides
 pytorch  PyTorch's kernel for CPUs, for all that the others decline
-cuda     PyTorch's kernels for GPUs: FlashAttention where the mask is causal, the memory-efficient one elsewhere
+cuda     PyTorch's kernels for GPUs: FlashAttention where the mask is causal or made of intervals, the memory-efficient one elsewhere
+varlen   masks made of intervals (padding, documents, pictures, windows), as where sequences start
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import GraphError
-from .cuda import Definition, Efficient, Flash
+from .cuda import Definition, Efficient, Flash, VarlenFlash
 from .kernel import ANY, CAUSAL, Inputs, Kernel, Mask, MaskKind
 from .onednn import OneDnn
 from .pytorch import PyTorch
@@ -28,9 +29,17 @@ __all__ = [
     "kernel_for",
     "mask_kind_of",
     "prepare",
+    "take_cu_seqlens",
 ]
 
-KERNELS: tuple[Kernel, ...] = (OneDnn(), PyTorch(), Flash(), Efficient(), Definition())
+KERNELS: tuple[Kernel, ...] = (
+    OneDnn(),
+    PyTorch(),
+    Flash(),
+    VarlenFlash(),
+    Efficient(),
+    Definition(),
+)
 """The first that takes a call's tensors computes it. The last one of each device takes everything there."""
 
 
@@ -58,15 +67,15 @@ def devices() -> frozenset[str]:
     return frozenset(kernel.device for kernel in KERNELS)
 
 
+def take_cu_seqlens() -> frozenset[str]:
+    """Types of devices that have a kernel which asks where a mask's sequences start."""
+    return frozenset(kernel.device for kernel in KERNELS if kernel.takes_cu_seqlens)
+
+
 def mask_kind_of(mask: Tensor) -> int:
-    """The code of a mask's kind, of those that kernels on its device make use of; else ``ANY``."""
-    kinds = {
-        kind.code: kind
-        for kernel in KERNELS
-        if kernel.device == mask.device.type
-        for kind in kernel.mask_kinds
-    }
-    return next((code for code in sorted(kinds) if kinds[code].includes(mask)), ANY)
+    """The smallest code of a mask's kinds, of those that kernels on its device make use of; else ``ANY``."""
+    codes = [kernel.mask_code(mask) for kernel in KERNELS if kernel.device == mask.device.type]
+    return min((code for code in codes if code != ANY), default=ANY)
 
 
 def prepare(device: str) -> None:

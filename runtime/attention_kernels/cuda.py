@@ -6,11 +6,13 @@ and is marked as random for the sake of dropout, so that recomputation keeps its
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..gpu import BFLOAT16, capability
-from .kernel import CAUSAL, Inputs, Kernel, Mask, empty_output
+from .kernel import Inputs, Kernel, Mask, empty_output
 from .pytorch import (
     additive_mask,
     pad_to_one_size,
@@ -18,6 +20,7 @@ from .pytorch import (
     sum_over_heads,
     zero_where_nothing_is_seen,
 )
+from .varlen import Varlen, mask_code
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -34,16 +37,9 @@ class Flash(Kernel):
 
     name = "flash"
     device = "cuda"
-    mask_kinds = (CAUSAL,)
 
     def takes(self, inputs: Inputs) -> bool:
-        q, _, v, mask, _ = inputs
-        return (
-            mask.seen is None
-            and q.dtype in HALF
-            and max(q.shape[3], v.shape[3]) <= FLASH_SIZE
-            and capability(q.device) >= BFLOAT16
-        )
+        return inputs.mask.seen is None and flash_takes(inputs)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         q, k, v, _, scale = inputs
@@ -66,6 +62,107 @@ class Flash(Kernel):
         return tuple(
             g[..., : t.shape[3]].contiguous() for g, t in zip((dq, dk, dv), (q, k, v), strict=True)
         )  # type: ignore[return-value]
+
+
+def flash_takes(inputs: Inputs) -> bool:
+    q, v = inputs.q, inputs.v
+    return (
+        q.dtype in HALF
+        and max(q.shape[3], v.shape[3]) <= FLASH_SIZE
+        and capability(q.device) >= BFLOAT16
+    )
+
+
+class VarlenFlash(Kernel):
+    """FlashAttention-2 over sequences of any lengths, ``aten::_flash_attention_forward``: masks of intervals. Note [Sequences]."""
+
+    name = "varlen"
+    device = "cuda"
+    takes_cu_seqlens = True
+
+    def mask_code(self, mask: Tensor) -> int:
+        return mask_code(mask)
+
+    def takes(self, inputs: Inputs) -> bool:
+        mask = inputs.mask
+        return (
+            mask.seen is not None
+            and mask.cu_seqlens is not None
+            and Varlen.of(mask.kind) is not None
+            and mask.seen.shape[0] == inputs.q.shape[0]
+            and flash_takes(inputs)
+        )
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        q, k, v, mask, scale = inputs
+        query, keys, values = (one_behind_the_other(t) for t in aligned(q, k, v))
+        results = [
+            aten._flash_attention_forward(query, keys, values, *told, False, scale=scale, **window)[
+                :2
+            ]
+            for told, window in calls(mask, q.shape[2])
+        ]
+        result, lse = results[0]
+        if len(results) > 1:  # each query is of one call: zeros and +inf come out of the other
+            result = result + results[1][0]
+            lse = torch.minimum(lse, results[1][1])
+        sums = lse.view(q.shape[1], q.shape[0], q.shape[2]).transpose(0, 1).contiguous()
+        return in_place_of_output(in_rows(result, q), q, v), sums
+
+    def backward(
+        self, inputs: Inputs, out: Tensor, lse: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, mask, scale = inputs
+        query, keys, values, result, given = (
+            one_behind_the_other(t) for t in aligned(q, k, v, out, grad)
+        )
+        sums = lse.transpose(0, 1).reshape(q.shape[1], -1)
+        results = [
+            aten._flash_attention_backward(
+                given,
+                query,
+                keys,
+                values,
+                result,
+                sums,
+                *told,
+                *no_random_state(q),
+                scale=scale,
+                **window,
+            )
+            for told, window in calls(mask, q.shape[2])
+        ]
+        found = results[0] if len(results) == 1 else [a + b for a, b in zip(*results, strict=True)]
+        return tuple(
+            in_rows(g, q)[..., : t.shape[3]].contiguous()
+            for g, t in zip(found, (q, k, v), strict=True)
+        )  # type: ignore[return-value]
+
+
+def calls(mask: Mask, length: int) -> list[tuple[tuple[Any, ...], dict[str, int]]]:
+    """What FlashAttention is told of the sequences, once or twice: starts, longest, no dropout, causal; and of windows."""
+    kind = Varlen.of(mask.kind)
+    assert kind is not None
+    assert mask.cu_seqlens is not None
+    starts = mask.cu_seqlens.flatten(1)
+    count = min(kind.sequences, starts.shape[1] - 1) + 1
+    window = {"window_size_left": kind.window - 1, "window_size_right": 0} if kind.window else {}
+    told = (starts[0, :count], starts[1, :count], length, length, 0.0, kind.causal)
+    found: list[tuple[tuple[Any, ...], dict[str, int]]] = [(told, window)]
+    if kind.behind:
+        count = 5 * mask.cu_seqlens.shape[2] + 2
+        found.append(((starts[2, :count], starts[3, :count], length, length, 0.0, False), {}))
+    return found
+
+
+def one_behind_the_other(t: Tensor) -> Tensor:
+    """``[batch * sequence, heads, size]`` of ``[batch, heads, sequence, size]``."""
+    return t.transpose(1, 2).reshape(-1, t.shape[1], t.shape[3])
+
+
+def in_rows(t: Tensor, q: Tensor) -> Tensor:
+    """The inverse of ``one_behind_the_other``."""
+    return t.view(q.shape[0], q.shape[2], *t.shape[1:]).transpose(1, 2)
 
 
 class Efficient(Kernel):

@@ -43,19 +43,21 @@ class Mask(NamedTuple):
 
     Attributes:
         seen: boolean, True where a key is seen, ``[batch or 1, heads or 1, sequence, sequence]``; None: causal.
-        kind: the code of a ``MaskKind``, or ``ANY``. A kernel that does not know the kind reads ``seen``.
+        kind: what ``Kernel.mask_code`` said, or ``ANY``. A kernel that does not know the kind reads ``seen``.
+        cu_seqlens: where its sequences start (varlen.py), for kernels that take them.
     """
 
     seen: Tensor | None
     kind: int
+    cu_seqlens: Tensor | None = None
 
     @classmethod
-    def of(cls, mask: Tensor | None, kind: Tensor | None) -> Mask:
+    def of(cls, mask: Tensor | None, kind: Tensor | None, cu_seqlens: Tensor | None = None) -> Mask:
         """From the arguments of ``qlora_fx::attention``. Causal masks are left out: no kernel need read them."""
         code = ANY if kind is None else int(kind)
         if mask is None or code == CAUSAL.code:
             return cls(None, CAUSAL.code)
-        return cls(mask, code)
+        return cls(mask, code, cu_seqlens)
 
 
 class Inputs(NamedTuple):
@@ -86,11 +88,18 @@ class Kernel(Protocol):
         name: for messages.
         device: type of the devices it computes on.
         mask_kinds: those that it makes use of.
+        takes_cu_seqlens: whether it makes use of where a mask's sequences start.
     """
 
     name: str
     device: str
     mask_kinds: tuple[MaskKind, ...] = ()
+    takes_cu_seqlens: bool = False
+
+    def mask_code(self, mask: Tensor) -> int:
+        """The smallest code of those of its kinds that a mask is of, or ``ANY``."""
+        codes = (kind.code for kind in self.mask_kinds if kind.includes(mask))
+        return min(codes, default=ANY)
 
     def prepare(self) -> None:
         """Do beforehand what takes seconds once, if anything does. May run in a thread."""

@@ -10,9 +10,12 @@ import qlora_fx
 import pytest
 import torch
 from conftest import batch, tiny_llama
+from families import FAMILIES, build
+from families.pictures import with_pictures
 from peft import LoraConfig
 from qlora_fx.runtime.cuda_graphs import Graphed
-from qlora_fx.testing import compare, randomize_adapter, relative_error
+from qlora_fx.testing import Oracle, compare, randomize_adapter, relative_error
+from qlora_fx.testing.step import step as truth
 from torch import Tensor
 from transformers import (
     MixtralConfig,
@@ -188,6 +191,42 @@ def test_experts(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_encoder_decoders(dtype: torch.dtype) -> None:
     beside_one_by_one(T5ForConditionalGeneration(T5).cuda().to(dtype), dtype, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pictures(dtype: torch.dtype) -> None:
+    """Of other numbers and sizes; what is counted in them is counted before what is recorded."""
+    model = build(next(f for f in FAMILIES if f.model_type == "qwen2_5_vl")).train().cuda()
+    model = model.to(dtype)
+    batches = [
+        {k: v.cuda() for k, v in with_pictures(*told).items()}
+        for told in (
+            (3, 30, (0, (1, 4, 4)), (1, (1, 6, 4)), (2, (1, 4, 8))),
+            (2, 41, (0, (1, 8, 8)), (1, (1, 2, 4))),
+        )
+    ]
+    qmodel = qlora_fx.transform(
+        copy.deepcopy(model),
+        compute_dtype=dtype,
+        cuda_graphs=True,
+        memory_budget=1.0,
+        example_inputs=batches[0],
+    )
+    randomize_adapter(qmodel)
+    for _ in range(4):
+        for values in batches:
+            plain = one_by_one(qmodel, values)
+            for mine, true in zip(step(qmodel, values), plain, strict=True):
+                assert relative_error(mine, true) < 5 * LIMIT[dtype]
+    for values in batches:
+        _, true_gradients = truth(Oracle(model, qmodel.base), values)
+        step(qmodel, values)
+        errors = [p.grad.double() - true_gradients[n] for n, p in qmodel.adapter_parameters()]
+        size = torch.stack([t.norm() for t in true_gradients.values()]).norm()
+        off = float(torch.stack([e.norm() for e in errors]).norm() / size)
+        print(f"{dtype}: gradients {off:.1e} off")
+        assert off < 10 * LIMIT[dtype]
+    assert recordings(qmodel) > 0
 
 
 def beside_one_by_one(model: Any, dtype: torch.dtype, expected: int) -> None:

@@ -35,6 +35,9 @@ def gradients(value: Tensor, grad: Tensor, *wanted: Tensor) -> list[Tensor]:
 # -- attention -------------------------------------------------------------------------------------
 
 
+MASKS = ("none", "causal", "left", "right", "window", "both", "pictures", "packed", "all", "holes")
+
+
 def masks(name: str, rows: int) -> Tensor | None:
     """``[3, 1, rows, rows]``, or None where the operator is asked for a causal one."""
     causal = torch.ones(rows, rows, dtype=torch.bool, device="cuda").tril().expand(3, 1, rows, rows)
@@ -48,6 +51,18 @@ def masks(name: str, rows: int) -> Tensor | None:
         return causal & (keys < rows - padded)
     if name == "window":
         return causal & (keys > keys[:, None] - 5)
+    if name == "both":
+        return causal & (keys >= 3) & (keys < rows - padded[:2].sum())
+    number = (keys >= 4).long() + (keys >= rows - 6)
+    together = number[:, None] == number
+    if name == "pictures":
+        return together.expand(3, 1, rows, rows)
+    if name == "packed":
+        return causal & together
+    if name == "all":  # an encoder's
+        return (keys < rows - padded).expand(3, 1, rows, rows)
+    if name == "holes":
+        return causal & (keys % 3 != 1)
     assert name == "causal"
     return causal
 
@@ -65,7 +80,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["none", "causal", "left", "right", "window"])
+@pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize(
     ("rows", "size", "value_size"),
     [(13, 16, 16), (21, 64, 64), (100, 128, 128), (128, 72, 72), (64, 20, 20), (33, 96, 64)],
@@ -78,12 +93,12 @@ def test_attention(dtype: torch.dtype, name: str, rows: int, size: int, value_si
         for i, s in enumerate(shapes)
     )
     mask, scale = masks(name, rows), size**-0.5
-    kind = None if mask is None else ops.mask_kind(mask)
+    looked_at = (None, None) if mask is None else (ops.mask_kind(mask), ops.cu_seqlens(mask))
     grad = random(3, 4, rows, value_size, seed=7, dtype=dtype)
     true = [t.double().requires_grad_() for t in (q, k, v)]
     expected = attend(*true, mask, scale)
     mine = [t.requires_grad_() for t in (q, k, v)]
-    out, lse = ops.attention(*mine, mask, kind, scale)
+    out, lse = ops.attention(*mine, mask, looked_at[0], scale, looked_at[1])
     assert lse.dtype == torch.float32
     assert lse.shape == (3, 4, rows)
     fake = torch.empty(3, rows, 4, value_size, device="cuda", dtype=dtype).transpose(1, 2)
@@ -95,13 +110,14 @@ def test_attention(dtype: torch.dtype, name: str, rows: int, size: int, value_si
         assert relative_error(mine_, true_) < 2 * LIMIT[dtype]
 
 
-def test_a_causal_mask_is_left_to_flash() -> None:
-    q, k, v = (random(1, n, 64, 64, dtype=torch.bfloat16) for n in (4, 2, 2))
-    for name, kernel in (("causal", "flash"), ("none", "flash"), ("window", "efficient")):
-        mask = masks(name, 64)
-        kind = None if mask is None else ops.mask_kind(mask)
-        assert kernel_for(Inputs(q, k, v, Mask.of(mask, kind), 0.1)).name == kernel
-    full = Inputs(q.float(), k.float(), v.float(), Mask.of(None, None), 0.1)
+@pytest.mark.parametrize("name", MASKS)
+def test_which_kernel_computes(name: str) -> None:
+    q, k, v = (random(3, n, 64, 64, dtype=torch.bfloat16) for n in (4, 2, 2))
+    mask = masks(name, 64)
+    told = (None, None) if mask is None else (ops.mask_kind(mask), ops.cu_seqlens(mask))
+    expected = {"none": "flash", "causal": "flash", "holes": "efficient"}.get(name, "varlen")
+    assert kernel_for(Inputs(q, k, v, Mask.of(mask, *told), 0.1)).name == expected
+    full = Inputs(q.float(), k.float(), v.float(), Mask.of(mask, *told), 0.1)
     assert kernel_for(full).name == "efficient"
 
 

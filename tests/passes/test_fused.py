@@ -19,6 +19,7 @@ from qlora_fx.config import Config
 from qlora_fx.errors import ConfigError
 from qlora_fx.passes.attention import attention
 from qlora_fx.passes.loss_head import loss_head
+from qlora_fx.passes.masked_rows import masked_rows
 from qlora_fx.passes.siblings import siblings
 from qlora_fx.testing.check import relative_error
 from torch import fx, nn
@@ -59,6 +60,26 @@ class Attention(nn.Module):
         k = k[:, :, None].expand(-1, -1, 2, -1, -1).reshape(q.shape)
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, k, mask, dropout)
+
+
+class Pictures(nn.Module):
+    """Features of pictures in the places of their placeholders; ``spelling`` is how their mask is made."""
+
+    def __init__(self, spelling: str = "unsqueezed") -> None:
+        super().__init__()
+        self.config = SimpleNamespace()
+        self.q = nn.Linear(8, 8, bias=False)
+        self.v = nn.Linear(8, 8, bias=False)
+        self.spelling = spelling
+
+    def forward(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        x = self.q(x)
+        mask = (x[..., 0] > 0)[..., None]
+        if self.spelling == "expanded":
+            mask = mask.expand_as(x)
+        if self.spelling == "per element":
+            mask = x > 0
+        return x.masked_scatter(mask, self.v(features))
 
 
 class Loss(nn.Module):
@@ -155,6 +176,47 @@ def test_attention_over_a_causal_mask_is_told_what_the_mask_is(config: Config) -
 return (%scaled_dot_product_attention_result)
 """,
     )
+
+
+def test_where_a_kernel_asks_for_it_sequences_are_told_from_the_mask(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU."""
+    from qlora_fx.passes import attention as module
+
+    monkeypatch.setattr(module, "take_cu_seqlens", lambda: {"cpu"})
+    gm = applied(attention, Attention(), X, config)
+    assert_expected_inline(
+        excerpt(gm, "kind", "cu_seqlens", "attention", "return"),
+        """\
+%expand_kind: i64[] = qlora_fx.mask_kind(%expand)
+%expand_cu_seqlens: i32[4, 3, B, S] = qlora_fx.cu_seqlens(%expand)
+%scaled_dot_product_attention_causal: (f32[B, 2, S, 4], f32[B, 2, S]) = qlora_fx.attention(%transpose, %slice_3, %slice_3, %expand, %expand_kind, 0.5, %expand_cu_seqlens)
+%scaled_dot_product_attention_result: f32[B, 2, S, 4] = getitem(%scaled_dot_product_attention_causal, 0)
+return (%scaled_dot_product_attention_result)
+""",
+    )
+
+
+FEATURES = {"x": torch.ones(2, 3, 8), "features": torch.zeros(6, 8)}
+
+
+@pytest.mark.parametrize("spelling", ["unsqueezed", "expanded"])
+def test_features_are_put_in_the_places_of_their_placeholders(
+    config: Config, spelling: str
+) -> None:
+    gm = applied(masked_rows, Pictures(spelling), FEATURES, config)
+    assert_expected_inline(
+        excerpt(gm, "masked_rows", "return"),
+        """\
+%masked_scatter_rows: f32[B, S, 8] = qlora_fx.masked_rows(%q_adapted, %masked_scatter_mask, %v_adapted)
+return (%masked_scatter_rows)
+""",
+    )
+
+
+def test_a_mask_per_element_stays(config: Config) -> None:
+    assert unchanged(masked_rows, Pictures("per element"), FEATURES, config)
 
 
 @pytest.mark.parametrize("options", [{"causal": False}, {"dropout": 0.5}])

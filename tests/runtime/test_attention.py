@@ -128,7 +128,7 @@ def test_a_causal_mask_is_not_read() -> None:
     causal, padded = masks(2, 9)["causal"], masks(2, 9)["padded"]
     assert Mask.of(causal, mask_kind(causal)) == Mask(None, CAUSAL.code) == Mask.of(None, None)
     assert Mask.of(padded, mask_kind(padded)).seen is padded
-    assert Mask.of(causal, None) == (causal, ANY), "nobody looked"
+    assert Mask.of(causal, None) == Mask(causal, ANY), "nobody looked"
 
 
 def test_heads_with_masks_of_their_own_and_views_with_other_strides() -> None:
