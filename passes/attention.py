@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from ..runtime.attention_kernels import devices, take_cu_seqlens
+from ..runtime.attention_kernels import devices, take_sequences
 from .graph.nodes import Emitter, arguments, aten, call, is_from_cache, ops
 
 
@@ -46,7 +46,7 @@ def attention(gm: fx.GraphModule, *, config: Any) -> PassResult:
 
     A captured model builds a mask of ``[sequence, sequence]`` and its kernel reads all of it. What the batch
     made of it is seen by ``mask_kind`` once per call: exactly causal, or anything else (padding, a window, several
-    pictures), of which the tiles that hide everything are skipped; on a GPU ``cu_seqlens`` says where sequences start. Keys that a model repeats for its query heads are taken as
+    pictures), of which the tiles that hide everything are skipped; on a GPU ``mask_sequences`` says where sequences start, too. Keys that a model repeats for its query heads are taken as
     they were before. Where no kernel of ours is for the device, PyTorch's are kept. On a GPU the look at the mask
     waits for the device, once per call of the model.
 
@@ -132,15 +132,16 @@ def over_itself(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, tuple[fx.No
 
 
 def looked_at(graph: fx.Graph, mask: fx.Node) -> tuple[fx.Node, ...]:
-    """What a mask is and, on devices with a kernel that asks for it, where its sequences start."""
-    made: tuple[fx.Node, ...] = ()
-    val = mask.meta["val"]
+    """What a mask is and, on devices with a kernel that takes them, where its sequences start."""
+    val, name = mask.meta["val"], mask.name
     with graph.inserting_after(mask):
-        if val.device.type in take_cu_seqlens() and val.shape[1] == 1:
-            name = f"{mask.name}_cu_seqlens"
-            made = (call(graph, ops.cu_seqlens.default, (mask,), name=name, like=mask),)
-        kind = call(graph, ops.mask_kind.default, (mask,), name=f"{mask.name}_kind", like=mask)
-    return (kind, *made)
+        if val.device.type not in take_sequences() or val.shape[1] != 1:
+            return (call(graph, ops.mask_kind.default, (mask,), name=f"{name}_kind", like=mask),)
+        both = call(graph, ops.mask_sequences.default, (mask,), name=f"{name}_seen", like=mask)
+    with graph.inserting_after(both):
+        starts = call(graph, operator.getitem, (both, 1), name=f"{name}_cu_seqlens", like=mask)
+        kind = call(graph, operator.getitem, (both, 0), name=f"{name}_kind", like=mask)
+    return kind, starts
 
 
 def mask_per_token(q: Any, mask: Any) -> bool:

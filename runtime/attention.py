@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention_kernels import Inputs, Mask, kernel_for, mask_kind_of
 from .attention_kernels.kernel import empty_gradients, empty_output
-from .attention_kernels.varlen import cu_seqlens_of
+from .attention_kernels.varlen import sequences_of
 from .ops import ops
 
 
@@ -31,19 +31,21 @@ def _(mask: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64)
 
 
-@torch.library.custom_op("qlora_fx::cu_seqlens", mutates_args=())
-def cu_seqlens(mask: Tensor) -> Tensor:
-    """Where the sequences that a boolean mask ``[batch, 1, sequence, sequence]`` is made of start; waits for nothing.
+@torch.library.custom_op("qlora_fx::mask_sequences", mutates_args=())
+def mask_sequences(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``mask_kind`` where a kernel on the device takes sequences, and where these start (attention_kernels/varlen.py).
 
     Returns:
-        int32 ``[4, 3, batch, sequence]``, of use where ``mask_kind`` says that it is (attention_kernels/varlen.py).
+        The kind of ``mask``, and int32 ``[4, 3, batch, sequence]`` on its device, of use where the kind says so.
     """
-    return cu_seqlens_of(mask)
+    code, starts = sequences_of(mask)
+    return torch.tensor(code), starts
 
 
-@cu_seqlens.register_fake
-def _(mask: Tensor) -> Tensor:
-    return mask.new_empty((4, 3, mask.shape[0], mask.shape[2]), dtype=torch.int32)
+@mask_sequences.register_fake
+def _(mask: Tensor) -> tuple[Tensor, Tensor]:
+    starts = mask.new_empty((4, 3, mask.shape[0], mask.shape[2]), dtype=torch.int32)
+    return torch.empty((), dtype=torch.int64), starts
 
 
 @torch.library.custom_op("qlora_fx::attention", mutates_args=())
@@ -65,7 +67,7 @@ def attention(
         mask: boolean, True where a key is seen, ``[batch or 1, heads or 1, sequence, sequence]``; None: causal.
         kind: what ``mask_kind(mask)`` said.
         scale: of the scores.
-        cu_seqlens: ``cu_seqlens(mask)``, where a kernel on the device takes it.
+        cu_seqlens: where the mask's sequences start, from ``mask_sequences``.
 
     Returns:
         ``[batch, heads, sequence, value size]`` with the strides of a transposed ``[batch, sequence, heads, ...]``;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch.utils._triton import has_triton_package
 
 TRITON = (7, 0)
 """The compute capability from which on Triton compiles for a device."""
@@ -23,3 +24,8 @@ def numbered(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether kernels in Triton can run there."""
+    return device.type == "cuda" and has_triton_package() and capability(device) >= TRITON

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import loss_triton
+from .gpu import runs_triton
 from .ops import dequantized, scales
 
 
@@ -163,7 +164,7 @@ def losses_to_gradients(
     logits: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float
 ) -> Tensor:
     """The sum of the rows' losses; ``logits`` becomes its gradient, before scale, cap and bias."""
-    if loss_triton.runs_on(logits.device):
+    if runs_triton(logits.device):
         return loss_triton.losses_to_gradients(logits, bias, labels, scale, softcap)
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     step = min(len(logits), max(1, sizes_on(logits.device).tile // (4 * logits.shape[1])))

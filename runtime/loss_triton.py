@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton_package
 
-from .gpu import TRITON, capability
-
 BLOCK = 4096
 """Logits that a program holds at a time."""
 
@@ -63,11 +61,6 @@ if has_triton_package():
             x, slope = logit(pointer, bias, columns, inside, scale, softcap, BIAS, CAP)
             grad = (tl.exp(x - top) / total - tl.where(columns == label, 1.0, 0.0)) * slope
             tl.store(pointer + columns, grad.to(logits.dtype.element_ty), mask=inside)
-
-
-def runs_on(device: torch.device) -> bool:
-    """Whether the kernel can run there."""
-    return device.type == "cuda" and has_triton_package() and capability(device) >= TRITON
 
 
 def losses_to_gradients(

@@ -158,7 +158,7 @@ OPERATORS: dict[Any, Operator] = {
         loss_flops, loss_workspace, loss_without_grad, waits=always
     ),
     ops.mask_kind.default: Operator(waits=always),
-    ops.cu_seqlens.default: Operator(),
+    ops.mask_sequences.default: Operator(waits=always),
     ops.masked_rows.default: Operator(),
     ops.rows_at.default: Operator(),
     aten.masked_scatter.default: Operator(waits=always),  # its backward counts the mask

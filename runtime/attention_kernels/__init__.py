@@ -29,7 +29,7 @@ __all__ = [
     "kernel_for",
     "mask_kind_of",
     "prepare",
-    "take_cu_seqlens",
+    "take_sequences",
 ]
 
 KERNELS: tuple[Kernel, ...] = (
@@ -67,9 +67,9 @@ def devices() -> frozenset[str]:
     return frozenset(kernel.device for kernel in KERNELS)
 
 
-def take_cu_seqlens() -> frozenset[str]:
+def take_sequences() -> frozenset[str]:
     """Types of devices that have a kernel which asks where a mask's sequences start."""
-    return frozenset(kernel.device for kernel in KERNELS if kernel.takes_cu_seqlens)
+    return frozenset(kernel.device for kernel in KERNELS if kernel.takes_sequences)
 
 
 def mask_kind_of(mask: Tensor) -> int:

@@ -20,7 +20,7 @@ from .pytorch import (
     sum_over_heads,
     zero_where_nothing_is_seen,
 )
-from .varlen import Varlen, mask_code
+from .varlen import Varlen, sequences_of
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -78,10 +78,10 @@ class VarlenFlash(Kernel):
 
     name = "varlen"
     device = "cuda"
-    takes_cu_seqlens = True
+    takes_sequences = True
 
     def mask_code(self, mask: Tensor) -> int:
-        return mask_code(mask)
+        return sequences_of(mask)[0]
 
     def takes(self, inputs: Inputs) -> bool:
         mask = inputs.mask

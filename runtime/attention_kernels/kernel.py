@@ -88,13 +88,13 @@ class Kernel(Protocol):
         name: for messages.
         device: type of the devices it computes on.
         mask_kinds: those that it makes use of.
-        takes_cu_seqlens: whether it makes use of where a mask's sequences start.
+        takes_sequences: whether it makes use of where a mask's sequences start.
     """
 
     name: str
     device: str
     mask_kinds: tuple[MaskKind, ...] = ()
-    takes_cu_seqlens: bool = False
+    takes_sequences: bool = False
 
     def mask_code(self, mask: Tensor) -> int:
         """The smallest code of those of its kinds that a mask is of, or ``ANY``."""

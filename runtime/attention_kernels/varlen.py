@@ -1,7 +1,8 @@
 """Masks that show each query one interval of keys, as sequences for FlashAttention's varlen form.
 
 Padding on either side, several documents or pictures in a row, a window: what such masks hide is not computed, and no bias
-of ``[queries, keys]`` is read. All is counted on the GPU; the host learns one number, once per call of the model.
+of ``[queries, keys]`` is read. The mask is read once per call of the model, by one launch; three numbers of each query go to
+the host, which waits for them, finds the sequences and sends back where they start.
 
 # Note [Sequences]
 Tokens of all rows lie one behind the other, and are cut into runs of queries:
@@ -25,13 +26,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from ..gpu import runs_triton
+from . import spans_triton
 from .kernel import ANY, CAUSAL
 
 LEAST = 8
 """Shorter rows are left to other kernels: there may be more starts than tokens."""
-
-
 MANY, SHORT = 64, 32
 """More sequences than this, of fewer tokens on average, are left to other kernels: FlashAttention's backward keeps 128 rows
 of sums for each."""
@@ -66,8 +68,41 @@ class Varlen(NamedTuple):
         return cls(bool(code & 4), bool(code & 8), 1 << ((code >> 4) & 63), code >> 10)
 
 
+def sequences_of(mask: Tensor) -> tuple[int, Tensor]:
+    """What a boolean mask ``[rows, 1, sequence, sequence]`` is, and where its sequences start. Note [Sequences].
+
+    Waits for the device once.
+
+    Returns:
+        ``CAUSAL``'s code, a ``Varlen``'s, or ``ANY``. For a ``Varlen`` int32 ``[4, 3, rows, sequence]`` on the mask's device:
+        queries and keys of the first call, queries and keys of the second, each flat and as long as it is needed (``calls``).
+    """
+    rows, heads, queries, keys = mask.shape
+    starts = torch.empty((4, 3, rows, queries), dtype=torch.int32, device=mask.device)
+    if mask.dtype != torch.bool or heads != 1 or queries != keys or not mask.numel():
+        return ANY, starts
+    runs = Runs.of(spans(mask))
+    code = code_of(runs)
+    kind = Varlen.of(code)
+    if kind is not None:
+        lines = starts.flatten(1)
+        found = starts_of(runs, kind.sequences + 1)[:, : lines.shape[1]].to(torch.int32)
+        lines[:, : found.shape[1]] = found.to(mask.device)
+    return code, starts
+
+
+def spans(mask: Tensor) -> Tensor:
+    """int64 ``[3, rows, queries]`` on the CPU: the first key that a query sees, how many it sees, in how many intervals."""
+    shown = mask[:, 0]
+    if runs_triton(mask.device):
+        return spans_triton.spans(shown).cpu().long()
+    edges = shown[..., 1:] & ~shown[..., :-1]
+    found = [shown.to(torch.uint8).argmax(-1), shown.sum(-1), edges.sum(-1) + shown[..., 0]]
+    return torch.stack(found).cpu()
+
+
 class Runs(NamedTuple):
-    """The runs of a mask's queries. All are ``[rows, sequence]``.
+    """The runs of a mask's queries. All are ``[rows, sequence]``, on the CPU.
 
     Attributes:
         first: the first key that a query sees.
@@ -88,87 +123,62 @@ class Runs(NamedTuple):
     ends: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor) -> Runs:
-        """
-        Args:
-            mask: boolean, ``[rows, 1, sequence, sequence]``.
-        """
-        shown = mask[:, 0]
-        position = torch.arange(shown.shape[1], device=shown.device)
-        seen = shown.sum(-1)
-        first = shown.to(torch.uint8).argmax(-1)
-        whole = (shown[..., 1:] & ~shown[..., :-1]).sum(-1) + shown[..., 0] <= 1
-        own = shown.diagonal(dim1=1, dim2=2)
+    def of(cls, found: Tensor) -> Runs:
+        """Of ``spans``."""
+        first, seen, intervals = found
+        position = torch.arange(first.shape[1])
+        own = (first <= position) & (position < first + seen)  # if it is one interval
         same = (first[:, 1:] == first[:, :-1]) & (seen[:, 1:] == seen[:, :-1]) & ~own[:, :-1]
-        same = torch.nn.functional.pad(same, (1, 1))
+        same = pad(same, (1, 1))
         others = ~own & ~same[:, :-1]
-        goes_on = same[:, 1:] & torch.nn.functional.pad(~own[:, 1:], (0, 1))
+        goes_on = same[:, 1:] & pad(~own[:, 1:], (0, 1))
         starts = own & (first == position)
-        return cls(first, seen, whole, own, starts, others, ~own & ~goes_on)
+        return cls(first, seen, intervals <= 1, own, starts, others, ~own & ~goes_on)
 
 
-def mask_code(mask: Tensor) -> int:
-    """``CAUSAL``'s code, a ``Varlen``'s, or ``ANY``. Waits for the device once."""
-    rows, heads, queries, keys = mask.shape
-    if mask.dtype != torch.bool or heads != 1 or queries != keys or not mask.numel():
-        return ANY
-    runs = Runs.of(mask)
-    position = torch.arange(queries, device=mask.device)
+def code_of(runs: Runs) -> int:
+    rows, length = runs.own.shape
+    position = torch.arange(length)
     last = runs.first + runs.seen - 1
+    behind = runs.others & (runs.seen > 0)
     begun = torch.where(runs.starts, position, -1).cummax(-1).values
     interrupted = torch.where(runs.own, -1, position).cummax(-1).values
-    boundary = torch.where(runs.starts | ~runs.own, position, queries)
-    following = torch.nn.functional.pad(boundary[:, 1:], (0, 1), value=queries)
-    end = following.flip(-1).cummin(-1).values.flip(-1)
-    window = torch.where(runs.own, runs.seen, 0).amax()
-    in_window = torch.maximum(begun, position + 1 - window)
-    behind = runs.others & (runs.seen > 0)
-    allowed = runs.whole & (runs.own | (last < position))
 
-    def always(condition: Tensor) -> Tensor:
-        return (condition | ~runs.own).all()
+    def always(condition: Tensor) -> bool:
+        return bool((condition | ~runs.own).all())
 
-    found = torch.stack(
-        [
-            allowed.all() & (behind.sum(-1) <= 1).all() & always(begun > interrupted),
-            always((runs.first == 0) & (last == position)) & runs.own.all(),
-            always(last == position) & always(runs.first == in_window),
-            always(runs.first == begun),
-            always(last == end - 1),
-            behind.any(),
-            (runs.starts.sum() + 2 * runs.others.sum()),
-            window,
-        ]
-    ).tolist()
-    is_fit, is_causal, up_to_itself, is_all, to_the_end, has_behind, sequences, width = found
-    if not is_fit:
+    if not (
+        bool((runs.whole & (runs.own | (last < position))).all())
+        and bool((behind.sum(-1) <= 1).all())
+        and always(begun > interrupted)
+    ):
         return ANY
-    if is_causal:
+    is_all, up_to_itself = always(runs.first == begun), always(last == position)
+    if up_to_itself and bool(runs.own.all()) and not bool(runs.first.any()):
         return CAUSAL.code
-    if queries < LEAST or not (up_to_itself or (is_all and to_the_end)):
+    window = int(torch.where(runs.own, runs.seen, 0).amax())
+    in_window = torch.maximum(begun, position + 1 - window)
+    boundary = torch.where(runs.starts | ~runs.own, position, length)
+    following = pad(boundary[:, 1:], (0, 1), value=length)
+    end = following.flip(-1).cummin(-1).values.flip(-1)
+    is_causal = up_to_itself and always(runs.first == in_window)
+    if length < LEAST or not (is_causal or (is_all and always(last == end - 1))):
         return ANY
-    rounded = 1 << max(0, math.ceil(math.log2(max(1, sequences))))
-    if rounded > MANY and rounded * SHORT > rows * queries:
+    sequences = int(runs.starts.sum() + 2 * runs.others.sum())
+    rounded = 1 << math.ceil(math.log2(max(1, sequences)))
+    if rounded > MANY and rounded * SHORT > rows * length:
         return ANY
-    return Varlen(bool(up_to_itself), bool(has_behind), rounded, 0 if is_all else width).code
+    return Varlen(is_causal, bool(behind.any()), rounded, 0 if is_all else window).code
 
 
-def cu_seqlens_of(mask: Tensor) -> Tensor:
-    """Where sequences start, for any mask; to be used where ``mask_code`` says ``Varlen``. Note [Sequences].
-
-    Returns:
-        int32 ``[4, 3, rows, sequence]``: each of the four, flat, has starts and then the number of all tokens over and over.
-        Queries and keys of the first call, queries and keys of the second.
-    """
-    rows, _, length, _ = mask.shape
+def starts_of(runs: Runs, least: int) -> Tensor:
+    """int64 ``[4, columns]``, at least so many: the lines of ``sequences_of``."""
+    rows, length = runs.own.shape
     total = rows * length
-    runs = Runs.of(mask)
-    offset = length * torch.arange(rows, device=mask.device)[:, None]
-    position = offset + torch.arange(length, device=mask.device)
-    begins = torch.where(runs.starts | runs.others, position, total)
+    begins = at(runs.starts | runs.others)
     with_itself = [
-        torch.stack([begins, torch.where(runs.ends, position + 1, total)]),
-        torch.stack([begins, torch.where(runs.others, position, total)]),
+        torch.cat([begins, at(runs.ends) + 1]).sort().values,
+        torch.cat([begins, at(runs.others)]).sort().values,
     ]
     # Row by row: keys behind those that the row before sees, queries before the run, keys before those that it sees, the run,
     # queries behind it. No sequence is longer than a row.
@@ -176,19 +186,22 @@ def cu_seqlens_of(mask: Tensor) -> Tensor:
     has = behind.any(-1, keepdim=True)
     place = behind.to(torch.uint8).argmax(-1, keepdim=True)
     end = (runs.ends & (runs.seen > 0)).to(torch.uint8).argmax(-1, keepdim=True) + 1
+    offset = length * torch.arange(rows)[:, None]
     seen_from = torch.where(has, runs.first.gather(1, place), 0) + offset
     seen_to = torch.where(has, runs.seen.gather(1, place), 0) + seen_from
-    before = torch.nn.functional.pad(seen_to[:-1], (0, 0, 1, 0))
+    before = pad(seen_to[:-1], (0, 0, 1, 0))
     start, end = (offset + torch.where(has, t, length) for t in (place, end))
     with_what_is_before = [
-        torch.cat([offset, offset, start, start, end], 1),
-        torch.cat([before, offset, offset, seen_from, seen_to], 1),
+        torch.cat([offset, offset, start, start, end], 1).flatten(),
+        torch.cat(
+            [torch.cat([before, offset, offset, seen_from, seen_to], 1).flatten(), seen_to[-1]]
+        ),
     ]
-    last = torch.stack([seen_to.new_full((1,), total), seen_to[-1]])
-    found = torch.cat([torch.stack(with_what_is_before).flatten(1), last], 1)
-    in_order = torch.stack(with_itself).flatten(1).sort(-1).values
-    lines = [
-        torch.nn.functional.pad(part, (0, 3 * total - part.shape[1]), value=total)
-        for part in (in_order, found)
-    ]
-    return torch.cat(lines).to(torch.int32).view(4, 3, rows, length)
+    lines = [*with_itself, *with_what_is_before]
+    columns = max(least, 5 * rows + 2)
+    return torch.stack([pad(line, (0, columns - len(line)), value=total) for line in lines])
+
+
+def at(marked: Tensor) -> Tensor:
+    """Which of all tokens are marked."""
+    return marked.flatten().nonzero().flatten()

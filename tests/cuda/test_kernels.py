@@ -93,7 +93,7 @@ def test_attention(dtype: torch.dtype, name: str, rows: int, size: int, value_si
         for i, s in enumerate(shapes)
     )
     mask, scale = masks(name, rows), size**-0.5
-    looked_at = (None, None) if mask is None else (ops.mask_kind(mask), ops.cu_seqlens(mask))
+    looked_at = (None, None) if mask is None else ops.mask_sequences(mask)
     grad = random(3, 4, rows, value_size, seed=7, dtype=dtype)
     true = [t.double().requires_grad_() for t in (q, k, v)]
     expected = attend(*true, mask, scale)
@@ -114,7 +114,7 @@ def test_attention(dtype: torch.dtype, name: str, rows: int, size: int, value_si
 def test_which_kernel_computes(name: str) -> None:
     q, k, v = (random(3, n, 64, 64, dtype=torch.bfloat16) for n in (4, 2, 2))
     mask = masks(name, 64)
-    told = (None, None) if mask is None else (ops.mask_kind(mask), ops.cu_seqlens(mask))
+    told = (None, None) if mask is None else ops.mask_sequences(mask)
     expected = {"none": "flash", "causal": "flash", "holes": "efficient"}.get(name, "varlen")
     assert kernel_for(Inputs(q, k, v, Mask.of(mask, *told), 0.1)).name == expected
     full = Inputs(q.float(), k.float(), v.float(), Mask.of(mask, *told), 0.1)

@@ -184,13 +184,13 @@ def test_where_a_kernel_asks_for_it_sequences_are_told_from_the_mask(
     """As on a GPU."""
     from qlora_fx.passes import attention as module
 
-    monkeypatch.setattr(module, "take_cu_seqlens", lambda: {"cpu"})
+    monkeypatch.setattr(module, "take_sequences", lambda: {"cpu"})
     gm = applied(attention, Attention(), X, config)
     assert_expected_inline(
         excerpt(gm, "kind", "cu_seqlens", "attention", "return"),
         """\
-%expand_kind: i64[] = qlora_fx.mask_kind(%expand)
-%expand_cu_seqlens: i32[4, 3, B, S] = qlora_fx.cu_seqlens(%expand)
+%expand_kind: i64[] = getitem(%expand_seen, 0)
+%expand_cu_seqlens: i32[4, 3, B, S] = getitem(%expand_seen, 1)
 %scaled_dot_product_attention_causal: (f32[B, 2, S, 4], f32[B, 2, S]) = qlora_fx.attention(%transpose, %slice_3, %slice_3, %expand, %expand_kind, 0.5, %expand_cu_seqlens)
 %scaled_dot_product_attention_result: f32[B, 2, S, 4] = getitem(%scaled_dot_product_attention_causal, 0)
 return (%scaled_dot_product_attention_result)

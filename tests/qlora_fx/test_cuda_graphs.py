@@ -267,6 +267,9 @@ aten = torch.ops.aten
         ([aten.nonzero.default], False),
         ([aten._local_scalar_dense.default], False),
         ([torch.ops.qlora_fx.mask_kind.default], False),
+        ([torch.ops.qlora_fx.mask_sequences.default], False),
+        ([aten.masked_scatter.default], False),
+        ([torch.ops.qlora_fx.masked_rows.default], True),
         ([torch.ops.qlora_fx.recurrence.default], False),
     ],
 )

@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 from qlora_fx.config import Quantization
-from qlora_fx.runtime import fastest_dtype, loss, loss_triton
+from qlora_fx.runtime import fastest_dtype, gpu, loss
 from qlora_fx.runtime import ops as operators
 from qlora_fx.runtime.attention_kernels import Inputs, kernel_for
 from qlora_fx.runtime.attention_kernels import cuda as kernels
 from qlora_fx.runtime.attention_kernels.kernel import CAUSAL, Mask, empty_output
-from qlora_fx.runtime.gpu import numbered
 from qlora_fx.runtime.schemes.four_bit import FourBit
 from qlora_fx.weights.base import activation_dtype
 from torch import Tensor
@@ -198,7 +197,7 @@ def test_on_a_gpu_logits_are_held_by_the_thousand_rows() -> None:
     assert held["cpu"] < held["cuda"]
 
 
-INTERPRETED = """
+LOSSES = """
 import torch
 from qlora_fx.runtime.loss_triton import losses_to_gradients
 torch.manual_seed(0)
@@ -217,26 +216,42 @@ print("right")
 """
 
 
-def test_the_loss_kernel_under_tritons_interpreter() -> None:
+SPANS = """
+import torch
+from qlora_fx.runtime.attention_kernels.spans_triton import spans
+from qlora_fx.runtime.attention_kernels import varlen
+torch.manual_seed(0)
+for length in (1, 9, 1500):
+    at = torch.arange(length)
+    causal = (at[:, None] >= at).expand(2, 1, length, length)
+    noise = torch.rand(2, 1, length, length) < 0.4
+    for mask in (causal, noise, causal & (at >= 3), noise.mT, noise & ~noise):
+        assert torch.equal(spans(mask[:, 0]).long(), varlen.spans(mask))
+print("right")
+"""
+
+
+@pytest.mark.parametrize("program", [LOSSES, SPANS], ids=["loss", "spans"])
+def test_a_kernel_under_tritons_interpreter(program: str) -> None:
     pytest.importorskip("triton")  # PyTorch for CPUs comes without it
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", INTERPRETED]
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("right\n"), done.stderr
 
 
 @pytest.mark.parametrize(
-    ("capability", "loss_kernel", "groups"),
+    ("capability", "triton", "groups"),
     [((6, 1), False, False), ((7, 5), True, False), ((8, 6), True, True)],
 )
 def test_older_gpus_take_pytorchs_operators(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], loss_kernel: bool, groups: bool
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], triton: bool, groups: bool
 ) -> None:
-    monkeypatch.setattr(loss_triton, "capability", lambda device: capability)
-    monkeypatch.setattr(loss_triton, "has_triton_package", lambda: True)
+    monkeypatch.setattr(gpu, "capability", lambda device: capability)
+    monkeypatch.setattr(gpu, "has_triton_package", lambda: True)
     monkeypatch.setattr(operators, "capability", lambda device: capability)
     x: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda:0"))
-    assert loss_triton.runs_on(x.device) == loss_kernel
+    assert gpu.runs_triton(x.device) == triton
     assert operators.takes_groups(x, 64, 96) == groups
     assert not operators.takes_groups(x, 64, 20)
     x.dtype = torch.float32
@@ -261,9 +276,9 @@ def test_bfloat16_where_the_gpu_has_it(
 
 def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert numbered(torch.device("cuda")) == torch.device("cuda:3")
-    assert numbered(torch.device("cuda:1")) == torch.device("cuda:1")
-    assert numbered(torch.device("cpu")) == torch.device("cpu")
+    assert gpu.numbered(torch.device("cuda")) == torch.device("cuda:3")
+    assert gpu.numbered(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert gpu.numbered(torch.device("cpu")) == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

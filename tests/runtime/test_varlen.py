@@ -11,7 +11,7 @@ import torch
 from qlora_fx.runtime.attention_kernels import cuda as kernels
 from qlora_fx.runtime.attention_kernels.cuda import VarlenFlash
 from qlora_fx.runtime.attention_kernels.kernel import ANY, CAUSAL, Inputs, Mask
-from qlora_fx.runtime.attention_kernels.varlen import Varlen, cu_seqlens_of, mask_code
+from qlora_fx.runtime.attention_kernels.varlen import Varlen, sequences_of
 from torch import Tensor
 
 S = 24
@@ -80,21 +80,25 @@ OTHERS: dict[str, Tensor] = {
 }
 
 
+def code_of(mask: Tensor) -> int:
+    return sequences_of(mask)[0]
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_what_the_host_learns(name: str) -> None:
     mask, expected = MASKS[name]
-    code = mask_code(mask)
+    code = code_of(mask)
     assert Varlen.of(code) == expected
     assert code > CAUSAL.code
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_masks_are_left_to_other_kernels(name: str) -> None:
-    assert mask_code(OTHERS[name]) == ANY
+    assert code_of(OTHERS[name]) == ANY
 
 
 def test_a_causal_mask_is_told_as_such() -> None:
-    assert mask_code(rows(causal(), causal())) == CAUSAL.code
+    assert code_of(rows(causal(), causal())) == CAUSAL.code
     assert Varlen.of(CAUSAL.code) is None
     assert Varlen.of(ANY) is None
 
@@ -175,7 +179,7 @@ def test_the_same_attention_and_gradients(name: str) -> None:
     keys, values = (t.repeat_interleave(3, 1) for t in true[1:])
     scores = (0.3 * true[0] @ keys.mT).masked_fill(~mask, -torch.inf)
     expected = scores.softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0) @ values
-    inputs = Inputs(q, k, v, Mask(mask, mask_code(mask), cu_seqlens_of(mask)), 0.3)
+    inputs = Inputs(q, k, v, Mask(mask, *sequences_of(mask)), 0.3)
     kernel = VarlenFlash()
     assert kernel.takes(inputs)
     out, lse = kernel.forward(inputs)
@@ -194,7 +198,7 @@ def test_the_same_attention_and_gradients(name: str) -> None:
 def test_what_it_does_not_take() -> None:
     mask, _ = MASKS["left"]
     q = torch.zeros(3, 2, S, 8)
-    code, starts = mask_code(mask), cu_seqlens_of(mask)
+    code, starts = sequences_of(mask)
     kernel = VarlenFlash()
     assert kernel.takes(Inputs(q, q, q, Mask(mask, code, starts), 1.0))
     assert not kernel.takes(Inputs(q, q, q, Mask(mask, code), 1.0))
@@ -208,9 +212,9 @@ def test_very_many_short_sequences_are_left_to_other_kernels() -> None:
         at = torch.arange(100 * length)
         number = at // length
         mask = rows((at[:, None] >= at) & (number[:, None] == number))
-        assert (Varlen.of(mask_code(mask)) is not None) is expected
+        assert (Varlen.of(code_of(mask)) is not None) is expected
 
 
 def test_sequences_are_rounded_up_so_that_few_shapes_are_recorded() -> None:
-    codes = {mask_code(rows(causal() & documents(*[1] * n, S - n))) for n in range(4, 8)}
+    codes = {code_of(rows(causal() & documents(*[1] * n, S - n))) for n in range(4, 8)}
     assert len(codes) == 1
