@@ -8,6 +8,7 @@ A recording repeats the launches that it saw, on the addresses that it saw. So t
 - numbers, and tensors on the CPU that stand for one (``qlora_fx::mask_kind``), are a part of the key, and so is all that decides
   what is launched: shapes, strides, dtypes, what needs a gradient, how many blocks are recomputed;
 - nothing in it may wait for the device (``operators.waits``), or write to what it was given: it is done once before it is recorded.
+  What waits all the same is found then, before PyTorch would fail in a recording, which it does not recover from.
 
 # Note [One step at a time]
 All recordings of a part share their memory. What a forward has kept for its backward is overwritten by the next replay,
@@ -45,6 +46,10 @@ COUNTED = 256
 Work = Callable[[], list[Tensor]]
 
 
+class WaitsForDevice(Exception):
+    """What was to be recorded waits for the device."""
+
+
 class Recorder:
     """Records on one GPU; all that it has recorded shares memory.
 
@@ -59,12 +64,27 @@ class Recorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, work: Work) -> None:
-        """Do it once where it will be recorded."""
+        """Do it once where it will be recorded.
+
+        Raises:
+            WaitsForDevice: it cannot be recorded.
+        """
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            work()
-        current.wait_stream(self.stream)
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(self.stream):
+                work()
+        except RuntimeError as error:
+            if "synchronizing CUDA operation" in str(error):
+                raise WaitsForDevice(str(error)) from error
+            raise
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            current.wait_stream(self.stream)
 
     def record(self, work: Work) -> tuple[list[Tensor], Callable[[], None]]:
         """Where its results will lie, and what does it again."""
@@ -222,6 +242,7 @@ class Graphed(nn.Module):
 
     Attributes:
         recordings: by key.
+        waits: whether it was found that the part waits for the device, so that it is not recorded.
     """
 
     def __init__(
@@ -240,10 +261,10 @@ class Graphed(nn.Module):
         self.recordings: dict[Any, Recording] = {}
         self.seen: Counter[Any] = Counter()
         self.outstanding: weakref.ref[Hold] | None = None
-        self.warned = False
+        self.warned = self.waits = False
 
     def forward(self, *values: Any) -> tuple[Tensor, ...]:
-        if self.is_busy():
+        if self.waits or self.is_busy():
             return self.run(*values)
         key, moving = self.key(values)
         recording = self.recordings.get(key)
@@ -317,7 +338,16 @@ class Graphed(nn.Module):
             return None
         if self.recorder is None:
             self.recorder = self.make_recorder()
-        recording = Recording(self.recorder, self.part, values, moving)
+        try:
+            recording = Recording(self.recorder, self.part, values, moving)
+        except WaitsForDevice as error:
+            self.waits = True
+            warnings.warn(
+                "cuda_graphs: these blocks are launched one by one, for an operator in them waits for the device "
+                f"({error}); please report the model",
+                stacklevel=users_stacklevel(),
+            )
+            return None
         self.recordings[key] = recording
         return recording
 

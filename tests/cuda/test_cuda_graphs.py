@@ -13,7 +13,7 @@ from conftest import batch, tiny_llama
 from families import FAMILIES, build
 from families.pictures import with_pictures
 from peft import LoraConfig
-from qlora_fx.runtime.cuda_graphs import Graphed
+from qlora_fx.runtime.cuda_graphs import Graphed, Places, Recorder
 from qlora_fx.testing import Oracle, compare, randomize_adapter, relative_error
 from qlora_fx.testing.step import step as truth
 from torch import Tensor
@@ -144,6 +144,22 @@ def test_memory_is_given_back() -> None:
     qmodel.cuda_graphs = False
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() < held
+
+
+class Waits(torch.nn.Module):
+    def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return (x @ w * int(x.sum() > 0),)
+
+
+def test_what_waits_for_the_device_is_found_before_it_is_recorded() -> None:
+    device = torch.device("cuda:0")
+    part = Graphed(Waits(), Places([False, True]), tuple, lambda: Recorder(device))
+    x, w = torch.ones(4, 3, device=device), torch.randn(3, 2, device=device)
+    with pytest.warns(UserWarning, match="launched one by one"):
+        found = [part(x, w)[0] for _ in range(6)]
+    assert not part.recordings
+    assert all(torch.equal(y, found[0]) for y in found)
+    torch.randn(3, device=device)  # a recording that had failed would forbid it
 
 
 def test_evaluation_between_steps() -> None:

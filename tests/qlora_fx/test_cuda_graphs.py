@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from conftest import batch, tiny_llama
 from peft import LoraConfig
 from qlora_fx.passes.lowering.recorded import can_be_recorded
 from qlora_fx.runtime import cuda_graphs
-from qlora_fx.runtime.cuda_graphs import Graphed, Places
+from qlora_fx.runtime.cuda_graphs import Graphed, Places, Recorder, WaitsForDevice
 from qlora_fx.testing import randomize_adapter
 from recording import StandIn, record
 from torch import Tensor
@@ -184,6 +185,52 @@ class Product(torch.nn.Module):
 
 def product() -> Graphed:
     return Graphed(Product(), Places([False, True]), tuple, lambda: StandIn([]))
+
+
+def test_what_waits_for_the_device_is_launched_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told once; a recording that fails would leave PyTorch's random numbers unusable."""
+
+    def waits(self: StandIn, work: Any) -> None:
+        raise WaitsForDevice("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(StandIn, "warm_up", waits)
+    part, w = product(), torch.randn(3, 2, requires_grad=True)
+    with pytest.warns(UserWarning, match="launched one by one, for an operator in them waits"):
+        found = [part(torch.ones(4, 3), w)[0] for _ in range(6)]
+    assert not part.recordings
+    assert all(torch.equal(y, torch.ones(4, 3) @ w) for y in found)
+    found[-1].sum().backward()
+    assert w.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("called a synchronizing CUDA operation", WaitsForDevice), ("out of memory", RuntimeError)],
+)
+def test_waiting_is_found_before_it_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, said: str, expected: type[Exception]
+) -> None:
+    """By PyTorch's own debug mode, which is set back."""
+    modes: list[Any] = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in (
+        ("current_stream", lambda device: stream),
+        ("stream", lambda stream: nullcontext()),
+        ("get_sync_debug_mode", lambda: 1),
+        ("set_sync_debug_mode", modes.append),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    recorder = StandIn([])
+    recorder.stream = stream
+
+    def work() -> list[Tensor]:
+        raise RuntimeError(said)
+
+    with pytest.raises(expected, match=said):
+        Recorder.warm_up(recorder, work)
+    assert modes == ["error", 1]
+    Recorder.warm_up(recorder, list)
+    assert modes == ["error", 1, "error", 1]
 
 
 def test_counting_shapes_takes_no_end_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
