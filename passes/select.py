@@ -150,24 +150,7 @@ class Judge:
         if site.quantize:
             site = replace(site, layout=self.layouts.setdefault(view.key, view.layout))
         site = replace(site, swapped=place.swapped != is_flipped(view, site))
-        return self.ranked(site) if site.adapt else site
-
-    def ranked(self, site: Site) -> Site:
-        """The site with its rank; unadapted if nobody asked for it by name and the rank is too large for it."""
-        config = self.config
-        r = config.rank(site.name)
-        smaller = min(site.out_features, site.in_features)
-        if r > smaller:
-            if config.lora.target_modules in (None, "all-linear"):
-                unadapted = f"not adapted: r={r} is larger than its smaller dimension {smaller}"
-                return replace(site, adapt=False, reason=one_reason(site.reason, unadapted))
-            raise ConfigError(
-                f"LoRA rank r={r} is larger than the smaller dimension of {site.name} "
-                f"[{site.out_features}, {site.in_features}]; accepted: at most {smaller}. "
-                "Lower r, or give this module its own rank in rank_pattern"
-            )
-        dropout = float(config.lora.lora_dropout)
-        return replace(site, r=r, scaling=config.scaling(site.name), dropout=dropout)
+        return ranked(site, self.config) if site.adapt else site
 
     def why_dense(self, view: WeightView, name: str, router: bool) -> str:
         """Why this weight is not quantized; empty if it is."""
@@ -266,6 +249,27 @@ class Judge:
             quantize=not dense,
             reason=one_reason(dense, "not adapted: an embedding"),
         )
+
+
+def ranked(site: Site, config: Config) -> Site:
+    """The site with its rank; unadapted if nobody asked for it by name and the rank is too large for it.
+
+    Raises:
+        ConfigError: the rank is too large for what was asked for by name.
+    """
+    r = config.rank(site.name)
+    smaller = min(site.out_features, site.in_features)
+    if r > smaller:
+        if config.lora.target_modules in (None, "all-linear"):
+            unadapted = f"not adapted: r={r} is larger than its smaller dimension {smaller}"
+            return replace(site, adapt=False, reason=one_reason(site.reason, unadapted))
+        raise ConfigError(
+            f"LoRA rank r={r} is larger than the smaller dimension of {site.name} "
+            f"[{site.out_features}, {site.in_features}]; accepted: at most {smaller}. "
+            "Lower r, or give this module its own rank in rank_pattern"
+        )
+    dropout = float(config.lora.lora_dropout)
+    return replace(site, r=r, scaling=config.scaling(site.name), dropout=dropout)
 
 
 def as_decided(site: Site, decided: Mapping[str, Site]) -> Site:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +25,10 @@ from .explain import Explanation, explain
 from .memory.saved_activations import Activations, saved_activations
 from .merging.merge import MergeReport, merge
 from .optimizer import adapter_optimizer, check_groups
+from .twin.named_adapters import DEFAULT
 from .twin.peft_model import StorePeftModel
 from .units import parse_size
+from .weights.base import Base
 
 
 class QLoRAModel(StorePeftModel):
@@ -42,8 +44,8 @@ class QLoRAModel(StorePeftModel):
         prepared: its store has all weights.
 
     Attributes:
-        base: the model as data: its Python without weights, its verdicts, its store.
-        programs: its captured graphs.
+        programs_of: the captured graphs, by what of an adapter is in them.
+        submodels: those of its parts that are called for themselves, by that and the part's path.
         trainer: the one that is training it now.
     """
 
@@ -52,10 +54,11 @@ class QLoRAModel(StorePeftModel):
         add_adapters(base)
         super().__init__(base)
         request = prepared.request
-        self.programs = Programs(base, request.backend, request.memory_budget, request.cuda_graphs)
+        programs = Programs(base, request.backend, request.memory_budget, request.cuda_graphs)
+        self.programs_of = {self.named_adapters.shapes[DEFAULT]: programs}
         signature = prepared.call.signature(training=True)
         self.programs.add(signature, prepared.capture, prepared.result)
-        self.submodels: dict[str, Programs] = {}
+        self.submodels: dict[tuple[Hashable, str], Programs] = {}
         self._compute = prepared.compute
         self._budget_before: tuple[int | float | None] | None = None
         self.trainer: object | None = None
@@ -72,16 +75,33 @@ class QLoRAModel(StorePeftModel):
         """The ``peft.LoraConfig`` in force."""
         return self.base.config.lora
 
+    @property
+    def programs(self) -> Programs:
+        """The captured graphs of the active adapter; while adapters are disabled those of the first, whichever is active."""
+        return self.programs_of[self.named_adapters.shapes[self._adapter_of_graphs]]
+
+    @property
+    def _adapter_of_graphs(self) -> str:
+        return DEFAULT if self._adapters_disabled else self.named_adapters.active
+
+    def _new_programs(self, name: str, base: Base) -> Programs:
+        """For the adapter ``name``, as those that are there."""
+        other = next(iter(self.programs_of.values()))
+        programs = Programs(base, other.backend, other.memory_budget, other.cuda_graphs)
+        programs.use(self.named_adapters.tensors[name])
+        return programs
+
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return self._run(self.programs, args, kwargs)
 
     def run_submodel(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if path not in self.submodels:
-            base = replace(self.base, skeleton=self.base.skeleton.submodel(path))
-            programs = Programs(base, self.programs.backend, self.memory_budget, self.cuda_graphs)
-            programs.use(self.programs.adapter)
-            self.submodels[path] = programs
-        return self._run(self.submodels[path], args, kwargs)
+        name = self._adapter_of_graphs
+        place = (self.named_adapters.shapes[name], path)
+        if place not in self.submodels:
+            base = self.named_adapters.bases[name]
+            base = replace(base, skeleton=base.skeleton.submodel(path))
+            self.submodels[place] = self._new_programs(name, base)
+        return self._run(self.submodels[place], args, kwargs)
 
     def run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         """As a call, with the same graph run operator by operator. Later calls are compiled as ever."""
@@ -119,13 +139,23 @@ class QLoRAModel(StorePeftModel):
 
     @property
     def all_programs(self) -> list[Programs]:
-        """Of the whole model, and of its backbone and its encoder where they were ever called."""
-        return [self.programs, *self.submodels.values()]
+        """Of the whole model, and of its backbone and its encoder where they were ever called, for adapters of each shape."""
+        return [*self.programs_of.values(), *self.submodels.values()]
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)
-        for programs in self.all_programs:
+        shape = self.named_adapters.shapes[adapter_name]
+        if shape not in self.programs_of:
+            self.programs_of[shape] = self._new_programs(adapter_name, self.base)
+        submodels = (p for (of, _), p in self.submodels.items() if of == shape)
+        for programs in (self.programs_of[shape], *submodels):
             programs.use(self.named_adapters.tensors[adapter_name])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        left = set(self.named_adapters.shapes.values())
+        self.programs_of = {s: p for s, p in self.programs_of.items() if s in left}
+        self.submodels = {(s, path): p for (s, path), p in self.submodels.items() if s in left}
 
     @property
     def memory_budget(self) -> int | float | None:
@@ -176,15 +206,17 @@ class QLoRAModel(StorePeftModel):
 
         Its placeholders with ``meta["stored"]`` are the parameters, by store key.
         """
-        return next(iter(self.programs.graphs.values()))
+        several = (self.programs, *self.programs_of.values())
+        return next(gm for programs in several for gm in programs.graphs.values())
 
     @property
     def graph_modules(self) -> dict[str, fx.GraphModule]:
-        """Every captured graph, by mode and arguments."""
+        """Every graph that was captured for adapters like the active one, by mode and arguments."""
         whole = {str(signature): gm for signature, gm in self.programs.graphs.items()}
         return whole | {
             f"{path} {signature}": gm
-            for path, programs in self.submodels.items()
+            for (shape, path), programs in self.submodels.items()
+            if shape == self.named_adapters.shapes[self._adapter_of_graphs]
             for signature, gm in programs.graphs.items()
         }
 

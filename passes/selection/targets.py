@@ -18,6 +18,16 @@ def targeted_parameter(lora: LoraConfig, key: str) -> bool:
     return any(names_parameter(target, key) for target in lora.target_parameters or ())
 
 
+def is_targeted(lora: LoraConfig, name: str, key: str) -> bool | None:
+    """Whether PEFT's rules name the site with this weight; None where they say "all-linear"."""
+    if targeted_parameter(lora, key):
+        return True
+    if lora.target_modules in (None, "all-linear"):
+        return False if lora.exclude_modules and is_excluded(lora, name) else None
+    found = check_target_module_exists(lora, name)
+    return bool(found) and not isinstance(found, ExcludedModule)
+
+
 def is_excluded(lora: LoraConfig, name: str) -> bool:
     return isinstance(check_target_module_exists(lora, name), ExcludedModule)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from peft import LoraConfig
 from torch import nn
 
 from ..adapters.initialize import adapted_sites, new_adapter
-from ..adapters.peft_format import first_difference
+from ..adapters.side_by_side import shape_of, with_adapter
 from ..adapters.trained import new_copy
-from ..compiler.check_lora import check_lora
 from ..errors import AdapterError, ConfigError
 from ..runtime.flat_update import update_together
+from ..runtime.parameter_store import Store
 from ..weights.base import Base
 
 DEFAULT = "default"
@@ -20,20 +22,23 @@ DEFAULT = "default"
 class NamedAdapters:
     """The adapters of a base, by name.
 
-    They have the same sites, ranks and scalings: those are in the captured graphs, so that switching is a matter of
-    which tensors a program is given, and nothing is captured, compiled or copied.
+    Each has a base of its own: the weights of the first, and the adapter's sites and tensors. Where sites, ranks and scalings
+    are the same, switching is a matter of which tensors a program is given: nothing is captured, compiled or copied.
 
     Args:
         base: its own adapter is the one called "default".
 
     Attributes:
         active: the name of the one that is used.
+        bases: of each.
         tensors: of each, by store key.
+        shapes: of each, what of it is in captured graphs.
     """
 
     def __init__(self, base: Base) -> None:
-        self.base = base
         self.active = DEFAULT
+        self.bases = {DEFAULT: base}
+        self.shapes = {DEFAULT: shape_of(base)}
         keys = [t.key for s in adapted_sites(base) for t in base.adapter.tensors(s).values()]
         self.tensors = {DEFAULT: {k: parameter(base.store[k]) for k in (*keys, *base.trained)}}
         update_together(self.tensors[DEFAULT].values())
@@ -42,24 +47,31 @@ class NamedAdapters:
         """Make a new adapter.
 
         Raises:
-            ConfigError: a name that is taken, a config with other ranks or scalings, or a bias that trains.
+            ConfigError: a name that is taken, a config that does not go beside the first adapter's, or a bias that trains.
         """
         if name in self.tensors:
             raise ConfigError(f"there is an adapter {name!r}; there are: {', '.join(self.tensors)}")
         if not name.isidentifier():
             raise ConfigError(f"adapter name {name!r}; accepted: letters, digits and _")
-        difference = first_difference(check_lora(config), self.base.sites)
-        if difference:
-            raise ConfigError(f"adapter {name!r}: {difference}; accepted: what is here")
-        if self.base.config.lora.bias != "none":
+        first = self.bases[DEFAULT]
+        if first.config.lora.bias != "none":
             raise ConfigError(
-                f"adapter {name!r} beside one with bias={self.base.config.lora.bias!r}: a bias that trains is in the "
+                f"adapter {name!r} beside one with bias={first.config.lora.bias!r}: a bias that trains is in the "
                 'model\'s own place, as in PEFT; accepted: several adapters with bias="none"'
             )
-        copies = {copy: new_copy(self.base, key) for copy, key in self.base.trained.items()}
-        self.tensors[name] = new_adapter(self.base, config, adapted_sites(self.base)) | copies
-        update_together(self.tensors[name].values())
-        return self.tensors[name]
+        try:
+            base = with_adapter(first, config)
+        except ConfigError as error:
+            raise ConfigError(f"adapter {name!r}: {error}") from error
+        copies = {copy: new_copy(first, key) for copy, key in first.trained.items()}
+        tensors = new_adapter(base, config, adapted_sites(base)) | copies
+        base = replace(base, store=with_tensors(first.store, tensors, self.tensors[DEFAULT]))
+        self.tensors[name], self.bases[name], self.shapes[name] = tensors, base, shape_of(base)
+        update_together(tensors.values())
+        return tensors
+
+    def delete(self, name: str) -> None:
+        del self.tensors[name], self.bases[name], self.shapes[name]
 
     def check(self, name: str) -> str:
         """``name``, if there is such an adapter.
@@ -70,6 +82,17 @@ class NamedAdapters:
         if name not in self.tensors:
             raise AdapterError(f"no adapter {name!r}; there are: {', '.join(self.tensors)}")
         return name
+
+
+def with_tensors(
+    store: Store, tensors: dict[str, nn.Parameter], instead_of: dict[str, nn.Parameter]
+) -> Store:
+    """The same tensors with other adapter tensors; both show the first adapter in their tree."""
+    other = Store(store.root)
+    other.quantized = store.quantized
+    rest = {key: tensor for key, tensor in store.items() if key not in instead_of}
+    other.tensors = rest | dict(tensors)
+    return other
 
 
 def parameter(tensor: torch.Tensor) -> nn.Parameter:

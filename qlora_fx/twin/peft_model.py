@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..adapters.peft_format import apply_adapter, check_saved, peft_names, saved_config
-from ..errors import ConfigError, ModelError
+from ..errors import AdapterError, ConfigError, ModelError
 from ..runtime import adapter_files
 from ..transformers_internals import BaseTunerLayer, ModulesToSaveWrapper
 from ..weights.base import Base
@@ -63,16 +63,20 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
     def __init__(self, base: Base) -> None:
         nn.Module.__init__(self)
         self.__dict__["qlora_fx_owner"] = self
-        self.base = base
+        self.named_adapters = NamedAdapters(base)
         self.active_adapter = DEFAULT
         self.peft_type = base.config.lora.peft_type
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._is_prompt_learning = False
         self._peft_config = None
         self._adapters_disabled = False
-        self.named_adapters = NamedAdapters(base)
         self.base_model = Tuner(build_twin(base, self), base.config.lora, self)
         show_adapter(self.twin, base, self.named_adapters.tensors[DEFAULT], DEFAULT)
+
+    @property
+    def base(self) -> Base:
+        """The model as data, with the adapter that is used."""
+        return self.named_adapters.bases[self.named_adapters.active]
 
     @property
     def twin(self) -> Any:
@@ -156,22 +160,25 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
 
         Args:
             adapter_name: its name, an identifier.
-            peft_config: with this model's ranks, scalings and targets.
+            peft_config: its ranks, scalings and dropout may be its own, and it may adapt less than the first adapter. Where they
+                are the first adapter's, both run the same compiled programs.
             low_cpu_mem_usage, autocast_adapter_dtype: PEFT's; without effect, for adapters are float32.
 
         Raises:
-            ConfigError: the name is taken, its ranks or scalings are not those of this model, or biases train.
+            ConfigError: the name is taken, it adapts what the first adapter does not, or biases train.
         """
         new = self.named_adapters.add(adapter_name, peft_config)
         self.base_model.peft_config[adapter_name] = peft_config
-        show_adapter(self.twin, self.base, new, adapter_name)
+        base = self.named_adapters.bases[adapter_name]
+        show_adapter(self.twin, base, new, adapter_name)
         for tensor in new.values():
             tensor.requires_grad_(False)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Use the adapter of that name from now on, and train it alone (unless ``inference_mode``).
 
-        Nothing is captured, compiled or copied.
+        Nothing is copied; calls are captured and compiled anew where sites, ranks, scalings or dropout are those of no adapter
+        that was used before.
 
         Raises:
             AdapterError: there is none.
@@ -198,15 +205,17 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
             raise ConfigError(
                 f"adapter {adapter_name!r} cannot be deleted; accepted: one that is neither active nor {DEFAULT!r}"
             )
-        del self.named_adapters.tensors[adapter_name], self.base_model.peft_config[adapter_name]
+        self.named_adapters.delete(adapter_name)
+        del self.base_model.peft_config[adapter_name]
         hide_adapter(self.twin, adapter_name)
 
     # -- values and folders -----------------------------------------------------------------------
 
     def adapter_by_peft_name(self, adapter_name: str | None = None) -> dict[str, nn.Parameter]:
         """The parameters that train, by PEFT's saved key. Default: of the active adapter."""
-        named, base = self.named_adapters, self.base
-        tensors = named.tensors[named.check(adapter_name or named.active)]
+        named = self.named_adapters
+        name = named.check(adapter_name or named.active)
+        tensors, base = named.tensors[name], named.bases[name]
         paths = peft_names(base.adapter, base.sites, base.skeleton.keys, base.trained)
         return {adapter_files.PREFIX + path: tensors[key] for key, path in paths.items()}
 
@@ -257,7 +266,8 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
             return
         for name in names:
             folder = Path(save_directory) / ("" if name == DEFAULT else name)
-            adapter_files.save(folder, self.adapter_state_dict(name), saved_config(self.base))
+            config = saved_config(self.named_adapters.bases[name])
+            adapter_files.save(folder, self.adapter_state_dict(name), config)
         if isinstance(self.twin, PreTrainedModel):
             self.create_or_update_model_card(os.fspath(save_directory))
 
@@ -272,7 +282,8 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
 
         Args:
             folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-            adapter_name: which adapter takes the values; a new name makes a new one. Default: the active one.
+            adapter_name: which adapter takes the values; a new name makes a new one, as the folder's config says. Default: the
+                active one.
             is_trainable: as in PEFT; what trains is decided by ``set_adapter``.
             others: PEFT's, where they change nothing here.
 
@@ -282,15 +293,20 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
         """
         check_arguments(others, LOADING)
         tensors, config = adapter_files.load(folder)
-        check_saved(config, self.base.sites, os.fspath(folder))
-        if adapter_name is not None and adapter_name not in self.named_adapters.tensors:
-            self.add_adapter(adapter_name, self.base.config.lora)
+        named = self.named_adapters
+        if adapter_name is not None and adapter_name not in named.tensors:
+            try:
+                self.add_adapter(adapter_name, LoraConfig.from_peft_type(**config))
+            except (ConfigError, TypeError, ValueError) as error:
+                raise AdapterError(f"{os.fspath(folder)}: {error}") from error
             try:
                 self.load_adapter_state_dict(tensors, adapter_name)
             except Exception:
                 self.delete_adapter(adapter_name)
                 raise
             return
+        sites = named.bases[adapter_name or named.active].sites
+        check_saved(config, sites, os.fspath(folder))
         self.load_adapter_state_dict(tensors, adapter_name)
 
     # -- counts -----------------------------------------------------------------------------------
