@@ -33,7 +33,7 @@ def rows(qmodel: Any) -> dict[str, Any]:
     ("tied", "backend"),
     [
         (False, "eager"),
-        (True, "eager"),
+        pytest.param(True, "eager", marks=pytest.mark.slow),
         (True, "aot_eager"),
         pytest.param(True, "inductor", marks=pytest.mark.slow),
         pytest.param(False, "inductor", marks=pytest.mark.slow),

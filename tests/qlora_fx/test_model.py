@@ -174,7 +174,7 @@ def test_adapter_with_zero_b_leaves_the_quantized_model_unchanged_bitwise(backen
     assert torch.equal(adapted, plain)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", only_slow_but(["eager"], ["eager", "inductor"]))
 def test_disabled_adapter_is_the_quantized_model(adapted: Any, backend: str) -> None:
     model, _, adapter = adapted
     qmodel, _ = ours(model, adapter, LoraConfig(**LORA), backend=backend)
