@@ -45,7 +45,7 @@ class QLoRAModel(StorePeftModel):
 
     Attributes:
         programs_of: the captured graphs, by what of an adapter is in them.
-        submodels: those of its parts that are called for themselves, by that and the part's path.
+        submodels_of: those of its parts that are called for themselves, by that and the part's path.
         trainer: the one that is training it now.
     """
 
@@ -58,7 +58,7 @@ class QLoRAModel(StorePeftModel):
         self.programs_of = {self.named_adapters.shapes[DEFAULT]: programs}
         signature = prepared.call.signature(training=True)
         self.programs.add(signature, prepared.capture, prepared.result)
-        self.submodels: dict[tuple[Hashable, str], Programs] = {}
+        self.submodels_of: dict[tuple[Hashable, str], Programs] = {}
         self._compute = prepared.compute
         self._budget_before: tuple[int | float | None] | None = None
         self.trainer: object | None = None
@@ -81,6 +81,12 @@ class QLoRAModel(StorePeftModel):
         return self.programs_of[self.named_adapters.shapes[self._adapter_of_graphs]]
 
     @property
+    def submodels(self) -> dict[str, Programs]:
+        """The same of the backbone and the encoder, by path, where they were ever called for themselves."""
+        mine = self.named_adapters.shapes[self._adapter_of_graphs]
+        return {path: p for (shape, path), p in self.submodels_of.items() if shape == mine}
+
+    @property
     def _adapter_of_graphs(self) -> str:
         return DEFAULT if self._adapters_disabled else self.named_adapters.active
 
@@ -97,11 +103,11 @@ class QLoRAModel(StorePeftModel):
     def run_submodel(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         name = self._adapter_of_graphs
         place = (self.named_adapters.shapes[name], path)
-        if place not in self.submodels:
+        if place not in self.submodels_of:
             base = self.named_adapters.bases[name]
             base = replace(base, skeleton=base.skeleton.submodel(path))
-            self.submodels[place] = self._new_programs(name, base)
-        return self._run(self.submodels[place], args, kwargs)
+            self.submodels_of[place] = self._new_programs(name, base)
+        return self._run(self.submodels_of[place], args, kwargs)
 
     def run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         """As a call, with the same graph run operator by operator. Later calls are compiled as ever."""
@@ -140,14 +146,14 @@ class QLoRAModel(StorePeftModel):
     @property
     def all_programs(self) -> list[Programs]:
         """Of the whole model, and of its backbone and its encoder where they were ever called, for adapters of each shape."""
-        return [*self.programs_of.values(), *self.submodels.values()]
+        return [*self.programs_of.values(), *self.submodels_of.values()]
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)
         shape = self.named_adapters.shapes[adapter_name]
         if shape not in self.programs_of:
             self.programs_of[shape] = self._new_programs(adapter_name, self.base)
-        submodels = (p for (of, _), p in self.submodels.items() if of == shape)
+        submodels = (p for (of, _), p in self.submodels_of.items() if of == shape)
         for programs in (self.programs_of[shape], *submodels):
             programs.use(self.named_adapters.tensors[adapter_name])
 
@@ -155,7 +161,7 @@ class QLoRAModel(StorePeftModel):
         super().delete_adapter(adapter_name)
         left = set(self.named_adapters.shapes.values())
         self.programs_of = {s: p for s, p in self.programs_of.items() if s in left}
-        self.submodels = {(s, path): p for (s, path), p in self.submodels.items() if s in left}
+        self.submodels_of = {place: p for place, p in self.submodels_of.items() if place[0] in left}
 
     @property
     def memory_budget(self) -> int | float | None:
@@ -215,8 +221,7 @@ class QLoRAModel(StorePeftModel):
         whole = {str(signature): gm for signature, gm in self.programs.graphs.items()}
         return whole | {
             f"{path} {signature}": gm
-            for (shape, path), programs in self.submodels.items()
-            if shape == self.named_adapters.shapes[self._adapter_of_graphs]
+            for path, programs in self.submodels.items()
             for signature, gm in programs.graphs.items()
         }
 

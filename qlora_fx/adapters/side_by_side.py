@@ -7,6 +7,7 @@ from dataclasses import replace
 from peft import LoraConfig
 
 from ..compiler.check_lora import check_lora
+from ..config import Config
 from ..errors import ConfigError
 from ..passes.graph.site import Site
 from ..passes.select import ranked
@@ -34,12 +35,7 @@ def with_adapter(base: Base, lora: LoraConfig) -> Base:
             )
     config = base.config.with_(lora=lora)
     verdicts = {
-        name: site_for(v, base, lora) if isinstance(v, Site) else v
-        for name, v in base.verdicts.items()
-    }
-    verdicts = {
-        name: ranked(v, config) if isinstance(v, Site) and v.adapt else v
-        for name, v in verdicts.items()
+        name: site_for(v, config) if isinstance(v, Site) else v for name, v in base.verdicts.items()
     }
     check_targets(config, list(verdicts.values()), {})
     made = replace(base, config=config, verdicts=verdicts)
@@ -51,18 +47,22 @@ def with_adapter(base: Base, lora: LoraConfig) -> Base:
     return made
 
 
-def site_for(site: Site, base: Base, lora: LoraConfig) -> Site:
-    """The site, adapted or not as ``lora`` says; its rank is still the first adapter's."""
-    wanted = is_targeted(lora, site.name, site.weight)
+def site_for(site: Site, config: Config) -> Site:
+    """A site of the first adapter as ``config`` adapts it.
+
+    Raises:
+        ConfigError: the first adapter leaves it out, or its rank is too large.
+    """
+    wanted = is_targeted(config.lora, site.name, site.weight)
     if wanted is None:  # "all-linear"
-        return (
-            site if not site.adapt or site.weight not in base.config.output_heads else without(site)
-        )
-    if wanted and not site.adapt and site.kind != "embedding":
+        wanted = site.adapt and site.weight not in config.output_heads
+    if wanted and site.adapt:
+        return ranked(site, config)
+    if wanted and site.kind != "embedding":
         raise ConfigError(
             f"it targets {site.name}, which the first adapter leaves out ({site.reason}); accepted: what that adapts, or less"
         )
-    return site if wanted or not site.adapt else without(site)
+    return without(site) if site.adapt else site
 
 
 def without(site: Site) -> Site:

@@ -83,6 +83,31 @@ def test_each_computes_and_trains_as_if_it_were_alone(backend: str) -> None:
     assert len(qmodel.programs_of) == 1
 
 
+def test_the_backbone_has_graphs_for_each() -> None:
+    """TRL calls it for itself, and switches with adapters disabled."""
+    _, qmodel = made()
+    ids = batch(padded=0)["input_ids"]
+    twin = qmodel.get_base_model()
+
+    def agrees() -> None:
+        with torch.no_grad():
+            hidden = twin.base_model(ids).last_hidden_state
+            torch.testing.assert_close(twin.lm_head(hidden), qmodel.eval()(ids).logits)
+
+    agrees()
+    with_few(qmodel)
+    agrees()
+    qmodel.set_adapter("default")
+    with qmodel.disable_adapter():
+        agrees()
+        qmodel.set_adapter("few")
+        agrees()
+    agrees()
+    qmodel.set_adapter("default")
+    agrees()
+    assert len(qmodel.submodels_of) == 2
+
+
 def test_folders_go_to_peft_and_come_back(tmp_path: Path) -> None:
     model, qmodel = made()
     with_few(qmodel)
@@ -131,7 +156,7 @@ def test_what_is_merged_is_the_adapter_that_is_used(tmp_path: Path) -> None:
             )
 
 
-def test_experts_of_another_rank() -> None:
+def test_experts_of_another_rank(tmp_path: Path) -> None:
     """Stacks are parameters to PEFT, and all of them adapted or none."""
     family = next(f for f in FAMILIES if f.model_type == "mixtral")
     model = build(family).train()
@@ -146,6 +171,13 @@ def test_experts_of_another_rank() -> None:
     report = compare(model, qmodel, values)
     assert report.passed, report
     assert min(line.norm for line in report.sites) > 0
+    qmodel.save_pretrained(tmp_path)
+    again: Any = qlora_fx.transform(
+        copy.deepcopy(model), config, compute_dtype=torch.float32, backend="eager"
+    )
+    again.load_adapter(tmp_path / "wide", "wide")
+    again.set_adapter("wide")
+    assert torch.equal(again(**values).loss, qmodel(**values).loss)
     with pytest.raises(ConfigError, match="adapts the parameters"):
         qmodel.add_adapter("few", LoraConfig(r=8, target_modules=["q_proj"]))
 
