@@ -46,7 +46,6 @@ def rewrite(graph: fx.Graph, node: fx.Node) -> bool:
         or [str(s) for s in marks.shape] != [*map(str, to.shape[:-1]), "1"]
         or isinstance(to.shape[-1], torch.SymInt)
         or str(given.shape[-1]) != str(to.shape[-1])
-        or to.dtype != given.dtype
     ):
         return False
     emit = Emitter(graph, node)

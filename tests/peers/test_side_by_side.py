@@ -57,6 +57,7 @@ def test_each_computes_and_trains_as_if_it_were_alone(backend: str) -> None:
     assert {line.name for line in report.sites if line.norm > 0} == {
         f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")
     }
+    assert not [key for key, _ in qmodel.base.store.items() if "k_proj.lora" in key]
     graphs = len(qmodel.graph_modules)
     qmodel.set_adapter("default")
     assert torch.equal(qmodel(**values).loss, first)
@@ -81,6 +82,31 @@ def test_each_computes_and_trains_as_if_it_were_alone(backend: str) -> None:
     assert len(qmodel.programs_of) == 2
     qmodel.delete_adapter("same")
     assert len(qmodel.programs_of) == 1
+
+
+def test_another_scaling_and_another_dropout_are_other_graphs() -> None:
+    model, qmodel = made()
+    values = batch()
+    qmodel(**values)
+    for name, changes in (("louder", {"lora_alpha": 40}), ("dropping", {"lora_dropout": 0.5})):
+        qmodel.add_adapter(name, LoraConfig(**(ALL | changes)))
+        qmodel.set_adapter(name)
+        randomize_adapter(qmodel)
+        if name == "louder":
+            report = compare(model, qmodel, values)
+            assert report.passed, report
+        else:
+            assert not torch.equal(qmodel(**values).loss, qmodel(**values).loss)
+    qmodel.set_adapter("default")
+    assert torch.equal(qmodel(**values).loss, qmodel(**values).loss)
+
+
+def test_all_linear_beside_an_adapter_of_the_head_leaves_the_head_out() -> None:
+    _, qmodel = made(target_modules=["q_proj", "lm_head"])
+    qmodel.add_adapter("other", LoraConfig(**ALL))
+    qmodel.set_adapter("other")
+    adapted = {site.name.rsplit(".", 1)[-1] for site in qmodel.base.sites.values() if site.adapt}
+    assert adapted == {"q_proj"}
 
 
 def test_the_backbone_has_graphs_for_each() -> None:

@@ -68,6 +68,12 @@ OTHERS: dict[str, Tensor] = {
     "holes": rows(causal() & (AT % 3 != 1)),
     "a hidden key": rows(HIDDEN_KEY),
     "a query that does not see itself": rows(causal() & ~((AT == 7)[:, None] & (AT == 7))),
+    "as many as an interval, and none": rows(
+        causal() & ~((AT == 7)[:, None] & (AT == 7)) | (AT == 7)[:, None] & (AT == 9)
+    ),
+    "two kinds behind": rows(
+        causal() & ((AT[:, None] < 16) | (torch.where(AT < 20, 12, 8)[:, None] > AT))
+    ),
     "prefix": rows(causal() | (AT < 5)),
     "window, right": rows(window(5) & right(4)),
     "two windows": rows(window(5), window(6)),
