@@ -235,6 +235,7 @@ def test_attention_of_another_kind_is_given_the_models_order() -> None:
     assert "unrolled" in qlora_fx.graph_text(list(qmodel.graph_modules.values())[-1])
 
 
+@pytest.mark.slow
 def test_learned_positions_end_where_they_end() -> None:
     """Not where the room of a cache ends."""
     qmodel = transformed(tiny_gpt2())
@@ -248,6 +249,7 @@ def test_learned_positions_end_where_they_end() -> None:
         one.take(1)
 
 
+@pytest.mark.slow
 def test_a_model_that_takes_no_ring_runs_without() -> None:
     """GPT-Neo reads a table of as many tokens as it has positions, which are fewer than a cache has room for."""
     config = GPTNeoConfig(
