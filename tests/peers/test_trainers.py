@@ -80,9 +80,10 @@ def test_losses_and_gradient_norms_are_the_references(recipe: str, tmp_path: Pat
     check_run(recipe, "eager", tmp_path)
 
 
+@pytest.mark.parametrize("backend", only_slow_but(["aot_eager"], ["aot_eager", "inductor"]))
 @pytest.mark.parametrize("recipe", only_slow_but([COMPILED], SUPERVISED))
-def test_and_compiled(recipe: str, tmp_path: Path) -> None:
-    check_run(recipe, "inductor", tmp_path)
+def test_and_compiled(recipe: str, backend: str, tmp_path: Path) -> None:
+    check_run(recipe, backend, tmp_path)
 
 
 @pytest.mark.parametrize("backend", only_slow_but(["eager"], ["eager", "inductor"]))

@@ -549,19 +549,19 @@ def test_example_inputs_of_text_images_and_sound_are_what_the_model_takes(model_
     model(**made)
 
 
-def test_a_model_is_transformed_without_example_inputs_and_takes_other_sizes() -> None:
+@pytest.mark.parametrize("model_type", only_slow_but(["vit"], ["vit", "bart"]))
+def test_a_model_is_transformed_without_example_inputs_and_takes_other_sizes(
+    model_type: str,
+) -> None:
     import copy
 
     from families import FAMILIES, build
     from qlora_fx.testing.check import compare, randomize_adapter
 
-    for model_type in ("vit", "bart"):
-        family = next(f for f in FAMILIES if f.model_type == model_type)
-        model = build(family).train()
-        qmodel = qlora_fx.transform(
-            copy.deepcopy(model), compute_dtype=torch.float32, backend="eager"
-        )
-        randomize_adapter(qmodel)
-        report = compare(model, qmodel, family.batch(5, 29))
-        assert report.passed, str(report)
-        assert len(qmodel.graph_modules) == 1, "the first capture serves"
+    family = next(f for f in FAMILIES if f.model_type == model_type)
+    model = build(family).train()
+    qmodel = qlora_fx.transform(copy.deepcopy(model), compute_dtype=torch.float32, backend="eager")
+    randomize_adapter(qmodel)
+    report = compare(model, qmodel, family.batch(5, 29))
+    assert report.passed, str(report)
+    assert len(qmodel.graph_modules) == 1, "the first capture serves"

@@ -31,7 +31,11 @@ def transformed(model_type: str, **options: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "backend"), [("qwen2_5_vl", "eager"), ("qwen3_vl", "aot_eager")]
+    ("model_type", "backend"),
+    [
+        pytest.param("qwen2_5_vl", "eager", marks=pytest.mark.slow),  # trainers run it
+        ("qwen3_vl", "aot_eager"),
+    ],
 )
 def test_one_capture_takes_pictures_of_any_number_and_size(model_type: str, backend: str) -> None:
     """Windows, positions interpolated in a table, features added in deeper layers; another capture would warn."""
