@@ -24,6 +24,8 @@ from qlora_fx.runtime import attention as _attention  # noqa: F401 (registers th
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.gpu import timed
+
 ops: Any = torch.ops.qlora_fx
 TEXT, TOWER = (32, 8, 128), (16, 16, 80)
 
@@ -59,16 +61,6 @@ def cases() -> dict[str, tuple[tuple[int, int, int], Callable[[], Tensor]]]:
         "4 pictures of 1024 patches": (TOWER, lambda: together(4096, 4)[None, None]),
         "4 pictures of 4096 patches": (TOWER, lambda: together(16384, 4)[None, None]),
     }
-
-
-def timed(call: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
 
 
 def main() -> None:

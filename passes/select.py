@@ -12,7 +12,6 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from ..config import Config
 from ..errors import ConfigError
-from ..transformers_internals import check_target_module_exists
 from .graph.flops import flops
 from .graph.nodes import (
     CANONICAL,
@@ -28,7 +27,7 @@ from .graph.site import Layout, Site, Skipped, Verdict, WeightView, is_flipped
 from .linears.einsum import spelling
 from .selection.places import Place, Places
 from .selection.routers import is_router
-from .selection.targets import check_targets, is_excluded, targeted_parameter
+from .selection.targets import check_targets, is_excluded, is_targeted
 from .selection.unrecognised import COMPUTED, UNRECOGNISED, behind, unrecognised
 from .thaw import is_saved
 
@@ -204,18 +203,16 @@ class Judge:
             return "not adapted"
         if place.kind == "reader":
             return "not adapted: PEFT adapts the module that owns the weight, not its other readers"
-        if targeted_parameter(lora, view.key):
+        wanted = is_targeted(lora, place.name, view.key)
+        if wanted:
             return ""
-        if lora.target_modules is None or lora.target_modules == "all-linear":
+        if lora.target_modules in (None, "all-linear"):
             if view.key in self.config.output_heads:
                 return "not adapted: 'all-linear' leaves the output head out"
             if router:
                 return "not adapted: 'all-linear' leaves routers out"
-            if lora.exclude_modules and is_excluded(lora, place.name):
-                return "not adapted: in exclude_modules"
-            return ""
-        if lora.target_modules and check_target_module_exists(lora, place.name):
-            return ""
+            if wanted is None:
+                return ""
         if lora.exclude_modules and is_excluded(lora, place.name):
             return "not adapted: in exclude_modules"
         return "not adapted: not in target_modules"

@@ -24,8 +24,7 @@ def is_targeted(lora: LoraConfig, name: str, key: str) -> bool | None:
         return True
     if lora.target_modules in (None, "all-linear"):
         return False if lora.exclude_modules and is_excluded(lora, name) else None
-    found = check_target_module_exists(lora, name)
-    return bool(found) and not isinstance(found, ExcludedModule)
+    return bool(lora.target_modules and check_target_module_exists(lora, name))
 
 
 def is_excluded(lora: LoraConfig, name: str) -> bool:
