@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..config import Config
-from .adapters import ADAPTER_DTYPE, ROLES, Product, adapter_of
+from .adapters import ADAPTER_DTYPE, ROLES, SLOT_OF_ROW, Product, adapter_of
 from .graph.nodes import (
     GROUPED,
     Emitter,
@@ -17,6 +17,7 @@ from .graph.nodes import (
     arguments,
     fake_mode,
     ops,
+    placeholders,
     sites,
     weight_view,
 )
@@ -76,19 +77,25 @@ def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: C
     if "input_of" in x.meta:  # the branch takes the input as the model computed it, uncast
         x = x.args[0]
     dropout = site.dropout if config.training else 0.0
-    product = Product(linear, site, view, x, result, ends_of(linear), dropout)
-    adapter, device = adapter_of(config.lora), linear.meta["val"].device
+    rows = slot_of_row(graph) if config.slots else None
+    product = Product(linear, site, view, x, result, ends_of(linear), dropout, rows)
+    adapter, device = adapter_of(config.lora, config.slots), linear.meta["val"].device
     held: dict[str, fx.Node] = {}
     for role, tensor in adapter.tensors(site).items():
         with fake_mode(graph):
             val = torch.empty(tensor.shape, dtype=ADAPTER_DTYPE, device=device)
         held[role] = inputs.add(tensor.key, val)
-        held[role].meta["trainable"] = True
+        held[role].meta["trainable"] = is_adapter_key(tensor.key)
     readers = set(result.users)
     with graph.inserting_before(result.next):
         adapted = adapter.emit(product, held, Emitter(graph, linear))
     adapted.meta["branch_of"] = site.name
     result.replace_all_uses_with(adapted, delete_user_cb=readers.__contains__)
+
+
+def slot_of_row(graph: fx.Graph) -> fx.Node:
+    """The input that says which adapter each row of the batch has."""
+    return next(n for n in placeholders(graph) if n.meta.get("input") == SLOT_OF_ROW)
 
 
 def ends_of(node: fx.Node) -> fx.Node | None:

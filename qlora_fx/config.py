@@ -66,6 +66,7 @@ class Config:
         trained: for captures after the first, store keys of the copies that train beside the adapters.
         stored: store keys of weights that a checkpoint has in 4 bits: they stay so wherever the graph allows.
         kept: store keys of weights that stay dense because a 4-bit checkpoint has them dense.
+        slots: how many adapters the rows of a batch choose among; 0: all rows have the same.
     """
 
     lora: LoraConfig
@@ -82,6 +83,7 @@ class Config:
     trained: frozenset[str] = frozenset()
     stored: frozenset[str] = frozenset()
     kept: frozenset[str] = frozenset()
+    slots: int = 0
 
     def rank(self, site: str) -> int:
         pattern = self.lora.rank_pattern or {}

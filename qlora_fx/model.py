@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +13,10 @@ from peft import LoraConfig
 from torch import fx, nn
 
 from .adapters.initialize import add_adapters
+from .capture.adapter_rows import tell_slots
 from .capture.arguments import Call
 from .capture.cache import START, caches, filled
+from .capture.cache_layers import Buffers
 from .checkpoints.save import write_quantized
 from .compiler.compile import Prepared
 from .compiler.programs import Programs
@@ -25,10 +26,10 @@ from .explain import Explanation, explain
 from .memory.saved_activations import Activations, saved_activations
 from .merging.merge import MergeReport, merge
 from .optimizer import adapter_optimizer, check_groups
+from .twin.adapter_graphs import WHOLE, AdapterGraphs
 from .twin.named_adapters import DEFAULT
 from .twin.peft_model import StorePeftModel
 from .units import parse_size
-from .weights.base import Base
 
 
 class QLoRAModel(StorePeftModel):
@@ -44,8 +45,7 @@ class QLoRAModel(StorePeftModel):
         prepared: its store has all weights.
 
     Attributes:
-        programs_of: the captured graphs, by what of an adapter is in them.
-        submodels_of: those of its parts that are called for themselves, by that and the part's path.
+        adapter_graphs: all captured graphs, by what of an adapter is in them.
         trainer: the one that is training it now.
     """
 
@@ -55,10 +55,9 @@ class QLoRAModel(StorePeftModel):
         super().__init__(base)
         request = prepared.request
         programs = Programs(base, request.backend, request.memory_budget, request.cuda_graphs)
-        self.programs_of = {self.named_adapters.shapes[DEFAULT]: programs}
-        signature = prepared.call.signature(training=True)
-        self.programs.add(signature, prepared.capture, prepared.result)
-        self.submodels_of: dict[tuple[Hashable, str], Programs] = {}
+        programs.add(prepared.call.signature(training=True), prepared.capture, prepared.result)
+        self.adapter_graphs = AdapterGraphs(self.named_adapters, programs)
+        self._slots_of_rows: list[int] | None = None
         self._compute = prepared.compute
         self._budget_before: tuple[int | float | None] | None = None
         self.trainer: object | None = None
@@ -78,59 +77,75 @@ class QLoRAModel(StorePeftModel):
     @property
     def programs(self) -> Programs:
         """The captured graphs of the active adapter; while adapters are disabled those of the first, whichever is active."""
-        return self.programs_of[self.named_adapters.shapes[self._adapter_of_graphs]]
+        return self.adapter_graphs.of(self._adapter_of_graphs)
 
     @property
     def submodels(self) -> dict[str, Programs]:
         """The same of the backbone and the encoder, by path, where they were ever called for themselves."""
-        mine = self.named_adapters.shapes[self._adapter_of_graphs]
-        return {path: p for (shape, path), p in self.submodels_of.items() if shape == mine}
+        return self.adapter_graphs.parts(self._adapter_of_graphs)
 
     @property
     def _adapter_of_graphs(self) -> str:
         return DEFAULT if self._adapters_disabled else self.named_adapters.active
 
-    def _new_programs(self, name: str, base: Base) -> Programs:
-        """For the adapter ``name``, as those that are there."""
-        other = next(iter(self.programs_of.values()))
-        programs = Programs(base, other.backend, other.memory_budget, other.cuda_graphs)
-        programs.use(self.named_adapters.tensors[name])
-        return programs
-
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return self._run(self.programs, args, kwargs)
+        return self._run(WHOLE, args, kwargs)
 
     def run_submodel(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        name = self._adapter_of_graphs
-        place = (self.named_adapters.shapes[name], path)
-        if place not in self.submodels_of:
-            base = self.named_adapters.bases[name]
-            base = replace(base, skeleton=base.skeleton.submodel(path))
-            self.submodels_of[place] = self._new_programs(name, base)
-        return self._run(self.submodels_of[place], args, kwargs)
+        return self._run(path, args, kwargs)
 
     def run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         """As a call, with the same graph run operator by operator. Later calls are compiled as ever."""
-        return self._run(self.programs, args, kwargs, compiled=False)
+        return self._run(WHOLE, args, kwargs, compiled=False)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator] # compiled already: torch.compile(qmodel) leaves it as it is
     def _run(
         self,
-        programs: Programs,
+        path: str,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         compiled: bool = True,
     ) -> Any:
-        skeleton = programs.base.skeleton
-        call = skeleton.bind(args, kwargs, programs.buffers)
+        """Run the whole model, or the part at a path."""
+        kwargs = dict(kwargs)
+        slots = self._slots(kwargs.pop("adapter_names", None))
+        if slots is None:
+            programs = self.adapter_graphs.of(self._adapter_of_graphs, path)
+        else:
+            programs = self.adapter_graphs.for_rows(path)
+        call = self._bind(programs, args, kwargs, slots, programs.buffers)
         try:
             return self._run_call(programs, call, compiled)
         except (CaptureError, InputError) as error:
             if START not in call.values:
                 raise
-            output = self._run_call(programs, skeleton.bind(args, kwargs), compiled)
+            call = self._bind(programs, args, kwargs, slots, None)
+            output = self._run_call(programs, call, compiled)
             programs.take_no_rings(error)
             return output
+
+    def _slots(self, names: Sequence[str] | None) -> list[int] | None:
+        """The slots of a call's rows; None where all have the active adapter, or adapters are disabled."""
+        if self._slots_of_rows is not None or names is None or self._adapters_disabled:
+            return self._slots_of_rows
+        if self.twin.training:
+            raise InputError("adapter_names in train mode; accepted: in eval mode, model.eval()")
+        return self.adapter_graphs.rows(names)
+
+    def _bind(
+        self,
+        programs: Programs,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        slots: list[int] | None,
+        buffers: Buffers | None,
+    ) -> Call:
+        skeleton = programs.base.skeleton
+        call = skeleton.bind(args, kwargs, buffers)
+        if slots is not None:
+            repeated = self._slots_of_rows is not None
+            tell_slots(call.values, slots, skeleton.device, repeated=repeated)
+        return call
 
     def _run_call(self, programs: Programs, call: Call, compiled: bool) -> Any:
         skeleton = programs.base.skeleton
@@ -146,22 +161,15 @@ class QLoRAModel(StorePeftModel):
     @property
     def all_programs(self) -> list[Programs]:
         """Of the whole model, and of its backbone and its encoder where they were ever called, for adapters of each shape."""
-        return [*self.programs_of.values(), *self.submodels_of.values()]
+        return list(self.adapter_graphs)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)
-        shape = self.named_adapters.shapes[adapter_name]
-        if shape not in self.programs_of:
-            self.programs_of[shape] = self._new_programs(adapter_name, self.base)
-        submodels = (p for (of, _), p in self.submodels_of.items() if of == shape)
-        for programs in (self.programs_of[shape], *submodels):
-            programs.use(self.named_adapters.tensors[adapter_name])
+        self.adapter_graphs.use(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        left = set(self.named_adapters.shapes.values())
-        self.programs_of = {s: p for s, p in self.programs_of.items() if s in left}
-        self.submodels_of = {place: p for place, p in self.submodels_of.items() if place[0] in left}
+        self.adapter_graphs.forget_unused()
 
     @property
     def memory_budget(self) -> int | float | None:
@@ -212,16 +220,21 @@ class QLoRAModel(StorePeftModel):
 
         Its placeholders with ``meta["stored"]`` are the parameters, by store key.
         """
-        several = (self.programs, *self.programs_of.values())
+        several: list[Programs] = [self.programs, *self.adapter_graphs]
         return next(gm for programs in several for gm in programs.graphs.values())
 
     @property
     def graph_modules(self) -> dict[str, fx.GraphModule]:
-        """Every graph that was captured for adapters like the active one, by mode and arguments."""
-        whole = {str(signature): gm for signature, gm in self.programs.graphs.items()}
-        return whole | {
-            f"{path} {signature}": gm
-            for path, programs in self.submodels.items()
+        """Every graph that was captured for adapters like the active one, or for rows with adapters of their own, by mode and
+        arguments."""
+        several = [
+            (WHOLE, self.programs),
+            *self.submodels.items(),
+            *self.adapter_graphs.of_rows.items(),
+        ]
+        return {
+            f"{path} {signature}".strip(): gm
+            for path, programs in several
             for signature, gm in programs.graphs.items()
         }
 
@@ -336,6 +349,10 @@ class QLoRAModel(StorePeftModel):
         A token computes its keys and values once, and all later ones read them; an encoder runs once. Models whose
         cache is of another kind (linear attention, state spaces), and calls with ``use_cache=False``, compute the
         whole prefix again for each token.
+
+        Args:
+            args, kwargs: transformers'; and PEFT's ``adapter_names``, the adapter of each row of the batch, ``"__base__"`` for
+                none. Beams and further sequences of a row have its adapter.
         """
         if not hasattr(self.twin, "generate"):
             raise InputError(f"{self.base.skeleton.name} has no generate")
@@ -344,8 +361,18 @@ class QLoRAModel(StorePeftModel):
         )  # Seq2SeqTrainer hands its whole batch on; tokens are generated without
         if not caches(self.base.skeleton.model):
             kwargs["use_cache"] = False
-        with self._evaluating(), torch.no_grad():
+        names = kwargs.pop("adapter_names", None)
+        with self._evaluating(), self._rows_with(names), torch.no_grad():
             return self.twin.generate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _rows_with(self, names: Sequence[str] | None) -> Iterator[None]:
+        """Calls whose rows have these adapters."""
+        self._slots_of_rows = self._slots(names)
+        try:
+            yield
+        finally:
+            self._slots_of_rows = None
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

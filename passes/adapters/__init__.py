@@ -1,7 +1,8 @@
 """Kinds of adapters, as nodes; their values are qlora_fx/adapters'.
 
-adapter  what every kind can do
-lora     LoRA
+adapter    what every kind can do
+lora       LoRA
+lora_rows  LoRA of which each row of a batch chooses one
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from peft import LoraConfig
 
 from .adapter import ADAPTER_DTYPE, Adapter, AdapterTensor, Product
 from .lora import Lora
+from .lora_rows import SLOT_OF_ROW, LoraOfRows
 
 __all__ = [
     "ADAPTERS",
     "ADAPTER_DTYPE",
     "ROLES",
+    "SLOT_OF_ROW",
     "Adapter",
     "AdapterTensor",
     "Product",
@@ -32,5 +35,6 @@ def adapter_kind(lora: LoraConfig) -> str:
     return "lora"
 
 
-def adapter_of(lora: LoraConfig) -> Adapter:
-    return ADAPTERS[adapter_kind(lora)]
+def adapter_of(lora: LoraConfig, slots: int = 0) -> Adapter:
+    """The kind that a config asks for; with ``slots``, as stacks of as many among which rows of a batch choose."""
+    return LoraOfRows(slots) if slots else ADAPTERS[adapter_kind(lora)]

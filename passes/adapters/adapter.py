@@ -45,6 +45,7 @@ class Product:
         result: its result in that dtype; ``node`` itself, or a cast.
         ends: where each expert's rows end; None for an ordinary linear.
         dropout: probability, 0 outside of training.
+        slot_of_row: int64 ``[batch]``, where rows have adapters of their own: which each has.
     """
 
     node: fx.Node
@@ -54,6 +55,7 @@ class Product:
     result: fx.Node
     ends: fx.Node | None
     dropout: float
+    slot_of_row: fx.Node | None = None
 
 
 class Adapter(Protocol):

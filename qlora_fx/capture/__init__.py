@@ -3,6 +3,7 @@
 skeleton         the model's Python without weights, and its capture
 arguments        a call's arguments by name, and which calls share a graph
 known_arguments  which names a model takes
+adapter_rows     which adapter each row of a batch has
 check_call       whether tensors fit
 positions        how long a row may be, where positions are learned
 check_outputs    whether what is asked for is returned

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..errors import CaptureError
+from .adapter_rows import take_slots
 from .arguments import is_encoder_decoder, with_encoder_output
 from .cache import with_tensors, with_traced_cache
 
@@ -40,6 +41,7 @@ def take_exactly(model: Any, names: list[str]) -> None:
     original = model.forward
 
     def forward(**kwargs: Any) -> Any:
+        take_slots(kwargs)
         arguments = with_traced_cache(with_encoder_output(kwargs), is_encoder_decoder(model))
         return with_tensors(arguments, original(**arguments))
 

@@ -86,7 +86,7 @@ class Base:
     @property
     def adapter(self) -> Adapter:
         """The kind of adapter that its adapted sites have."""
-        return adapter_of(self.config.lora)
+        return adapter_of(self.config.lora, self.config.slots)
 
     def quantized_sites(self) -> dict[str, Site]:
         """One site per quantized weight, by store key."""

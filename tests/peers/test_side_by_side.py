@@ -45,6 +45,11 @@ def with_few(qmodel: Any, name: str = "few") -> None:
     randomize_adapter(qmodel)
 
 
+def whole(qmodel: Any) -> list[Any]:
+    """Shapes of adapters that have graphs of the whole model."""
+    return [shape for shape, path in qmodel.adapter_graphs.of_shape if not path]
+
+
 @pytest.mark.parametrize("backend", only_slow_but(["eager"], ["eager", "inductor"]))
 def test_each_computes_and_trains_as_if_it_were_alone(backend: str) -> None:
     """Beside float64; the first is as it was, and what is captured already is not captured again."""
@@ -67,7 +72,7 @@ def test_each_computes_and_trains_as_if_it_were_alone(backend: str) -> None:
     qmodel.add_adapter("same", LoraConfig(**FEW))
     qmodel.set_adapter("same")
     qmodel(**values)
-    assert len(qmodel.programs_of) == 2
+    assert len(whole(qmodel)) == 2
     assert len(qmodel.graph_modules) == graphs
     for name in ("few", "default", "same"):
         qmodel.set_adapter(name)
@@ -79,9 +84,9 @@ def test_each_computes_and_trains_as_if_it_were_alone(backend: str) -> None:
     assert [s.adapter for s in captured].count(False) == 1, "whichever is active"
     qmodel.set_adapter("default")
     qmodel.delete_adapter("few")
-    assert len(qmodel.programs_of) == 2
+    assert len(whole(qmodel)) == 2
     qmodel.delete_adapter("same")
-    assert len(qmodel.programs_of) == 1
+    assert len(whole(qmodel)) == 1
 
 
 def test_another_scaling_and_another_dropout_are_other_graphs() -> None:
@@ -131,7 +136,22 @@ def test_the_backbone_has_graphs_for_each() -> None:
     agrees()
     qmodel.set_adapter("default")
     agrees()
-    assert len(qmodel.submodels_of) == 2
+    assert len(qmodel.adapter_graphs.of_shape) == 4
+
+
+def test_a_part_that_ran_without_adapters_first_has_the_active_one_afterwards() -> None:
+    """A reference model's pass comes first in preference training."""
+    _, qmodel = made()
+    qmodel.add_adapter("other", LoraConfig(**ALL))
+    qmodel.set_adapter("other")
+    randomize_adapter(qmodel, seed=2)
+    ids = batch(padded=0)["input_ids"]
+    twin = qmodel.eval().get_base_model()
+    with torch.no_grad():
+        with qmodel.disable_adapter():
+            twin.base_model(ids)
+        hidden = twin.base_model(ids).last_hidden_state
+        torch.testing.assert_close(twin.lm_head(hidden), qmodel(ids).logits)
 
 
 def test_folders_go_to_peft_and_come_back(tmp_path: Path) -> None:
