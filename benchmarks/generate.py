@@ -1,17 +1,19 @@
 """Generation beside PEFT + bitsandbytes: tokens per second, prefill, and the time that reading the bytes takes.
 
-    python benchmarks/generate.py [--rounds 3] [--batches 1 8] [--prompt 512] [--new 64] [--json figures.json]
+    python benchmarks/generate.py [--rounds 3] [--batches 1 8] [--prompt 512] [--new 64] [--adapters 4] [--json figures.json]
 
 Each stack lives in a process of its own; they take turns, round after round, and only one computes at any time. Prefill
 is the time of ``generate`` for one new token; decode is what each further one takes. The bound is the time to read once
 what one step of decode must read, at the speed at which this machine reads a large tensor: packed weights and their
 scales, the adapter, the head, and the cache of all rows. Greedy, SmolLM2-135M, random prompts, ``lora_B`` not zero.
-Nothing else may run meanwhile.
+With
+``--adapters``, rows take turns among as many adapters (``adapter_names``). Nothing else may run meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -35,6 +37,7 @@ def main() -> None:
     p.add_argument("--prompt", type=int, default=512)
     p.add_argument("--new", type=int, default=64)
     p.add_argument("--rank", type=int, default=16)
+    p.add_argument("--adapters", type=int, default=0, help="rows choose among so many")
     p.add_argument("--json", help="also write the figures to this file")
     p.add_argument("--worker", choices=list(STACKS), help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -54,7 +57,14 @@ def drive(args: argparse.Namespace) -> None:
     workers = {}
     for stack, name in STACKS.items():
         print(f"starting {name}", flush=True)
-        flags = ("--prompt", str(args.prompt), "--new", str(args.new))
+        flags = (
+            "--prompt",
+            str(args.prompt),
+            "--new",
+            str(args.new),
+            "--adapters",
+            str(args.adapters),
+        )
         workers[stack] = Worker(stack, args, __file__, *flags)
     figures: dict[str, Any] = {}
     for batch in args.batches:
@@ -111,6 +121,8 @@ def work(args: argparse.Namespace) -> None:
         args.worker = str(step.fastest_dtype()).replace("bfloat16", "bf16")
         model, _ = step.reference(args)
         model.config.use_cache = True
+    for number in range(args.adapters):
+        model.add_adapter(f"adapter_{number}", copy.deepcopy(model.peft_config["default"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
@@ -119,21 +131,28 @@ def work(args: argparse.Namespace) -> None:
     for line in sys.stdin:
         ids = torch.randint(5, 40000, (int(line), args.prompt))
         before = time.perf_counter()
-        generate(model, ids, 2)
+        names = [f"adapter_{row % args.adapters}" for row in range(len(ids)) if args.adapters]
+        settings = {"adapter_names": names} if names else {}
+        generate(model, ids, 2, settings)
         call = time.perf_counter() - before
         start = time.perf_counter()
-        generate(model, ids, 1)
+        generate(model, ids, 1, settings)
         middle = time.perf_counter()
-        generate(model, ids, args.new + 1)
+        generate(model, ids, args.new + 1, settings)
         prefill, whole = middle - start, time.perf_counter() - middle
         decode = args.new * len(ids) / (whole - prefill)
         print(json.dumps({"call": call, "prefill": prefill, "decode": decode}), flush=True)
 
 
-def generate(model: Any, ids: Any, new: int) -> None:
+def generate(model: Any, ids: Any, new: int, settings: dict[str, Any]) -> None:
     import torch
 
-    settings = {"use_cache": True, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings = settings | {
+        "use_cache": True,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     mask = torch.ones_like(ids)
     model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, **settings

@@ -57,7 +57,7 @@ class QLoRAModel(StorePeftModel):
         programs = Programs(base, request.backend, request.memory_budget, request.cuda_graphs)
         programs.add(prepared.call.signature(training=True), prepared.capture, prepared.result)
         self.adapter_graphs = AdapterGraphs(self.named_adapters, programs)
-        self._slots_of_rows: list[int] | None = None
+        self._slots_of_rows: torch.Tensor | None = None
         self._compute = prepared.compute
         self._budget_before: tuple[int | float | None] | None = None
         self.trainer: object | None = None
@@ -124,7 +124,7 @@ class QLoRAModel(StorePeftModel):
             programs.take_no_rings(error)
             return output
 
-    def _slots(self, names: Sequence[str] | None) -> list[int] | None:
+    def _slots(self, names: Sequence[str] | None) -> torch.Tensor | None:
         """The slots of a call's rows; None where all have the active adapter, or adapters are disabled."""
         if self._slots_of_rows is not None or names is None or self._adapters_disabled:
             return self._slots_of_rows
@@ -137,14 +137,14 @@ class QLoRAModel(StorePeftModel):
         programs: Programs,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        slots: list[int] | None,
+        slots: torch.Tensor | None,
         buffers: Buffers | None,
     ) -> Call:
         skeleton = programs.base.skeleton
         call = skeleton.bind(args, kwargs, buffers)
         if slots is not None:
             repeated = self._slots_of_rows is not None
-            tell_slots(call.values, slots, skeleton.device, repeated=repeated)
+            tell_slots(call.values, slots, repeated=repeated)
         return call
 
     def _run_call(self, programs: Programs, call: Call, compiled: bool) -> Any:

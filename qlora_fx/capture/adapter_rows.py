@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -19,26 +19,23 @@ def rows_of(values: Mapping[str, Any]) -> int | torch.SymInt:
     return (next(iter(tensors.values())) if main is None else main).shape[0]
 
 
-def tell_slots(
-    values: MutableMapping[str, Any], slots: Sequence[int], device: torch.device, *, repeated: bool
-) -> None:
+def tell_slots(values: MutableMapping[str, Any], slots: torch.Tensor, *, repeated: bool) -> None:
     """Put each row's slot among a call's arguments.
 
     Args:
-        slots: one for each row.
+        slots: int64 ``[rows]``.
         repeated: whether there may be several rows for each, one after another: beams.
 
     Raises:
         InputError: there are more slots than rows, or fewer.
     """
     rows = int(rows_of(values))
-    times, rest = divmod(rows, len(slots)) if slots else (0, rows)
+    times, rest = divmod(rows, len(slots)) if len(slots) else (0, rows)
     if rest or times < 1 or (times > 1 and not repeated):
         raise InputError(
             f"adapter_names has {len(slots)} names for {rows} rows; accepted: one for each row"
         )
-    each = torch.tensor(slots, device=device)
-    values[SLOT_OF_ROW] = each.repeat_interleave(times) if times > 1 else each
+    values[SLOT_OF_ROW] = slots.repeat_interleave(times) if times > 1 else slots
 
 
 def take_slots(arguments: dict[str, Any]) -> None:

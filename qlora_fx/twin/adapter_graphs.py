@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
+import torch
+
 from ..compiler.programs import Programs
 from ..weights.base import Base
 from .adapter_rows import AdapterRows
@@ -51,7 +53,7 @@ class AdapterGraphs:
         active, shapes = self.adapters.active, self.adapters.shapes
         return active if shapes[active] == shapes[name] else name
 
-    def rows(self, names: Sequence[str]) -> list[int]:
+    def rows(self, names: Sequence[str]) -> torch.Tensor:
         """Get ready for a batch whose rows have these adapters; the slot of each. See ``AdapterRows.take``."""
         if self._rows is None:
             self._rows = AdapterRows(self.adapters)

@@ -36,11 +36,11 @@ class AdapterRows:
         self.adapters = adapters
         self.base = self._base(2)
 
-    def take(self, names: Sequence[str]) -> list[int]:
+    def take(self, names: Sequence[str]) -> torch.Tensor:
         """Put the adapters of these names into slots.
 
         Returns:
-            The slot of each.
+            The slot of each, int64 ``[names]``, on the model's device.
 
         Raises:
             InputError: there is no such adapter.
@@ -69,7 +69,8 @@ class AdapterRows:
             self.base = self._base(slots)
         for slot, name in enumerate(distinct, 1):
             self._write(slot, name)
-        return [0 if n == BASE else 1 + distinct.index(n) for n in names]
+        found = [0 if n == BASE else 1 + distinct.index(n) for n in names]
+        return torch.tensor(found, dtype=torch.int64, device=self.base.device)
 
     def _verdicts(self) -> dict[str, Verdict]:
         """Of each site the largest rank that an adapter has there."""
