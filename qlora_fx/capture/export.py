@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..errors import CaptureError
@@ -29,18 +29,20 @@ def export(model: Any, examples: dict[str, Any], dims: dict[str, Any]) -> Export
         model: a copy that is only traced: its forward is replaced.
         dims: which sizes are free, by argument.
     """
-    take_exactly(model, list(examples))
+    take_exactly(model, list(examples), dims)
     return torch.export.export(model, (), examples, dynamic_shapes=dims, strict=False)
 
 
-def take_exactly(model: Any, names: list[str]) -> None:
+def take_exactly(model: Any, names: list[str], dims: Mapping[str, Any]) -> None:
     """Give the copy that is traced a forward of just these arguments.
 
-    torch.export 2.13 mistakes the place of arguments that go into the model's ``**kwargs``.
+    torch.export 2.13 mistakes the place of arguments that go into the model's ``**kwargs``. What ``dims`` calls one size is one
+    from the first operation on: otherwise a block would find out, and the next would see other sizes (repeats.py).
     """
     original = model.forward
 
     def forward(**kwargs: Any) -> Any:
+        tie(kwargs, dims)
         take_slots(kwargs)
         arguments = with_traced_cache(with_encoder_output(kwargs), is_encoder_decoder(model))
         return with_tensors(arguments, original(**arguments))
@@ -48,6 +50,16 @@ def take_exactly(model: Any, names: list[str]) -> None:
     parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     model.forward = forward
+
+
+def tie(arguments: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
+    """Let sizes that are one dimension be one symbol."""
+    first: dict[int, Any] = {}
+    for name, spec in dims.items():
+        for i, dim in spec.items() if isinstance(spec, dict) else ():
+            if isinstance(dim, Dim):
+                size = arguments[name].shape[i]
+                torch._check(size == first.setdefault(id(dim), size))  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

@@ -21,17 +21,19 @@ from ..errors import CaptureError
 from ..runtime.recurrence import LIKE, as_operator
 from ..transformers_internals import broadcast_indices, export_patches, masks_expanded_by
 from .pictures import any_number_of_pictures
+from .repeats import walked_once
 
 Patches = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
 
 
 def ways() -> Iterator[Patches]:
-    """What a capture is tried with, in order: the model as it is, then ``hard_models``.
+    """What a capture is tried with, in order: the model as it is, its blocks walked once or all of them; then ``hard_models``.
 
     Raises:
         ImportError: transformers' patches are not where they were. Between two tries, whose errors are collected,
             it is not taken for an error of the model.
     """
+    yield walked_once
     yield nothing
     yield functools.partial(hard_models, export_patches())
 

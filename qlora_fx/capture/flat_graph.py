@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from ..passes.graph.nodes import aten, identifier
+from .repeats import AGAIN, written_out
 
-PRODUCES_GRADIENT = frozenset({aten.linear.default, aten.addmm.default, aten.matmul.default})
+PRODUCES_GRADIENT = frozenset({aten.linear.default, aten.addmm.default, aten.matmul.default, AGAIN})
 
 
 class Flattener:
@@ -21,6 +22,7 @@ class Flattener:
         names: argument name by placeholder name.
         dtypes: dtype in which each key is stored.
         parameters: keys of parameters; other keys are buffers and constants.
+        keys: store key of each parameter and buffer, by name.
     """
 
     def __init__(
@@ -29,8 +31,9 @@ class Flattener:
         names: dict[str, str],
         dtypes: Mapping[str, torch.dtype],
         parameters: Collection[str],
+        keys: Mapping[str, str],
     ) -> None:
-        self.parameters = parameters
+        self.parameters, self.keys = parameters, keys
         self.stored, self.names, self.dtypes = stored, names, dtypes
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
@@ -39,11 +42,13 @@ class Flattener:
     def run(self, exported: fx.GraphModule) -> fx.Graph:
         nodes = list(exported.graph.nodes)
         inputs = [n for n in nodes if n.op == "placeholder"]
+        self.repeated = tuple(f"{n.args[4]}." for n in nodes if n.target is AGAIN)
         for node in sorted(inputs, key=lambda n: n.name not in self.stored):
             self.placeholder(node)
         self.inline(exported)
         output = self.env[next(n for n in nodes if n.op == "output")]
         self.graph.output(tuple(output))
+        written_out(self.graph, self.keys)
         self.graph.lint()
         return self.graph
 
@@ -53,7 +58,7 @@ class Flattener:
             self.env[node] = val  # None, a flag or a number: already acted on while tracing
             return
         key = self.stored.get(node.name)
-        if node.name not in self.names and not node.users:
+        if node.name not in self.names and not node.users and not self.is_repeated(key):
             return
         name = key if key is not None else self.names[node.name]
         new = self.graph.create_node("placeholder", identifier(name), name=identifier(name))
@@ -67,6 +72,10 @@ class Flattener:
             if val.is_floating_point():
                 self.tainted.add(new)
         self.env[node] = new
+
+    def is_repeated(self, key: str | None) -> bool:
+        """Whether a block reads it that is written out later (repeats.py)."""
+        return key is not None and key.startswith(self.repeated)
 
     def inline(self, gm: fx.GraphModule) -> None:
         for node in gm.graph.nodes:

@@ -201,15 +201,13 @@ class Skeleton:
             for free in (shared_dims, automatic_dims):
                 dims = of_fixed_pictures(free) if fixed else free
                 try:
-                    program = self.export(inputs, training, dtype, dims, patches)
+                    return self.finish(self.export(inputs, training, dtype, dims, patches))
                 except CaptureError:
                     raise  # a refusal of ours: no other way would be right
                 except Exception as error:
                     errors.append(error)
                     if not is_about_dims(error):
                         break
-                else:
-                    return self.finish(program)
         # The first error is about the model as it is; the last may be about a patch.
         raise capture_error(self.model, errors[0], inputs) from errors[0]
 
@@ -265,7 +263,9 @@ class Skeleton:
                 constants[key] = value
             elif item.kind is InputKind.USER_INPUT:
                 names[item.arg.name] = next(user)
-        graph = Flattener(stored, names, self.dtypes, self.parameters).run(program.graph_module)
+        graph = Flattener(stored, names, self.dtypes, self.parameters, self.keys).run(
+            program.graph_module
+        )
         for node in graph.find_nodes(op="placeholder"):
             if is_past(node.meta.get("input", "")):
                 node.meta["past"] = True
