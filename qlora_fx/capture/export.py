@@ -37,7 +37,7 @@ def take_exactly(model: Any, names: list[str], dims: Mapping[str, Any]) -> None:
     """Give the copy that is traced a forward of just these arguments.
 
     torch.export 2.13 mistakes the place of arguments that go into the model's ``**kwargs``. What ``dims`` calls one size is one
-    from the first operation on: otherwise a block would find out, and the next would see other sizes (repeats.py).
+    from the first operation on: otherwise a block would find out, and the next would see other sizes (repeated_blocks.py).
     """
     original = model.forward
 

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from ..passes.graph.nodes import aten, identifier
-from .repeats import AGAIN, written_out
+from .repeated_blocks import AGAIN
+from .written_out import written_out
 
 PRODUCES_GRADIENT = frozenset({aten.linear.default, aten.addmm.default, aten.matmul.default, AGAIN})
 
@@ -74,7 +75,7 @@ class Flattener:
         self.env[node] = new
 
     def is_repeated(self, key: str | None) -> bool:
-        """Whether a block reads it that is written out later (repeats.py)."""
+        """Whether a block reads it that is written out later (written_out.py)."""
         return key is not None and key.startswith(self.repeated)
 
     def inline(self, gm: fx.GraphModule) -> None:

@@ -1,0 +1,178 @@
+"""A flat graph in which blocks that were not walked are written out. Note [Walking one block of many]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from ..passes.graph.nodes import identifier
+from .repeated_blocks import AGAIN, BEGINS, ENDS
+
+
+class NotAlone(Exception):
+    """The first block of a kind reads or writes what is not its own, so that it cannot stand for others."""
+
+
+def written_out(graph: fx.Graph, keys: Mapping[str, str]) -> None:
+    """Put what the first block of each kind did in the place of each node that stands for it, and take out the marks.
+
+    Args:
+        graph: flat, with a placeholder for each weight of blocks that were not walked.
+        keys: store key of each parameter and buffer, by name.
+
+    Raises:
+        NotAlone: nodes stand for a block that cannot stand for others.
+    """
+    begins = {n.args[1]: n for n in graph.find_nodes(op="call_function", target=BEGINS)}
+    recordings: dict[Any, Recording] = {}
+    for node in graph.find_nodes(op="call_function", target=ENDS):
+        number = node.args[2]
+        recordings[number] = Recording(graph, begins[number], node, keys)
+    for node in graph.find_nodes(op="call_function", target=AGAIN):
+        recordings[node.args[3]].play(node)
+    for recording in recordings.values():
+        recording.take_out()
+    for node in graph.find_nodes(op="placeholder"):
+        if "stored" in node.meta and not node.users:
+            graph.erase_node(node)
+
+
+class Recording:
+    """What the first block of a kind did: the nodes between its marks.
+
+    Args:
+        begins, ends: the marks.
+        keys: store key of each parameter and buffer, by name.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, begins: fx.Node, ends: fx.Node, keys: Mapping[str, str]
+    ) -> None:
+        self.graph, self.begins, self.ends, self.keys = graph, begins, ends, keys
+        self.path = str(begins.args[2])
+        self.inputs: Any = begins.args[0]
+        self.outputs: Any = ends.args[0]
+        self.nodes: list[fx.Node] = []
+        self.names: dict[str, str] | None = None
+        node = begins.next
+        while node is not ends:
+            self.nodes.append(node)
+            node = node.next
+
+    def prepare(self) -> dict[str, str]:
+        """Names of the block's weights behind its path, by store key.
+
+        Raises:
+            NotAlone: another block would not do the same.
+        """
+        inside = set(self.nodes)
+        own = inside.union(self.inputs)
+        known = set().union(*(free_unbacked_symbols(n.meta["val"]) for n in self.inputs))
+        for node in self.nodes:
+            schema = getattr(node.target, "_schema", None)
+            if schema is not None and schema.is_mutable and viewed(node.args[0]) not in inside:
+                raise NotAlone(f"{node.name} writes to what is not the block's own")
+            if not free_unbacked_symbols(node.meta["val"]) <= known:
+                raise NotAlone(f"{node.name} has sizes that depend on data")
+            for read in node.all_input_nodes:
+                if read not in own and not is_number(read) and depends_on_weights(read):
+                    raise NotAlone(f"{node.name} reads {read.name}, which is not the block's own")
+        prefix = f"{self.path}."
+        return {
+            k: name.removeprefix(prefix) for name, k in self.keys.items() if name.startswith(prefix)
+        }
+
+    def play(self, again: fx.Node) -> None:
+        """The nodes once more, for the block that a node stands for."""
+        if self.names is None:
+            self.names = self.prepare()
+        inputs: Any = again.args[0]
+        rename = Renamed(self.path, str(again.args[4]))
+        env: dict[fx.Node, fx.Node] = dict(zip(self.inputs, inputs, strict=True))
+        stored = self.stored
+
+        def of(node: fx.Node) -> fx.Node:
+            if node in env:
+                return env[node]
+            assert self.names is not None
+            name = self.names.get(node.meta.get("stored", ""))
+            return node if name is None else stored[self.keys[f"{rename.new}.{name}"]]
+
+        with self.graph.inserting_before(again):
+            for node in self.nodes:
+                if is_number(node):
+                    continue  # sizes are those of all blocks of the kind
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), of)
+                name = rename.name(node.name)
+                env[node] = self.graph.create_node(node.op, node.target, args, kwargs, name=name)
+                env[node].meta = rename.meta(node.meta)
+        for item in list(again.users):
+            item.replace_all_uses_with(of(self.outputs[item.args[1]]))
+            self.graph.erase_node(item)
+        self.graph.erase_node(again)
+
+    @property
+    def stored(self) -> dict[str, fx.Node]:
+        inputs = self.graph.find_nodes(op="placeholder")
+        return {n.meta["stored"]: n for n in inputs if "stored" in n.meta}
+
+    def take_out(self) -> None:
+        self.graph.erase_node(self.ends)
+        self.graph.erase_node(self.begins)
+
+
+class Renamed:
+    """Names and paths of one block as those of another one."""
+
+    def __init__(self, old: str, new: str) -> None:
+        self.old, self.new = old, new
+
+    def name(self, name: str) -> str:
+        old = identifier(self.old)
+        return identifier(self.new) + name.removeprefix(old) if is_in(name, old, "_") else name
+
+    def at(self, path: str) -> str:
+        return self.new + path.removeprefix(self.old) if is_in(path, self.old, ".") else path
+
+    def meta(self, meta: Mapping[str, Any]) -> dict[str, Any]:
+        modules = {
+            key.replace(path, self.at(path)): (self.at(path), *others)
+            for key, (path, *others) in (meta.get("nn_module_stack") or {}).items()
+        }
+        new = dict(meta) | {"module": self.at(meta["module"])}
+        return new | {"nn_module_stack": modules} if modules else new
+
+
+def is_in(name: str, of: str, separator: str) -> bool:
+    return name == of or name.startswith(f"{of}{separator}")
+
+
+def is_number(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def viewed(node: Any) -> Any:
+    """What a view is of."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.returns or schema.returns[0].alias_info is None:
+            break
+        node = node.args[0]
+    return node
+
+
+def depends_on_weights(node: fx.Node) -> bool:
+    """Whether a value outside of a block is computed from parameters. A parameter that is read as it is belongs to all blocks."""
+    todo, seen = [node], {node}
+    while todo:
+        for read in todo.pop().all_input_nodes:
+            if read.op == "placeholder" and read.meta.get("parameter"):
+                return True
+            if read not in seen:
+                seen.add(read)
+                todo.append(read)
+    return False
