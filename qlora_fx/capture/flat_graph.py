@@ -39,6 +39,7 @@ class Flattener:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
         self.tainted: set[fx.Node] = set()
+        self.placed: set[str] = set()
 
     def run(self, exported: fx.GraphModule) -> fx.Graph:
         nodes = list(exported.graph.nodes)
@@ -65,6 +66,7 @@ class Flattener:
         new = self.graph.create_node("placeholder", identifier(name), name=identifier(name))
         new.meta["val"] = val
         if key is not None:
+            self.placed.add(key)
             new.meta["stored"] = key
             new.meta["stored_dtype"] = self.dtypes.get(key, val.dtype)
             new.meta["parameter"] = key in self.parameters
@@ -75,8 +77,8 @@ class Flattener:
         self.env[node] = new
 
     def is_repeated(self, key: str | None) -> bool:
-        """Whether a block reads it that is written out later (written_out.py)."""
-        return key is not None and key.startswith(self.repeated)
+        """Whether a block reads it that is written out later (written_out.py), and there is no placeholder of it yet."""
+        return key is not None and key.startswith(self.repeated) and key not in self.placed
 
     def inline(self, gm: fx.GraphModule) -> None:
         for node in gm.graph.nodes:

@@ -13,7 +13,8 @@ A block is like another if it would have done the same:
 - it is called with tensors of the same sizes, strides and dtypes, and with the same of everything else;
 - the first one changed no attribute, wrote to nothing but what it had made and its own layer of the cache, and read nothing
   but its arguments, its own weights, and what depends on no weights (masks, tables of positions).
-Whatever is not known to be so is walked. That the graphs are equal is a test for every type of model (tests/test_families.py).
+Whatever is not known to be so is walked. What would go unnoticed is Python that keeps count somewhere else, in a global that each block
+changes. That the graphs are equal is a test for every type of model (tests/qlora_fx/test_repeated_blocks.py).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from transformers import Cache, DynamicCache
 from .cache_layers import TracedLayer
 from .like_blocks import State, description, holding, is_constant, is_like, own_places
 
-library = torch.library.Library("qlora_fx", "FRAGMENT")
+library: Any = torch.library.Library("qlora_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
 library.define("block_begins(Tensor[] inputs, int kind, str path) -> Tensor")
 library.define("block_ends(Tensor[] outputs, Tensor begins, int kind) -> Tensor")
 library.define(

@@ -46,6 +46,7 @@ from .flat_graph import Flattener
 from .known_arguments import KnownArguments
 from .pictures import PictureCounts
 from .positions import check_positions, longest_rows
+from .repeated_blocks import walked_once
 
 
 @dataclass
@@ -205,10 +206,11 @@ class Skeleton:
                 except CaptureError:
                     raise  # a refusal of ours: no other way would be right
                 except Exception as error:
-                    errors.append(error)
+                    if patches is not walked_once:
+                        errors.append(error)
                     if not is_about_dims(error):
                         break
-        # The first error is about the model as it is; the last may be about a patch.
+        # The first error is about the model as it is; the last may be about a patch. Blocks that could not stand for others are none.
         raise capture_error(self.model, errors[0], inputs) from errors[0]
 
     def export(

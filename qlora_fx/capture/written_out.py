@@ -54,14 +54,21 @@ class Recording:
     ) -> None:
         self.graph, self.begins, self.ends, self.keys = graph, begins, ends, keys
         self.path = str(begins.args[2])
-        self.inputs: Any = begins.args[0]
-        self.outputs: Any = ends.args[0]
         self.nodes: list[fx.Node] = []
         self.names: dict[str, str] | None = None
         node = begins.next
         while node is not ends:
             self.nodes.append(node)
             node = node.next
+
+    @property
+    def inputs(self) -> Any:
+        """What the block read; nodes that stood for other blocks are theirs by the time it is played."""
+        return self.begins.args[0]
+
+    @property
+    def outputs(self) -> Any:
+        return self.ends.args[0]
 
     def prepare(self) -> dict[str, str]:
         """Names of the block's weights behind its path, by store key.
