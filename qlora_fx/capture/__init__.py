@@ -12,5 +12,8 @@ example_inputs   a call where the user gives none
 dynamic_shapes   which sizes are free
 export           one call of torch.export
 export_patches   ways past what torch.export cannot follow
+repeated_blocks  of blocks that repeat one is walked
+like_blocks      which are alike
 flat_graph       from the exported program to our graph
+written_out      the blocks that were not walked
 """
