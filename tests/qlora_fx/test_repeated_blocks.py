@@ -218,6 +218,22 @@ class Listing(Block):
         return super().forward(x)
 
 
+ACCOUNT = {"calls": 0}
+
+
+class Sharing(Block):
+    """All hold one object, and each changes it."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__(place)
+        self.account = ACCOUNT
+        ACCOUNT["calls"] = 0
+
+    def forward(self, x: torch.Tensor, **_: Any) -> Any:
+        self.account["calls"] += 1
+        return super().forward(x) * self.account["calls"]
+
+
 class Noting(Block):
     def forward(self, x: torch.Tensor, notes: Any = None, **_: Any) -> Any:
         notes["calls"] = notes.get("calls", 0) + 1
@@ -243,6 +259,7 @@ class Tied(Block):
         (OwnScale, {}, 4),
         (Remembering, {}, 4),
         (Listing, {}, 4),
+        (Sharing, {}, 4),
         (Noting, {"notes": {}}, 4),
         (Noting, {"notes": {"calls": 3}}, 4),
         (Tied, {}, 2),
@@ -382,7 +399,7 @@ OTHER_NODES = {
 @pytest.mark.parametrize(
     "family",
     only_slow_but(
-        [f for f in FAMILIES if f.model_type == "mixtral"],
+        [f for f in FAMILIES if f.model_type in ("mixtral", "openai-gpt")],
         [f for f in FAMILIES if f.model_type not in {*OTHER_NODES, *REFUSED}],
     ),
     ids=lambda f: f.model_type,
