@@ -24,11 +24,11 @@ import qlora_fx
 import torch
 from families import Family, build
 from families.exceptions import ROUNDING
+from oracle import with_stored_values
 from peft import PeftModel
 from qlora_fx.capture.arguments import is_encoder_decoder
 from qlora_fx.capture.cache import caches
 from qlora_fx.testing import compare, randomize_adapter, relative_error
-from qlora_fx.testing.reference import dense_weights
 from qlora_fx.testing.step import leaves
 
 STEPS = (
@@ -238,11 +238,8 @@ def grown(given: dict[str, Any], decoder: str, ids: torch.Tensor) -> dict[str, A
 
 def in_peft(model: Any, qmodel: Any, batch: Any, folder: Path) -> None:
     """PEFT's own model over the same weights, with the folder we saved, gives the same outputs."""
-    base = copy.deepcopy(model)
-    tensors = dict(base.named_parameters(remove_duplicate=False))
+    base = with_stored_values(model, qmodel)
     with torch.no_grad():
-        for name, weight in dense_weights(model, qmodel.base).items():
-            tensors[name].copy_(weight)
         # A batch norm's running statistics moved in training, as they do in PEFT, whose folder has them neither.
         moved = dict(qmodel.get_base_model().named_buffers())
         for name, buffer in base.named_buffers():

@@ -12,10 +12,20 @@ import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
 from qlora_fx.testing.check import Float64, relative_error
+from qlora_fx.testing.reference import dense_weights
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Float64", "ours", "random_adapter", "reference", "relative_error", "step", "truth"]
+__all__ = [
+    "Float64",
+    "ours",
+    "random_adapter",
+    "reference",
+    "relative_error",
+    "step",
+    "truth",
+    "with_stored_values",
+]
 
 KEEP = ("lm_head",)
 
@@ -26,6 +36,16 @@ def linears(model: nn.Module, keep: tuple[str, ...] = KEEP) -> dict[str, nn.Modu
         for n, m in model.named_modules()
         if isinstance(m, (nn.Linear, Conv1D)) and n.rsplit(".", 1)[-1] not in keep
     }
+
+
+def with_stored_values(model: Any, qmodel: Any) -> Any:
+    """A copy of a dense model with the values that the storage of ``qmodel`` stands for."""
+    model = copy.deepcopy(model)
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, weight in dense_weights(model, qmodel.base).items():
+            tensors[name].copy_(weight)
+    return model
 
 
 def random_adapter(

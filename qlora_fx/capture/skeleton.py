@@ -7,6 +7,7 @@ The graph that leaves this stage holds no tensor: parameters, buffers and consta
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -47,6 +48,7 @@ from .known_arguments import KnownArguments
 from .pictures import PictureCounts
 from .positions import check_positions, longest_rows
 from .repeated_blocks import walked_once
+from .written_out import NotAlone
 
 
 @dataclass
@@ -202,7 +204,7 @@ class Skeleton:
             for free in (shared_dims, automatic_dims):
                 dims = of_fixed_pictures(free) if fixed else free
                 try:
-                    return self.finish(self.export(inputs, training, dtype, dims, patches))
+                    program = self.export(inputs, training, dtype, dims, patches)
                 except CaptureError:
                     raise  # a refusal of ours: no other way would be right
                 except Exception as error:
@@ -210,7 +212,11 @@ class Skeleton:
                         errors.append(error)
                     if not is_about_dims(error):
                         break
-        # The first error is about the model as it is; the last may be about a patch. Blocks that could not stand for others are none.
+                else:
+                    with contextlib.suppress(NotAlone):  # then all blocks are walked
+                        return self.finish(program)
+                    break
+        # The first error is about the model as it is; the last may be about a patch.
         raise capture_error(self.model, errors[0], inputs) from errors[0]
 
     def export(

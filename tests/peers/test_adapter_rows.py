@@ -13,11 +13,11 @@ from qlora_fx import ConfigError, InputError
 from conftest import batch, excerpt, only_slow_but, tiny_llama
 from expecttest import assert_expected_inline
 from families import FAMILIES, build
+from oracle import with_stored_values
 from peft import LoraConfig, PeftModel
 from qlora_fx.capture.cache import START
 from qlora_fx.capture.cache_layers import Buffers
 from qlora_fx.testing import randomize_adapter
-from qlora_fx.testing.reference import dense_weights
 
 ALL = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 WIDE = LoraConfig(r=6, lora_alpha=3, use_rslora=True, target_modules="all-linear")
@@ -41,12 +41,7 @@ def made(model: Any, few: list[str], backend: str = "eager", first: LoraConfig =
 def in_peft(model: Any, qmodel: Any, folder: Path) -> Any:
     """PEFT's model over the values that our 4 bits stand for, with our saved adapters."""
     qmodel.save_pretrained(folder)
-    base = copy.deepcopy(model)
-    tensors = dict(base.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, weight in dense_weights(model, qmodel.base).items():
-            tensors[name].copy_(weight)
-    theirs = PeftModel.from_pretrained(base, folder)
+    theirs = PeftModel.from_pretrained(with_stored_values(model, qmodel), folder)
     for name in ("wide", "few"):
         theirs.load_adapter(folder / name, name)
     return theirs.eval()

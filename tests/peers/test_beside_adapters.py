@@ -11,10 +11,10 @@ import qlora_fx
 import pytest
 import torch
 from conftest import batch, peer_llama
+from oracle import with_stored_values
 from peft import LoraConfig, PeftModel, get_peft_model
 from qlora_fx.errors import ConfigError
 from qlora_fx.testing import compare, randomize_adapter, relative_error
-from qlora_fx.testing.reference import dense_weights
 from safetensors.torch import load_file
 from torch import nn
 
@@ -43,11 +43,7 @@ def transformed(model: nn.Module, lora: LoraConfig, **options: Any) -> qlora_fx.
 
 def in_peft(model: nn.Module, qmodel: qlora_fx.QLoRAModel, folder: Path) -> Any:
     """PEFT's model over the same base, with the saved folder."""
-    base = copy.deepcopy(model)
-    tensors = dict(base.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, weight in dense_weights(model, qmodel.base).items():
-            tensors[name].copy_(weight)
+    base = with_stored_values(model, qmodel)
     return PeftModel.from_pretrained(base, folder, is_trainable=True).train()
 
 

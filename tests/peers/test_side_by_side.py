@@ -12,9 +12,9 @@ import torch
 from qlora_fx import AdapterError, ConfigError
 from conftest import batch, only_slow_but, tiny_llama
 from families import FAMILIES, build
+from oracle import with_stored_values
 from peft import LoraConfig, PeftModel
 from qlora_fx.testing import compare, randomize_adapter
-from qlora_fx.testing.reference import dense_weights
 
 ALL = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 FEW = {
@@ -161,12 +161,8 @@ def test_folders_go_to_peft_and_come_back(tmp_path: Path) -> None:
     values = batch(padded=0)
     del values["labels"]
     theirs_of: dict[str, Any] = {}
-    base = copy.deepcopy(model)
-    tensors = dict(base.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name, weight in dense_weights(model, qmodel.base).items():
-            tensors[name].copy_(weight)
-        theirs = PeftModel.from_pretrained(base, tmp_path)
+        theirs = PeftModel.from_pretrained(with_stored_values(model, qmodel), tmp_path)
         theirs.load_adapter(tmp_path / "few", "few")
         for name in ("default", "few"):
             theirs.set_adapter(name)
