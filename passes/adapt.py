@@ -44,8 +44,9 @@ def adapt(gm: fx.GraphModule, *, config: Config) -> PassResult:
     """
     todo = [n for n in sites(gm.graph) if n.meta["site"].adapt and not has_branch(n)]
     inputs = StoredInputs(gm.graph)
+    slots = slot_of_row(gm.graph) if config.slots else None
     for node in todo:
-        add_branch(gm.graph, node, inputs, config)
+        add_branch(gm.graph, node, inputs, config, slots)
     return PassResult(gm, bool(todo))
 
 
@@ -68,7 +69,13 @@ def result_of(linear: fx.Node) -> fx.Node:
     return linear
 
 
-def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: Config) -> None:
+def add_branch(
+    graph: fx.Graph,
+    linear: fx.Node,
+    inputs: StoredInputs,
+    config: Config,
+    slots: fx.Node | None,
+) -> None:
     site: Site = linear.meta["site"]
     view = linear.meta.get("weight_read") or weight_view(linear.args[1])
     assert view is not None
@@ -77,8 +84,7 @@ def add_branch(graph: fx.Graph, linear: fx.Node, inputs: StoredInputs, config: C
     if "input_of" in x.meta:  # the branch takes the input as the model computed it, uncast
         x = x.args[0]
     dropout = site.dropout if config.training else 0.0
-    rows = slot_of_row(graph) if config.slots else None
-    product = Product(linear, site, view, x, result, ends_of(linear), dropout, rows)
+    product = Product(linear, site, view, x, result, ends_of(linear), dropout, slots)
     adapter, device = adapter_of(config.lora, config.slots), linear.meta["val"].device
     held: dict[str, fx.Node] = {}
     for role, tensor in adapter.tensors(site).items():

@@ -126,8 +126,12 @@ class QLoRAModel(StorePeftModel):
 
     def _slots(self, names: Sequence[str] | None) -> torch.Tensor | None:
         """The slots of a call's rows; None where all have the active adapter, or adapters are disabled."""
-        if self._slots_of_rows is not None or names is None or self._adapters_disabled:
+        if self._adapters_disabled:
+            return None
+        if names is None:
             return self._slots_of_rows
+        if self._slots_of_rows is not None:
+            raise InputError("adapter_names within a generate(adapter_names=...) that is running")
         if self.twin.training:
             raise InputError("adapter_names in train mode; accepted: in eval mode, model.eval()")
         return self.adapter_graphs.rows(names)
@@ -368,11 +372,11 @@ class QLoRAModel(StorePeftModel):
     @contextlib.contextmanager
     def _rows_with(self, names: Sequence[str] | None) -> Iterator[None]:
         """Calls whose rows have these adapters."""
-        self._slots_of_rows = self._slots(names)
+        before, self._slots_of_rows = self._slots_of_rows, self._slots(names)
         try:
             yield
         finally:
-            self._slots_of_rows = None
+            self._slots_of_rows = before
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -28,16 +28,20 @@ def written_out(graph: fx.Graph, keys: Mapping[str, str]) -> None:
         NotAlone: nodes stand for a block that cannot stand for others.
     """
     begins = {n.args[1]: n for n in graph.find_nodes(op="call_function", target=BEGINS)}
+    if not begins:
+        return
+    inputs = graph.find_nodes(op="placeholder")
+    stored = {n.meta["stored"]: n for n in inputs if "stored" in n.meta}
     recordings: dict[Any, Recording] = {}
     for node in graph.find_nodes(op="call_function", target=ENDS):
         number = node.args[2]
         recordings[number] = Recording(graph, begins[number], node, keys)
     for node in graph.find_nodes(op="call_function", target=AGAIN):
-        recordings[node.args[3]].play(node)
+        recordings[node.args[3]].play(node, stored)
     for recording in recordings.values():
         recording.take_out()
-    for node in graph.find_nodes(op="placeholder"):
-        if "stored" in node.meta and not node.users:
+    for node in stored.values():
+        if not node.users:
             graph.erase_node(node)
 
 
@@ -93,14 +97,17 @@ class Recording:
             k: name.removeprefix(prefix) for name, k in self.keys.items() if name.startswith(prefix)
         }
 
-    def play(self, again: fx.Node) -> None:
-        """The nodes once more, for the block that a node stands for."""
+    def play(self, again: fx.Node, stored: Mapping[str, fx.Node]) -> None:
+        """The nodes once more, for the block that a node stands for.
+
+        Args:
+            stored: the placeholder of each weight, by store key.
+        """
         if self.names is None:
             self.names = self.prepare()
         inputs: Any = again.args[0]
         rename = Renamed(self.path, str(again.args[4]))
         env: dict[fx.Node, fx.Node] = dict(zip(self.inputs, inputs, strict=True))
-        stored = self.stored
 
         def of(node: fx.Node) -> fx.Node:
             if node in env:
@@ -121,11 +128,6 @@ class Recording:
             item.replace_all_uses_with(of(self.outputs[item.args[1]]))
             self.graph.erase_node(item)
         self.graph.erase_node(again)
-
-    @property
-    def stored(self) -> dict[str, fx.Node]:
-        inputs = self.graph.find_nodes(op="placeholder")
-        return {n.meta["stored"]: n for n in inputs if "stored" in n.meta}
 
     def take_out(self) -> None:
         self.graph.erase_node(self.ends)

@@ -291,3 +291,21 @@ def test_in_bfloat16() -> None:
             qmodel.set_adapter(name)
             assert relative(mine[row], qmodel(**values).logits[row]) < 0.02
     assert mine.dtype == torch.bfloat16
+
+
+def test_a_call_within_generation_does_not_change_whose_tokens_they_are(llama: Any) -> None:
+    _, qmodel = llama
+    ids = batch(5, 7)["input_ids"]
+
+    def within(seen: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(InputError, match="adapter_names within a generate"):
+            qmodel(seen, adapter_names=["default"] * 5)
+        qmodel.generate(seen, max_new_tokens=1, do_sample=False)  # of the same rows
+        with qmodel.disable_adapter():
+            qmodel(seen)
+        return scores
+
+    asked = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "adapter_names": NAMES}
+    assert torch.equal(
+        qmodel.generate(ids, **asked, logits_processor=[within]), qmodel.generate(ids, **asked)
+    )
