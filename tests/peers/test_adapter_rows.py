@@ -52,7 +52,7 @@ def of_family(model_type: str) -> tuple[Any, dict[str, Any]]:
     return build(family).eval(), family.batch(5, 21)
 
 
-FEW = {"gpt2": ["c_attn"], "t5": ["q", "wo"], "vit": ["o_proj", "fc1"], "bert": ["query"]}
+FEW = {"gpt2": ["c_attn"], "t5": ["q", "wo"], "vit": ["o_proj", "fc1"], "bert": ["value", "dense"]}
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
