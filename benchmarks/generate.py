@@ -1,13 +1,14 @@
 """Generation beside PEFT + bitsandbytes: tokens per second, prefill, and the time that reading the bytes takes.
 
-    python benchmarks/generate.py [--rounds 3] [--batches 1 8] [--prompt 512] [--new 64] [--adapters 4] [--json figures.json]
+    python benchmarks/generate.py [--rounds 3] [--batches 1 8] [--prompt 512] [--new 64] [--adapters 4]
+        [--also-quantize head] [--json figures.json]
 
 Each stack lives in a process of its own; they take turns, round after round, and only one computes at any time. Prefill
 is the time of ``generate`` for one new token; decode is what each further one takes. The bound is the time to read once
 what one step of decode must read, at the speed at which this machine reads a large tensor: packed weights and their
 scales, the adapter, the head, and the cache of all rows. Greedy, SmolLM2-135M, random prompts, ``lora_B`` not zero.
-With
-``--adapters``, rows take turns among as many adapters (``adapter_names``). Nothing else may run meanwhile.
+With ``--adapters``, rows take turns among as many adapters (``adapter_names``); with ``--also-quantize head`` qlora_fx has
+the head in 4 bits, which the reference keeps dense. Nothing else may run meanwhile.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def main() -> None:
     p.add_argument("--new", type=int, default=64)
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--adapters", type=int, default=0, help="rows choose among so many")
+    p.add_argument("--also-quantize", nargs="*", default=[], help="head, embeddings")
     p.add_argument("--json", help="also write the figures to this file")
     p.add_argument("--worker", choices=list(STACKS), help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -64,6 +66,8 @@ def drive(args: argparse.Namespace) -> None:
             str(args.new),
             "--adapters",
             str(args.adapters),
+            "--also-quantize",
+            *args.also_quantize,
         )
         workers[stack] = Worker(stack, args, __file__, *flags)
     figures: dict[str, Any] = {}
@@ -116,7 +120,7 @@ def work(args: argparse.Namespace) -> None:
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     if args.worker == "qlora_fx":
-        model, _ = step.ours(args)
+        model, _ = step.ours(args, also_quantize=args.also_quantize)
     else:
         args.worker = str(step.fastest_dtype()).replace("bfloat16", "bf16")
         model, _ = step.reference(args)

@@ -5,7 +5,7 @@ select        a verdict for each; selection/ has places, targets, routers, and w
 thaw          dense tensors that train themselves
 quantize      selected weights from storage; schemes/ has the nodes of each scheme
 adapt         a branch at each adapted site; adapters/ has the nodes of each kind
-few_rows      products of a token that is generated, from storage without a dense weight
+few_rows      products of a token that is generated, with weights as they are stored
 siblings      one product where several adapters read one input
 attention     a kernel that skips what a causal mask hides
 convolutions  forms that compile once for every length

@@ -11,12 +11,12 @@ from torch.fx.passes.infra.pass_base import PassResult
 from ..config import Config
 from .adapters import ADAPTER_DTYPE, ROLES, SLOT_OF_ROW, Product, adapter_of
 from .graph.nodes import (
+    FEW_ROWS,
     GROUPED,
     Emitter,
     StoredInputs,
     arguments,
     fake_mode,
-    ops,
     placeholders,
     sites,
     weight_view,
@@ -56,7 +56,7 @@ def is_adapter_key(key: str) -> bool:
 
 
 def has_branch(linear: fx.Node) -> bool:
-    if linear.target is ops.linear_4bit.default and arguments(linear)["lora_a"] is not None:
+    if linear.target in FEW_ROWS and arguments(linear)["lora_a"] is not None:
         return True  # inside
     return any(user.meta.get("branch_of") is not None for user in result_of(linear).users)
 

@@ -9,14 +9,17 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..config import Config
+from ..runtime.few_rows import takes_dense
 from .graph.nodes import (
     Emitter,
     aten,
     fake_value,
     is_from_cache,
+    ops,
     placeholders,
     replace_other_uses,
     uncast,
+    verdict_of,
 )
 from .schemes import Storage
 
@@ -25,11 +28,12 @@ NO_BRANCH: Branch = (None, None, 0.0)
 
 
 def few_rows(gm: fx.GraphModule, *, config: Config) -> PassResult:
-    """A product with a weight from storage and its LoRA branch become one operator, in graphs that take a cache.
+    """A product with a weight and its LoRA branch become one operator, in graphs that take a cache.
 
-    Such a call has a row or a few for each sequence. The operator computes them without a dense weight; for many rows
-    it makes the weight dense, as the nodes that it replaces. Weights that are read transposed or in part, and branches
-    of other forms, stay as they are.
+    Such a call has a row or a few for each sequence. The operator computes them without a dense weight where the weight
+    is in storage; for many rows it makes the weight dense, as the nodes that it replaces. On a CPU products with dense
+    weights (the output head) become ``qlora_fx.linear_dense``, for few rows a kernel too. Weights that are read
+    transposed or in part, and branches of other forms, stay as they are.
 
     Before::
 
@@ -57,21 +61,33 @@ def few_rows(gm: fx.GraphModule, *, config: Config) -> PassResult:
 
 
 def rewrite(node: fx.Node) -> bool:
-    """Let a product read the storage that its weight is made from."""
+    """Let one operator read a weight as it is stored, and add the branch."""
     x, weight, *rest = node.args
-    made = weight.meta.get("storage") if isinstance(weight, fx.Node) else None
-    if not isinstance(made, Storage) or not isinstance(weight, fx.Node):
+    if not isinstance(weight, fx.Node):
         return False
-    shape = [int(n) for n in weight.meta["val"].shape]
+    made = weight.meta.get("storage")
     bias = rest[0] if rest else None
     adapted, branch = (None, NO_BRANCH) if branches_stay(node) else branch_of(node)
-    product = made.emission.product(x, made.parts, bias, branch, shape)
+    product = None
+    if isinstance(made, Storage):
+        shape = [int(n) for n in weight.meta["val"].shape]
+        product = made.emission.product(x, made.parts, bias, branch, shape)
+    elif is_dense_weight(node, weight):
+        product = ops.linear_dense.default, (x, weight, bias, *branch)
     if product is None:
         return False
     node.target, node.args = product
     if adapted is not None:
         adapted.replace_all_uses_with(node)
     return True
+
+
+def is_dense_weight(node: fx.Node, weight: fx.Node) -> bool:
+    """Whether a product is with a whole weight of the model's that the kernel for dense ones takes."""
+    if weight.op != "placeholder" or verdict_of(node) is None:
+        return False
+    val: torch.Tensor = weight.meta["val"]
+    return val.device.type == "cpu" and takes_dense(int(val.shape[1]), val.dtype)
 
 
 def branches_stay(node: fx.Node) -> bool:

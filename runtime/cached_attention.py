@@ -97,7 +97,7 @@ def by_kernel(
         return None
     if q.shape[3] % WIDTH or v.shape[3] % WIDTH:
         return None
-    functions = cpu_kernels.compiled("cached_attention.cpp")
+    functions = cpu_kernels.compiled("cached_attention.cpp", cpu_kernels.FUSED)
     if functions is None:
         return None
     batch, heads, tokens, size = q.shape

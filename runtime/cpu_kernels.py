@@ -12,6 +12,8 @@ from typing import Any
 
 from .torch_versions import with_vectors
 
+FUSED = ("-ffp-contract=fast",)
+"""Flags with which a product and a sum may be one instruction, as in PyTorch's own products."""
 DONE = 0
 """What every function returns; anything else: there was no memory for what it copies."""
 

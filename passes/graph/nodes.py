@@ -206,6 +206,8 @@ GROUPED = frozenset({ops.grouped_linear.default, ops.grouped_linear_4bit.default
 
 All have an argument ``ends``, where each group's rows end.
 """
+FEW_ROWS = frozenset({ops.linear_4bit.default, ops.linear_dense.default})
+"""What few_rows makes of products; a branch that they add is among their arguments."""
 CANONICAL = GROUPED | {aten.linear.default}
 """After normalize only these multiply by a weight."""
 

@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import fx
 
+from ...runtime import few_rows
 from ...runtime.loss import workspace
 from ...runtime.ops import form_groups, takes_groups
 from ..graph.nodes import args_of, arguments, ops
@@ -50,7 +51,7 @@ class Operator:
     Attributes:
         flops: multiplications and additions of a call.
         workspace: bytes that a call takes for itself while it runs.
-        without_grad: changes a call so that it forms no gradient of its own, where nobody will ask for it.
+        without_grad: changes a call where nobody will ask for gradients: so that it forms none of its own, or is a kernel's.
         waits: whether a call, or its backward, waits for the device, to know on the host what it has computed.
     """
 
@@ -135,6 +136,24 @@ def loss_without_grad(node: fx.Node) -> None:
     node.args = (*node.args[:-1], False)
 
 
+def by_cpu_kernel(node: fx.Node) -> None:
+    """Call the kernel for few rows past Python, if it reads these tensors as they are. Note [Products of few rows]."""
+    args = arguments(node)
+    x, *tensors = (args[name].meta["val"] for name in ("x", "bias") if args[name] is not None)
+    factors = (args[name].meta["val"] for name in ("lora_a", "lora_b") if args[name] is not None)
+    if x.device.type != "cpu" or x.dtype not in few_rows.DTYPES:
+        return
+    if any(t.dtype != x.dtype for t in tensors) or any(t.dtype != torch.float32 for t in factors):
+        return
+    if node.target is ops.linear_4bit.default:
+        name, taken = "linear_4bit", few_rows.takes_4bit(args["shape"][1], args["blocksize"])
+    else:
+        name, taken = "linear_dense", few_rows.takes_dense(int(x.shape[-1]), x.dtype)
+    kernels = few_rows.kernels() if taken else None
+    if kernels is not None:
+        node.target = getattr(kernels, name).default
+
+
 def goes_group_by_group(node: fx.Node) -> bool:
     """Note [Groups on a GPU]: rows and columns of the experts' matrices are the sizes of operand and result."""
     x, result = value_of(node, 0), node.meta["val"]
@@ -149,7 +168,8 @@ OPERATORS: dict[Any, Operator] = {
     ops.grouped_linear_4bit.default: Operator(
         grouped_flops, grouped_workspace, waits=goes_group_by_group
     ),
-    ops.linear_4bit.default: Operator(grouped_flops),
+    ops.linear_4bit.default: Operator(grouped_flops, without_grad=by_cpu_kernel),
+    ops.linear_dense.default: Operator(grouped_flops, without_grad=by_cpu_kernel),
     ops.cached_attention.default: Operator(cached_attention_flops),
     ops.grouped_outer.default: Operator(grouped_flops, waits=goes_group_by_group),
     ops.attention.default: Operator(attention_flops),

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from conftest import excerpt, graph
 from expecttest import assert_expected_inline
 from qlora_fx.capture.dynamic_shapes import resized
-from qlora_fx.config import Config
+from qlora_fx.config import DENSE, Config, Quantization
+from qlora_fx.passes.adapt import adapt
 from qlora_fx.passes.attention import attention
 from qlora_fx.passes.few_rows import few_rows
-from qlora_fx.passes.graph.nodes import Emitter, arguments, aten
+from qlora_fx.passes.graph.nodes import FEW_ROWS, Emitter, arguments, aten
 from torch import nn
 
 NAMES = ("past_key_values_0_keys", "past_key_values_0_values")
@@ -28,12 +29,12 @@ INPUTS = {
 class Continued(nn.Module):
     """Attention of two query heads over a cache of one key head, between two linears, and a head for the last token."""
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    def __init__(self, dropout: float = 0.0, features: int = 6) -> None:
         super().__init__()
         self.config = SimpleNamespace()
         self.q = nn.Linear(8, 8)
-        self.o = nn.Linear(8, 6, bias=False)
-        self.head = nn.Linear(6, 5, bias=False)
+        self.o = nn.Linear(8, features, bias=False)
+        self.head = nn.Linear(features, 5, bias=False)
         self.dropout = dropout
 
     def get_output_embeddings(self) -> nn.Module:
@@ -78,6 +79,59 @@ return (%head_tokens)
 """,
     )
     assert not few_rows(gm, config=config).modified
+
+
+HEAD_OF_16 = """\
+%head_weight: f32[5, 16] = stored[head.weight]
+%head: f32[B, 1, 5] = qlora_fx.linear_dense(%slice_6, %head_weight, None, None, None, 0.0)  # site head: output head stays dense; not adapted: 'all-linear' leaves the output head out
+return (%head)
+"""
+
+
+def test_golden_of_a_dense_weight(config: Config) -> None:
+    gm = graph(Continued(features=16), INPUTS, config, few_rows)
+    assert few_rows(gm, config=config).modified
+    gm.recompile()
+    assert_expected_inline(excerpt(gm, "%head"), HEAD_OF_16)
+    assert not few_rows(gm, config=config).modified
+
+
+def test_branches_of_dense_weights_are_added_inside(config: Config) -> None:
+    """Plain LoRA: all weights are dense."""
+    plain = config.with_(quantization=Quantization(quant_type=DENSE))
+    gm = graph(Continued(features=16), INPUTS, plain, few_rows)
+    assert few_rows(gm, config=plain).modified
+    products = {n.name: arguments(n) for n in gm.graph.nodes if n.target in FEW_ROWS}
+    assert products.keys() == {"head"}, "rows of 8 are left alone"
+    gm = graph(Wide(), WIDE, plain, few_rows)
+    assert few_rows(gm, config=plain).modified
+    products = {n.name: arguments(n) for n in gm.graph.nodes if n.target in FEW_ROWS}
+    assert [a["lora_b"].name for a in products.values()] == ["up_lora_B_weight"]
+    assert not any("scaled" in n.name for n in gm.graph.nodes)
+    assert not adapt(gm, config=plain).modified, "the branch is seen inside"
+
+
+WIDE = {
+    "inputs_embeds": torch.zeros(2, 3, 16),
+    **{name: torch.zeros(6, 2, 1, 4) for name in NAMES},
+}
+
+
+class Wide(nn.Module):
+    """One linear, in a graph that takes a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace()
+        self.up = nn.Linear(16, 8)
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        past_key_values_0_keys: torch.Tensor,
+        past_key_values_0_values: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        return {"y": self.up(inputs_embeds), "past": past_key_values_0_keys + 1.0}
 
 
 def test_on_a_gpu_branches_stay(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ from qlora_fx.passes.lowering.compiled_body import skip_gradients
 from qlora_fx.passes.lowering.live_bytes import value
 from qlora_fx.passes.lowering.operators import ON_GPU, OPERATORS, operator_of
 from qlora_fx.passes.lowering.partition import flops_of
+from qlora_fx.runtime import cpu_kernels, few_rows
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def tensor(*shape: int) -> torch.Tensor:
@@ -113,6 +115,44 @@ def test_experts_are_dense_one_by_one_or_on_a_gpu_together(
     found = operator_of(node).workspace(node)
     assert value(found, {ON_GPU: 1}) == on_gpu
     assert value(found, {}) == dtype.itemsize * shape[0] * shape[1]
+
+
+def few(dtype: torch.dtype, bias: torch.dtype, device: str, size: int = 64) -> Any:
+    """A product of a token with 4-bit storage."""
+    with FakeTensorMode():
+        return called(
+            ops.linear_4bit.default,
+            None,
+            torch.empty(1, size, dtype=dtype, device=device),
+            *(None for _ in range(5)),
+            torch.empty(8, dtype=bias, device=device),
+            *(torch.empty(*shape, device=device) for shape in ((2, size), (8, 2))),
+            *(1.0, [8, size], 64, "nf4"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("node", "past_python"),
+    [
+        (few(torch.float32, torch.float32, "cpu"), True),
+        (few(torch.bfloat16, torch.bfloat16, "cpu"), True),
+        (few(torch.float16, torch.float16, "cpu"), False),
+        (few(torch.float32, torch.bfloat16, "cpu"), False),
+        (few(torch.float32, torch.float32, "cpu", size=48), False),
+        (few(torch.float32, torch.float32, "cuda"), False),
+    ],
+)
+def test_without_gradients_products_of_few_rows_are_a_kernels(node: Any, past_python: bool) -> None:
+    skip_gradients(node.graph)
+    kernel = few_rows.kernels().linear_4bit.default
+    assert node.target is (kernel if past_python else ops.linear_4bit.default)
+
+
+def test_without_a_compiler_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "compiled", lambda *_: None)
+    node = few(torch.float32, torch.float32, "cpu")
+    skip_gradients(node.graph)
+    assert node.target is ops.linear_4bit.default
 
 
 def test_where_nothing_needs_a_gradient_the_loss_forms_none() -> None:

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from qlora_fx.config import Quantization
-from qlora_fx.runtime import cached_attention, cpu_kernels, linear_4bit
+from qlora_fx.runtime import (
+    cached_attention,
+    cpu_kernels,
+    few_rows,
+    linear_4bit,
+    linear_dense,
+)
 from qlora_fx.runtime.ops import ops
 from qlora_fx.runtime.schemes.four_bit import FourBit
 from torch import Tensor
@@ -68,7 +74,7 @@ def test_products_of_few_rows_are_those_of_the_definition(setting: str) -> None:
         arguments, definition = product(q, out, size, rank=rank, bias=bias)
         for rows in (1, 2, 3, 7, 16, 17):
             x = random(rows, size)
-            assert (linear_4bit.kernel_for(x, size, q.blocksize) is None) is (rows > 16)
+            assert few_rows.are_few(x, size) is (rows <= 16)
             y, true = ops.linear_4bit(x, *arguments), definition(x)
             torch.testing.assert_close(
                 y.double(), true, rtol=0, atol=2e-6 * float(true.abs().max())
@@ -87,10 +93,59 @@ def test_other_dtypes_shapes_and_strides() -> None:
     torch.testing.assert_close(y.double(), definition(low), rtol=1e-2, atol=1e-1)
     arguments, definition = product(Quantization(), 70, 48)  # rows of no multiple of 32
     x = random(1, 48)
-    assert linear_4bit.kernel_for(x, 48, 64) is None
+    assert not few_rows.takes_4bit(48, 64)
     torch.testing.assert_close(
         ops.linear_4bit(x, *arguments).double(), definition(x), rtol=0, atol=1e-4
     )
+
+
+@pytest.mark.parametrize(("out", "size", "rank"), [(70, 96, 3), (3, 16, 0), (300, 528, 17)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_with_a_dense_weight(out: int, size: int, rank: int, bias: bool) -> None:
+    weight, added = random(out, size, seed=1), random(out, seed=2) if bias else None
+    a, b = (random(rank, size, seed=3), random(out, rank, seed=4)) if rank else (None, None)
+    for rows in (1, 2, 3, 7, 8, 16, 17):
+        x = random(rows, 2, size)[:, 1]
+        true = torch.nn.functional.linear(
+            x.double(), weight.double(), None if added is None else added.double()
+        )
+        if a is not None and b is not None:
+            true = true + 0.5 * (x.double() @ a.double().T) @ b.double().T
+        y = ops.linear_dense(x, weight, added, a, b, 0.5)
+        torch.testing.assert_close(y.double(), true, rtol=0, atol=2e-6 * float(true.abs().max()))
+    leaves = [
+        t.requires_grad_() for t in (random(2, 3, size), weight, added, a, b) if t is not None
+    ]
+    given = [leaves[0], weight, added, a, b]
+    probe = random(2, 3, out, seed=5)
+    found = torch.autograd.grad((ops.linear_dense(*given, 0.5) * probe).sum(), leaves)
+    wide = [None if t is None else t.detach().double().requires_grad_() for t in given]
+    true = (linear_dense.by_pytorch(*wide, 0.5) * probe).sum()
+    for mine, other in zip(
+        found, torch.autograd.grad(true, [t for t in wide if t is not None]), strict=True
+    ):
+        torch.testing.assert_close(mine.double(), other, rtol=1e-5, atol=1e-4)
+
+
+def test_what_the_kernels_do_not_take_goes_back() -> None:
+    """Called past Python by compiled graphs, they send back more rows, and what is not contiguous."""
+    kernels = few_rows.kernels()
+    arguments, definition = product(Quantization(), 70, 96)
+    x = random(17, 96)
+    torch.testing.assert_close(
+        kernels.linear_4bit(x, *arguments).double(), definition(x), rtol=0, atol=1e-4
+    )
+    (*storage, bias, a, _, scaling, shape, blocksize, kind) = arguments
+    spread = a.T.contiguous().T, random(70, 6, seed=4)[:, ::2]
+    assert not any(t.is_contiguous() for t in spread)
+    y = kernels.linear_4bit(x[:2], *storage, bias, *spread, scaling, shape, blocksize, kind)
+    plain = [t.contiguous() for t in spread]
+    whole = kernels.linear_4bit(x[:2], *storage, bias, *plain, scaling, shape, blocksize, kind)
+    torch.testing.assert_close(y, whole)
+    weight = random(96, 70, seed=1).T
+    for rows in (2, 17):
+        y = kernels.linear_dense(x[:rows], weight, None, None, None, 0.0)
+        torch.testing.assert_close(y, x[:rows] @ weight.T, rtol=0, atol=1e-4)
 
 
 def test_gradients_are_those_of_the_definition() -> None:
@@ -113,10 +168,13 @@ def test_gradients_are_those_of_the_definition() -> None:
 def test_without_a_compiler_the_weight_is_made_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, definition = product(Quantization(), 70, 96)
     x = random(1, 96)
-    monkeypatch.setattr(cpu_kernels, "compiled", lambda file: None)
+    monkeypatch.setattr(cpu_kernels, "compiled", lambda *_: None)
     torch.testing.assert_close(
         ops.linear_4bit(x, *arguments).double(), definition(x), rtol=0, atol=1e-4
     )
+    weight = random(70, 96, seed=1)
+    y = ops.linear_dense(x, weight, None, None, None, 0.0)
+    torch.testing.assert_close(y, x @ weight.T, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +323,7 @@ def test_the_kernel_computes_what_the_definition_does(
         random(1, 1, tokens, 1, seed=3).expand(2, many, tokens, total),
     )
     found = [cached_attention.by_kernel(*tensors, mask, 0.3) for mask in given]
-    monkeypatch.setattr(cpu_kernels, "compiled", lambda file: None)
+    monkeypatch.setattr(cpu_kernels, "compiled", lambda *_: None)
     wide = [t.double() for t in tensors]
     for mine, mask in zip(found, given, strict=True):
         true = ops.cached_attention(*wide, mask if mask.dtype == torch.bool else mask.double(), 0.3)
@@ -319,6 +377,8 @@ def test_a_query_that_sees_nothing_gets_zeros_and_bfloat16_is_near() -> None:
 def test_operators_pass_opcheck() -> None:
     arguments, _ = product(Quantization(), 40, 64)
     torch.library.opcheck(ops.linear_4bit.default, (random(2, 64).requires_grad_(), *arguments))
+    dense = (random(2, 64).requires_grad_(), random(40, 64, seed=1), *arguments[5:9])
+    torch.library.opcheck(ops.linear_dense.default, dense)
     q, *rest = cached()
     call = (q.requires_grad_(), *rest, masks()["padded"], 0.3)
     torch.library.opcheck(ops.cached_attention.default, call)
