@@ -1,14 +1,14 @@
 """Generation beside PEFT + bitsandbytes: tokens per second, prefill, and the time that reading the bytes takes.
 
     python benchmarks/generate.py [--rounds 3] [--batches 1 8] [--prompt 512] [--new 64] [--adapters 4]
-        [--also-quantize head] [--json figures.json]
+        [--also-quantize head embeddings] [--json figures.json]
 
 Each stack lives in a process of its own; they take turns, round after round, and only one computes at any time. Prefill
 is the time of ``generate`` for one new token; decode is what each further one takes. The bound is the time to read once
 what one step of decode must read, at the speed at which this machine reads a large tensor: packed weights and their
 scales, the adapter, the head, and the cache of all rows. Greedy, SmolLM2-135M, random prompts, ``lora_B`` not zero.
-With ``--adapters``, rows take turns among as many adapters (``adapter_names``); with ``--also-quantize head`` qlora_fx has
-the head in 4 bits, which the reference keeps dense. Nothing else may run meanwhile.
+With ``--adapters``, rows take turns among as many adapters (``adapter_names``); with ``--also-quantize head embeddings`` qlora_fx has
+them in 4 bits, which the reference keeps dense. Nothing else may run meanwhile.
 """
 
 from __future__ import annotations
