@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -16,7 +15,7 @@ from .graph.nodes import (
     Emitter,
     StoredInputs,
     arguments,
-    fake_mode,
+    fake_empty,
     placeholders,
     sites,
     weight_view,
@@ -88,8 +87,7 @@ def add_branch(
     adapter, device = adapter_of(config.lora, config.slots), linear.meta["val"].device
     held: dict[str, fx.Node] = {}
     for role, tensor in adapter.tensors(site).items():
-        with fake_mode(graph):
-            val = torch.empty(tensor.shape, dtype=ADAPTER_DTYPE, device=device)
+        val = fake_empty(graph, tensor.shape, ADAPTER_DTYPE, device)
         held[role] = inputs.add(tensor.key, val)
         held[role].meta["trainable"] = is_adapter_key(tensor.key)
     readers = set(result.users)

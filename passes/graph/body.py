@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .nodes import aten, identifier
+from .nodes import aten, identifier, size_text, size_texts
 
 INPUT_META = frozenset({"val", "stored", "stored_dtype", "format", "trainable"})
 """What an input of a body keeps of the node it stands for; marks such as ``site`` stay with that node."""
@@ -143,7 +143,7 @@ def has_symbol(inputs: Iterable[fx.Node], number: fx.Node) -> bool:
 
 def signature(val: Any) -> Any:
     if isinstance(val, torch.Tensor):
-        return (val.dtype, tuple(map(str, val.shape)), tuple(map(str, val.stride())))
+        return (val.dtype, size_texts(val.shape), size_texts(val.stride()))
     if isinstance(val, (tuple, list)):
         return tuple(map(signature, val))
-    return str(val)
+    return size_text(val)

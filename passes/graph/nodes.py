@@ -7,11 +7,13 @@ from it such as ``....weight.absmax``). User inputs are placeholders with ``meta
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -85,6 +87,16 @@ def fake_value(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
     return found
 
 
+def fake_empty(
+    graph: fx.Graph, shape: Iterable[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The value of a stored tensor's placeholder."""
+    found: torch.Tensor = fake_value(
+        graph, aten.empty.memory_format, (list(shape),), {"dtype": dtype, "device": device}
+    )
+    return found
+
+
 def computed_value(mode: Any, target: Any, args: Any, kwargs: Any) -> Any:
     # The dispatcher in Python: PyTorch's C++ would ask for sizes as numbers, and so fix free ones.
     with mode, torch.no_grad(), enable_python_dispatcher():
@@ -98,8 +110,22 @@ def description(node: fx.Node) -> str:
 
 def value_description(val: Any) -> str:
     if isinstance(val, torch.Tensor):
-        return f"{val.dtype} {tuple(val.shape)} {val.stride()} {val.device}"
-    return str(val)
+        return f"{val.dtype} {size_texts(val.shape)} {size_texts(val.stride())} {val.device}"
+    return size_text(val) if isinstance(val, torch.SymInt) else str(val)
+
+
+def size_texts(sizes: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(map(size_text, sizes))
+
+
+def size_text(size: Any) -> str:
+    """A size as text; a formula is written out once."""
+    return formula_text(size.node.expr) if isinstance(size, torch.SymInt) else str(size)
+
+
+@functools.lru_cache(maxsize=4096)
+def formula_text(formula: sympy.Expr) -> str:
+    return str(formula)
 
 
 def args_of(node: fx.Node) -> tuple[Any, ...]:

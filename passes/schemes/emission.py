@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ...runtime.schemes import PACKED, Scheme, part_key
-from ..graph.nodes import CASTS, Emitter, StoredInputs, aten, fake_mode, identifier
+from ..graph.nodes import CASTS, Emitter, StoredInputs, aten, fake_empty, identifier
 from ..graph.site import Layout, Site, WeightView
 
 Parts = Mapping[str, fx.Node]
@@ -86,8 +86,7 @@ def stored_parts(
     device = node.meta["val"].device
     parts: dict[str, fx.Node] = {}
     for name, part in emission.scheme.parts(site.shape, name=site.name).items():
-        with fake_mode(graph):
-            val = torch.empty(part.shape, dtype=part.dtype, device=device)
+        val = fake_empty(graph, part.shape, part.dtype, device)
         key = part_key(site.weight, name, part)
         if name == PACKED:
             # The dense placeholder of the same key stays until all its readers are rewritten.

@@ -10,7 +10,7 @@ from torch import fx
 from ...config import Quantization
 from ...runtime.ops import NESTED_BLOCKSIZE, whole_rows
 from ...runtime.schemes.four_bit import NESTED_QUANT_MAP, QUANT_MAP, FourBit
-from ..graph.nodes import Emitter, StoredInputs, aten, fake_mode, ops
+from ..graph.nodes import Emitter, StoredInputs, aten, fake_empty, ops
 from .emission import Emission, Parts
 
 bnb = torch.ops.bitsandbytes
@@ -74,8 +74,7 @@ class FourBitEmission(Emission):
         """
         q = self.quantization
         device = then.like.meta["val"].device
-        with fake_mode(then.graph):
-            values = torch.empty(16, dtype=torch.float32, device=device)
+        values = fake_empty(then.graph, [16], torch.float32, device)
         quant_map = inputs.add(f"{QUANT_MAP}.{q.quant_type}", values)
 
         integers = {"dtype": torch.int64, "device": device}
