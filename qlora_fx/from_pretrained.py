@@ -39,6 +39,7 @@ def from_pretrained(
     disable: Iterable[str] = (),
     backend: str = "inductor",
     cuda_graphs: bool = False,
+    training: bool = True,
     model_class: Any = None,
     revision: str | None = None,
     token: str | None = None,
@@ -59,6 +60,8 @@ def from_pretrained(
             cuda_graphs: as in ``transform``.
         quantization: as in ``transform``. Of a checkpoint in 4 bits: its own settings; what is given must equal
             them, but for the compute dtype.
+        training: False for a model that generates: the prompt of a generation is captured now, and a training step on
+            its first use, instead of the other way round.
         device: where the model will run. Default: "cuda" where there is one, else "cpu".
         dtype: of the dense model; weights are cast to it before they are quantized. "auto": the config's.
         model_class: a class of transformers, or an Auto class. Default: ``config.architectures[0]``.
@@ -67,7 +70,7 @@ def from_pretrained(
         progress: show a bar on a terminal.
 
     Returns:
-        The model in training mode; compiled on its first call.
+        The model in training mode, or with ``training=False`` in eval mode; compiled on its first call.
 
     Raises:
         ConfigError: a field or argument that cannot be honoured, or a target that matches nothing.
@@ -86,6 +89,7 @@ def from_pretrained(
         disable=disable,
         backend=backend,
         cuda_graphs=cuda_graphs,
+        training=training,
     )
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found = find(source, revision=revision, token=token, gguf_file=gguf_file)

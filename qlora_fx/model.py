@@ -55,12 +55,13 @@ class QLoRAModel(StorePeftModel):
         super().__init__(base)
         request = prepared.request
         programs = Programs(base, request.backend, request.memory_budget, request.cuda_graphs)
-        programs.add(prepared.call.signature(training=True), prepared.capture, prepared.result)
+        programs.add(prepared.signature, prepared.capture, prepared.result)
         self.adapter_graphs = AdapterGraphs(self.named_adapters, programs)
         self._slots_of_rows: torch.Tensor | None = None
         self._compute = prepared.compute
         self._budget_before: tuple[int | float | None] | None = None
         self.trainer: object | None = None
+        self.train(request.training)
 
     # -- the model it stands for ------------------------------------------------------------------
 

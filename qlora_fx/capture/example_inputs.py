@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from ..errors import InputError
 from .arguments import is_encoder_decoder
+from .cache import caches
 
 EXAMPLE_BATCH, EXAMPLE_SEQUENCE, EXAMPLE_TARGET = 2, 16, 11
 """At least 2 each: export specializes sizes 0 and 1. Different, so that a size tells which it is."""
@@ -59,6 +60,28 @@ def example_inputs(
     elif encoder_decoder and "decoder_input_ids" in names:
         inputs["decoder_input_ids"] = ones(EXAMPLE_BATCH, EXAMPLE_TARGET)
     return {k: v for k, v in inputs.items() if k in names}
+
+
+def example_prompt(
+    model: Any, signature: inspect.Signature, device: torch.device | None = None
+) -> dict[str, Any]:
+    """Arguments of the call that transformers' ``generate`` makes for a prompt without padding.
+
+    Where the model does not generate with a cache that graphs take: what ``example_inputs`` gives, without labels. A
+    model that is called in another way is captured once more.
+    """
+    inputs: dict[str, Any] = example_inputs(model, signature, device)
+    inputs.pop("labels", None)
+    if set(inputs) != {"input_ids", "attention_mask"} or not caches(model):
+        return inputs
+    shape = inputs["input_ids"].shape
+    places = torch.arange(shape[1], device=inputs["input_ids"].device).expand(shape)
+    prompt = {"position_ids": places, "logits_to_keep": 1, "use_cache": True}
+    names = signature.parameters
+    return {
+        "input_ids": inputs["input_ids"],
+        **{k: v for k, v in prompt.items() if k in names},
+    }
 
 
 def main_shape(name: str, config: PretrainedConfig) -> tuple[int, ...] | None:

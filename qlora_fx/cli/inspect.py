@@ -131,7 +131,7 @@ def check(settings: CheckSettings) -> None:
 def merge(which: AdapterSettings, settings: MergeSettings) -> None:
     if which.adapter is None:
         raise UsageError("merge: accepted: qlora-fx merge ADAPTER, or --adapter")
-    qmodel, _ = loaded(which, "eager")
+    qmodel, _ = loaded(which, "eager", training=True)
     report = qmodel.merge(
         settings.output_dir, settings.mode, max_shard_size=settings.max_shard_size
     )
@@ -178,8 +178,11 @@ def chat(which: AdapterSettings, settings: ChatSettings) -> None:
     print()  # the shell's prompt gets a line of its own
 
 
-def loaded(which: AdapterSettings, backend: str) -> tuple[Any, str]:
+def loaded(which: AdapterSettings, backend: str, *, training: bool = False) -> tuple[Any, str]:
     """The model with the adapter, and where the model came from.
+
+    Args:
+        training: as in ``from_pretrained``.
 
     Raises:
         ConfigError: neither says which model.
@@ -198,7 +201,7 @@ def loaded(which: AdapterSettings, backend: str) -> tuple[Any, str]:
         source = source or named
     if not source:
         raise ConfigError("no model; accepted: --model, or an adapter that names its model")
-    qmodel = from_pretrained(source, lora, backend=backend)
+    qmodel = from_pretrained(source, lora, backend=backend, training=training)
     if which.adapter is not None:
         qmodel.load_adapter(which.adapter)
     return qmodel, source

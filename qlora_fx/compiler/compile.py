@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..capture.arguments import Call, Signature
 from ..capture.check_outputs import check_outputs
-from ..capture.example_inputs import example_inputs
+from ..capture.example_inputs import example_inputs, example_prompt
 from ..capture.skeleton import Capture, Skeleton, named_tensors
 from ..config import Config
 from ..passes.graph.nodes import verdicts
@@ -41,14 +41,14 @@ class Prepared:
         base: its store is empty.
         compute: dtype in which linears multiply.
         request: what was asked for.
-        call: the example call it was captured with.
+        signature: of the example call it was captured with.
         capture, result: of that call.
     """
 
     base: Base
     compute: ComputeDtype
     request: Request
-    call: Call
+    signature: Signature
     capture: Capture
     result: pipeline.Result
 
@@ -92,11 +92,11 @@ def prepare(
         stored=stored,
         kept=kept - heads - embeddings,
     )
-    call = example_call(model, skeleton, request.example_inputs)
-    signature = call.signature(training=True)
+    call = example_call(model, skeleton, request)
+    signature = call.signature(training=request.training)
     capture, result = compile_call(skeleton, config, call, signature)
     base = Base(skeleton, config, decide(result.flat), result.flat.meta["trained"])
-    return Prepared(base, compute, request, call, capture, result)
+    return Prepared(base, compute, request, signature, capture, result)
 
 
 def compile_call(
@@ -161,10 +161,10 @@ def embedding_keys(model: PreTrainedModel, getter: str, skeleton: Skeleton) -> f
     return frozenset(skeleton.keys[name] for name, t in named_tensors(model) if id(t) in wanted)
 
 
-def example_call(
-    model: PreTrainedModel, skeleton: Skeleton, inputs: Mapping[str, Any] | None
-) -> Call:
+def example_call(model: PreTrainedModel, skeleton: Skeleton, request: Request) -> Call:
     """The call to capture first: the user's example, or one made from the model's signature."""
+    inputs = request.example_inputs
     if inputs is None:
-        inputs = example_inputs(model, skeleton.signature, skeleton.device)
+        make = example_inputs if request.training else example_prompt
+        inputs = make(model, skeleton.signature, skeleton.device)
     return skeleton.bind((), inputs)

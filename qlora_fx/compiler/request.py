@@ -42,6 +42,7 @@ class Request:
         disabled: names of stages that are left out.
         backend: one of ``BACKENDS``.
         cuda_graphs: whether launches of blocks are recorded.
+        training: whether the first capture is of a training step; else of the prompt of a generation.
     """
 
     lora: LoraConfig
@@ -54,6 +55,7 @@ class Request:
     disabled: frozenset[str]
     backend: str
     cuda_graphs: bool
+    training: bool = True
 
     @classmethod
     def check(
@@ -69,6 +71,7 @@ class Request:
         disable: Iterable[str] = (),
         backend: str = "inductor",
         cuda_graphs: bool = False,
+        training: bool = True,
     ) -> Request:
         """The arguments, if each can be honoured. ``transform`` says what they mean.
 
@@ -90,6 +93,7 @@ class Request:
             disabled=check_disabled(disable, OPTIONAL),
             backend=backend,
             cuda_graphs=check_cuda_graphs(cuda_graphs, backend),
+            training=check_flag(training, "training"),
         )
 
     def compute(self, device: torch.device, model_dtype: torch.dtype) -> ComputeDtype:
@@ -106,6 +110,17 @@ class Request:
             assert isinstance(dtype, torch.dtype)
             return ComputeDtype(dtype, "as asked for by bnb_4bit_compute_dtype")
         return fastest(str(device))
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """The value.
+
+    Raises:
+        ConfigError: it is no bool.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}; accepted: True, False")
+    return value
 
 
 def check_memory_budget(value: Any, backend: str = "inductor") -> int | float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import shutil
@@ -48,6 +49,38 @@ def test_a_loaded_model_trains(tmp_path: Path) -> None:
     grads = [p.grad for _, p in qmodel.adapter_parameters()]
     assert len(grads) == 28
     assert all(g is not None for g in grads)
+
+
+@pytest.mark.parametrize("name", only_slow_but(["gpt2", "mixtral"], MODELS))
+def test_for_generation_the_prompt_is_captured_first(name: str, tmp_path: Path) -> None:
+    """The same weights and adapters are decided by it, ``generate`` finds it, and training is what it is otherwise."""
+    folder = save(MODELS[name](), tmp_path / "m")
+    qmodel = qlora_fx.from_pretrained(folder, training=False, **EAGER)
+    reference = qlora_fx.from_pretrained(folder, **EAGER)
+    assert not qmodel.training
+    assert_same_store(qmodel, reference)
+    found, expected = qmodel.base.sites, reference.base.sites
+    assert found.keys() == expected.keys()
+    for site in found:
+        assert dataclasses.replace(found[site], flops=0) == dataclasses.replace(
+            expected[site], flops=0
+        )
+    ids = torch.randint(5, 90, (1, 12), generator=torch.Generator().manual_seed(0))
+    tokens = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(
+        qmodel.generate(input_ids=ids, **tokens), reference.eval().generate(input_ids=ids, **tokens)
+    )
+    assert len(qmodel.graph_modules) == 1, "generate makes the call that was captured"
+    reference.load_state_dict(qmodel.state_dict())
+    gradients = []
+    for model in (qmodel.train(), reference.train()):
+        model(**batch()).loss.backward()
+        gradients.append([p.grad for _, p in model.adapter_parameters()])
+    for mine, true in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, true, rtol=0, atol=0)
+    assert any(bool(g.any()) for g in gradients[0])
+    with pytest.raises(ConfigError, match="training='no'; accepted: True, False"):
+        qlora_fx.from_pretrained(folder, training="no", **EAGER)
 
 
 def test_the_dtype_asked_for_is_cast_to_before_quantizing(tmp_path: Path) -> None:
