@@ -57,11 +57,9 @@ def from_pretrained(
             through huggingface_hub's cache; or a ``.gguf`` file. A checkpoint that transformers + bitsandbytes
             saved in 4 bits, or ``save_quantized``, keeps its bytes. Nothing else is read: no pickle, no code.
         lora, compute_dtype, blocksize, also_quantize, example_inputs, memory_budget, disable, backend,
-            cuda_graphs: as in ``transform``.
+            cuda_graphs, training: as in ``transform``.
         quantization: as in ``transform``. Of a checkpoint in 4 bits: its own settings; what is given must equal
             them, but for the compute dtype.
-        training: False for a model that generates: the prompt of a generation is captured now, and a training step on
-            its first use, instead of the other way round.
         device: where the model will run. Default: "cuda" where there is one, else "cpu".
         dtype: of the dense model; weights are cast to it before they are quantized. "auto": the config's.
         model_class: a class of transformers, or an Auto class. Default: ``config.architectures[0]``.

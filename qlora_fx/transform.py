@@ -33,6 +33,7 @@ def transform(
     disable: Iterable[str] = (),
     backend: str = "inductor",
     cuda_graphs: bool = False,
+    training: bool = True,
 ) -> QLoRAModel:
     """Compile a Hugging Face model into its QLoRA form.
 
@@ -69,9 +70,11 @@ def transform(
             few lengths, or packed, are recorded once; a third call of a shape is recorded, eight shapes at most. Its
             memory stays taken between steps. Generated tokens are recorded as well, for each room of their cache (a
             power of two). ``qmodel.cuda_graphs`` changes it.
+        training: False for a model that generates: the prompt of a generation is captured now, and a training step on
+            its first use, instead of the other way round.
 
     Returns:
-        The model in training mode; compiled on its first call.
+        The model in training mode, or with ``training=False`` in eval mode; compiled on its first call.
 
     Raises:
         ConfigError: a field or argument that cannot be honoured, or a target that matches nothing.
@@ -89,6 +92,7 @@ def transform(
         disable=disable,
         backend=backend,
         cuda_graphs=cuda_graphs,
+        training=training,
     )
     check_model(model)
     device = next(iter(named_tensors(model)))[1].device
