@@ -1,4 +1,4 @@
-"""few_rows: where a call continues what a cache holds, products read 4-bit storage as it is."""
+"""few_rows: where a call continues what a cache holds, products read weights as they are stored."""
 
 from __future__ import annotations
 

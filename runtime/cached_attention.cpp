@@ -26,7 +26,6 @@ namespace {
 
 constexpr int64_t SERIAL = 32 * 1024;  // fewer products are not worth another thread
 constexpr int64_t WIDTH = 8;
-constexpr int64_t BLOCK = 16;           // tokens; a multiple of WIDTH
 constexpr int64_t APART = 32;          // floats between what two threads write, who would wait for each other's cache
 
 // Vectors of the compiler's own: two instructions each where the CPU has half of their width.

@@ -294,8 +294,8 @@ void multiply(const Rows& r, const FourBit& w, int64_t o, int64_t columns, float
     return;
   }
   alignas(64) float dense[TILE * PIECE];
-  Lanes sums[FEW * TILE];
-  std::fill_n(sums, r.rows * TILE, Lanes{});
+  alignas(4 * LANES) Lanes sums[FEW * TILE];
+  for (int64_t i = 0; i < r.rows * TILE; i++) sums[i] = Lanes{};
   for (int64_t i = 0; i < r.in; i += PIECE) {
     const int64_t count = std::min(PIECE, r.in - i);
     for (int64_t c = 0; c < columns; c++) w.look_up((o + c) * r.in + i, count, dense + c * PIECE);
@@ -306,8 +306,8 @@ void multiply(const Rows& r, const FourBit& w, int64_t o, int64_t columns, float
 }
 
 void multiply(const Rows& r, const float* w, int64_t o, int64_t columns, float* to) {
-  Lanes sums[FEW * TILE];
-  std::fill_n(sums, r.rows * TILE, Lanes{});
+  alignas(4 * LANES) Lanes sums[FEW * TILE];
+  for (int64_t i = 0; i < r.rows * TILE; i++) sums[i] = Lanes{};
   for (int64_t i = 0; i < r.in; i += PIECE) {
     fetch(w + (o + columns) * r.in + i * columns, PIECE * columns);  // of the next tile
     add_tile(r.x + i, r.in, r.rows, w + o * r.in + i, r.in, columns, std::min(PIECE, r.in - i), sums);
@@ -410,9 +410,16 @@ Tensor linear(const Tensor& x, int64_t out, const Weights& weights, bool as_foun
 
 float levels_of[2][16];  // of nf4 and fp4
 
-// Whether these are few rows, and all else lies in memory as the kernel reads it.
-bool takes(const Tensor& x, std::initializer_list<const std::optional<Tensor>> others) {
-  const bool few = x.numel() > 0 && x.numel() / x.size(x.dim() - 1) <= FEW;
+// Raises what a function of PyTorch's interface for C reports. Releases before 2.12 have another name for it.
+#if defined(STABLE_TORCH_ERROR_CODE_CHECK)
+#define CHECKED(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
+#else
+#define CHECKED(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
+// Whether these are few rows of this size, and all else lies in memory as the kernel reads it.
+bool takes(const Tensor& x, int64_t size, std::initializer_list<const std::optional<Tensor>> others) {
+  const bool few = x.numel() > 0 && x.size(x.dim() - 1) == size && x.numel() / size <= FEW;
   return few && std::all_of(others.begin(), others.end(), [](auto& t) { return !t.has_value() || t->is_contiguous(); });
 }
 
@@ -421,12 +428,12 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
                    const std::optional<Tensor>& bias, const std::optional<Tensor>& lora_a,
                    const std::optional<Tensor>& lora_b, double scaling, const std::vector<int64_t>& shape,
                    int64_t blocksize, const std::string& quant_type) {
-  if (!takes(x, {packed, absmax, nested_absmax, bias, lora_a, lora_b})) {
+  if (!takes(x, shape[1], {packed, absmax, nested_absmax, bias, lora_a, lora_b})) {
     using torch::stable::detail::from;
     std::array<StableIValue, 13> stack{from(x),      from(packed),  from(absmax), from(nested_absmax), from(offset),
                                        from(nested_quant_map), from(bias), from(lora_a), from(lora_b), from(scaling),
                                        from(shape), from(blocksize), from(quant_type)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("qlora_fx::linear_4bit", "", stack.data(), TORCH_ABI_VERSION));
+    CHECKED(torch_call_dispatcher("qlora_fx::linear_4bit", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
   const bool nested = nested_absmax.has_value();
@@ -445,10 +452,10 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
 
 Tensor linear_dense(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& lora_a, const std::optional<Tensor>& lora_b, double scaling) {
-  if (!takes(x, {weight, bias, lora_a, lora_b})) {
+  if (!takes(x, weight.size(1), {weight, bias, lora_a, lora_b})) {
     using torch::stable::detail::from;
     std::array<StableIValue, 6> stack{from(x), from(weight), from(bias), from(lora_a), from(lora_b), from(scaling)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("qlora_fx::linear_dense", "", stack.data(), TORCH_ABI_VERSION));
+    CHECKED(torch_call_dispatcher("qlora_fx::linear_dense", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
   const int64_t out = weight.size(0);

@@ -64,7 +64,7 @@ def levels_of(quant_type: str) -> Tensor:
 
 def are_few(x: Tensor, size: int) -> bool:
     """Whether a kernel takes the rows of ``x``: on a CPU, and not too many."""
-    return x.device.type == "cpu" and 0 < x.numel() // size <= FEW
+    return x.device.type == "cpu" and x.shape[-1] == size and 0 < x.numel() // size <= FEW
 
 
 def takes_4bit(size: int, blocksize: int) -> bool:

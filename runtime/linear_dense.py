@@ -58,9 +58,13 @@ def by_pytorch(
     lora_b: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """The same by PyTorch's products, whose derivatives it knows."""
-    y = torch.nn.functional.linear(x, weight, bias)
-    return adapted(y, x, lora_a, lora_b, scaling)
+    """The same by PyTorch's products, whose derivatives it knows.
+
+    Of a matrix: rows of other strides (the last token of each) would each be multiplied by a copy of the weight.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.nn.functional.linear(rows, weight, bias)
+    return adapted(y, rows, lora_a, lora_b, scaling).view(*x.shape[:-1], weight.shape[0])
 
 
 torch.library.impl("qlora_fx::linear_dense", ["CPU", "CUDA"], linear_dense)

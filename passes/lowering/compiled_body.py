@@ -257,7 +257,7 @@ def copy_what_stands_alone(graph: fx.Graph) -> None:
 
 
 def skip_gradients(graph: fx.Graph) -> None:
-    """Let no loss form its gradient in the forward: nobody will ask for it."""
+    """Let no loss form its gradient in the forward, and kernels multiply few rows: nobody will ask for gradients."""
     for node in graph.nodes:
         change = operator_of(node).without_grad
         if change is not None:

@@ -67,17 +67,19 @@ def example_prompt(
 ) -> dict[str, Any]:
     """Arguments of the call that transformers' ``generate`` makes for a prompt without padding.
 
-    Where the model does not generate with a cache that graphs take: what ``example_inputs`` gives, without labels. A
-    model that is called in another way is captured once more.
+    Where the model has no cache that graphs take: what ``example_inputs`` gives, without labels. A model whose prompt is
+    another call is captured once more.
     """
     inputs: dict[str, Any] = example_inputs(model, signature, device)
-    inputs.pop("labels", None)
-    if set(inputs) != {"input_ids", "attention_mask"} or not caches(model):
+    names = signature.parameters
+    labels = inputs.pop("labels", None)
+    if labels is not None and is_encoder_decoder(model) and "decoder_input_ids" in names:
+        inputs["decoder_input_ids"] = labels
+    if set(inputs) - {"attention_mask"} != {"input_ids"} or not caches(model):
         return inputs
     shape = inputs["input_ids"].shape
     places = torch.arange(shape[1], device=inputs["input_ids"].device).expand(shape)
     prompt = {"position_ids": places, "logits_to_keep": 1, "use_cache": True}
-    names = signature.parameters
     return {
         "input_ids": inputs["input_ids"],
         **{k: v for k, v in prompt.items() if k in names},

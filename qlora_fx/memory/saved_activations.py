@@ -83,7 +83,7 @@ def saved_activations(programs: Programs, *, batch_size: int, sequence_length: i
             encoder's length.
 
     Raises:
-        ModelError: with backend "eager", whose program is not partitioned.
+        ModelError: with backend "eager", whose program is not partitioned; with ``training=False`` before a training step.
     """
     for signature, several in programs.captured.items():
         for one in several:
@@ -98,7 +98,8 @@ def saved_activations(programs: Programs, *, batch_size: int, sequence_length: i
                 rows += rows_of(calls, sizes, names)
             return rows
     raise ModelError(
-        "nothing is lowered for training; accepted: backend 'inductor' or 'aot_eager' (eager keeps what it likes)"
+        "nothing is lowered for training; accepted: backend 'inductor' or 'aot_eager' (eager keeps what it likes), and a model "
+        "that has had a training step if it was made with training=False"
     )
 
 

@@ -122,9 +122,9 @@ def test_an_encoder_runs_with_the_adapters_of_its_rows(tmp_path: Path) -> None:
     qmodel = made(model, FEW["t5"])
     theirs = in_peft(model, qmodel, tmp_path)
     asked = {"input_ids": values["input_ids"], "max_new_tokens": 5, "do_sample": False}
-    for more in ({}, {"num_beams": 2}):
-        tokens = qmodel.generate(**asked, adapter_names=NAMES, **more)
-        assert torch.equal(tokens, theirs.generate(**asked, adapter_names=NAMES, **more))
+    asked["num_beams"] = 2  # a row's beams have its adapter
+    tokens = qmodel.generate(**asked, adapter_names=NAMES)
+    assert torch.equal(tokens, theirs.generate(**asked, adapter_names=NAMES))
     assert set(qmodel.adapter_graphs.of_rows) == {"", "encoder"}
 
 

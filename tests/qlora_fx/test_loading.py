@@ -17,6 +17,7 @@ import torch
 from qlora_fx import CheckpointError, ConfigError
 from checkpoints import EAGER, MODELS, assert_same_store, save
 from conftest import batch, only_slow_but, tiny_llama
+from families import FAMILIES, build
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -81,6 +82,22 @@ def test_for_generation_the_prompt_is_captured_first(name: str, tmp_path: Path) 
     assert any(bool(g.any()) for g in gradients[0])
     with pytest.raises(ConfigError, match="training='no'; accepted: True, False"):
         qlora_fx.from_pretrained(folder, training="no", **EAGER)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bert", "vit"])
+def test_for_generation_a_model_without_such_a_prompt_is_called_as_it_can_be(
+    model_type: str,
+) -> None:
+    """An encoder-decoder, and models that do not generate."""
+    family = next(f for f in FAMILIES if f.model_type == model_type)
+    qmodel = qlora_fx.transform(build(family), training=False, backend="eager")
+    values = {k: v for k, v in family.batch(2, 11).items() if k != "labels"}
+    if model_type == "t5":
+        values["decoder_input_ids"] = values["input_ids"][:, :5]
+    assert qmodel(**values) is not None
+    assert len(qmodel.graph_modules) == 1
+    qmodel.train()(**family.batch(2, 11)).loss.backward()
+    assert any(p.grad.any() for _, p in qmodel.adapter_parameters())
 
 
 def test_the_dtype_asked_for_is_cast_to_before_quantizing(tmp_path: Path) -> None:

@@ -403,7 +403,7 @@ OTHER_NODES = {
 @pytest.mark.parametrize(
     "family",
     only_slow_but(
-        [f for f in FAMILIES if f.model_type in ("mixtral", "openai-gpt")],
+        [f for f in FAMILIES if f.model_type == "openai-gpt"],
         [f for f in FAMILIES if f.model_type not in {*OTHER_NODES, *REFUSED}],
     ),
     ids=lambda f: f.model_type,

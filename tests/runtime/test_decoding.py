@@ -148,6 +148,18 @@ def test_what_the_kernels_do_not_take_goes_back() -> None:
         torch.testing.assert_close(y, x[:rows] @ weight.T, rtol=0, atol=1e-4)
 
 
+def test_rows_of_another_size_are_refused() -> None:
+    """Not read behind their end, nor sent back and forth."""
+    arguments, _ = product(Quantization(), 8, 64, rank=0)
+    for x in (random(2, 32), random(17, 32)):
+        with pytest.raises(RuntimeError):
+            ops.linear_dense(x, random(5, 64), None, None, None, 0.0)
+        with pytest.raises(RuntimeError):
+            ops.linear_4bit(x, *arguments)
+        with pytest.raises(RuntimeError):
+            few_rows.kernels().linear_4bit(x, *arguments)
+
+
 def test_gradients_are_those_of_the_definition() -> None:
     (*storage, bias, a, b, scaling, shape, blocksize, kind), _ = product(Quantization(), 40, 64)
     leaves = [t.requires_grad_() for t in (random(2, 3, 64), bias, a, b)]
@@ -175,6 +187,15 @@ def test_without_a_compiler_the_weight_is_made_dense(monkeypatch: pytest.MonkeyP
     weight = random(70, 96, seed=1)
     y = ops.linear_dense(x, weight, None, None, None, 0.0)
     torch.testing.assert_close(y, x @ weight.T, rtol=0, atol=1e-4)
+
+
+def test_a_kernel_that_cannot_be_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", fails)
+    with pytest.warns(UserWarning, match=r"few_rows.cpp cannot be compiled here.*no compiler\)$"):
+        assert cpu_kernels.compiled.__wrapped__("few_rows.cpp") is None
 
 
 @pytest.mark.parametrize(
