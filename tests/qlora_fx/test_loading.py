@@ -14,10 +14,12 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
+import transformers
 from qlora_fx import CheckpointError, ConfigError
 from checkpoints import EAGER, MODELS, assert_same_store, save
 from conftest import batch, only_slow_but, tiny_llama
 from families import FAMILIES, build
+from packaging.version import Version
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -71,7 +73,8 @@ def test_for_generation_the_prompt_is_captured_first(name: str, tmp_path: Path) 
     assert torch.equal(
         qmodel.generate(input_ids=ids, **tokens), reference.eval().generate(input_ids=ids, **tokens)
     )
-    assert len(qmodel.graph_modules) == 1, "generate makes the call that was captured"
+    if Version(transformers.__version__) >= Version("5.23"):  # 5.17 gives a mask of ones, too
+        assert len(qmodel.graph_modules) == 1, "generate makes the call that was captured"
     reference.load_state_dict(qmodel.state_dict())
     gradients = []
     for model in (qmodel.train(), reference.train()):
