@@ -59,7 +59,7 @@ FEW = {"gpt2": ["c_attn"], "t5": ["q", "wo"], "vit": ["o_proj", "fc1"], "bert": 
 @pytest.mark.parametrize(
     ("model_type", "backend"),
     only_slow_but(
-        [("llama", "inductor"), ("gpt2", "eager"), ("vit", "eager")],
+        [("llama", "inductor"), ("gpt2", "eager")],
         [(m, b) for b in ("eager", "aot_eager", "inductor") for m in ("llama", *FEW)],
     ),
 )

@@ -54,7 +54,7 @@ def test_a_loaded_model_trains(tmp_path: Path) -> None:
     assert all(g is not None for g in grads)
 
 
-@pytest.mark.parametrize("name", only_slow_but(["gpt2", "mixtral"], MODELS))
+@pytest.mark.parametrize("name", only_slow_but(["gpt2"], MODELS))
 def test_for_generation_the_prompt_is_captured_first(name: str, tmp_path: Path) -> None:
     """The same weights and adapters are decided by it, ``generate`` finds it, and training is what it is otherwise."""
     folder = save(MODELS[name](), tmp_path / "m")
@@ -87,7 +87,7 @@ def test_for_generation_the_prompt_is_captured_first(name: str, tmp_path: Path) 
         qlora_fx.from_pretrained(folder, training="no", **EAGER)
 
 
-@pytest.mark.parametrize("model_type", ["t5", "bert", "vit"])
+@pytest.mark.parametrize("model_type", only_slow_but(["t5"], ["t5", "bert", "vit"]))
 def test_for_generation_a_model_without_such_a_prompt_is_called_as_it_can_be(
     model_type: str,
 ) -> None:
