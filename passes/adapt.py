@@ -15,12 +15,12 @@ from .graph.nodes import (
     Emitter,
     StoredInputs,
     arguments,
-    fake_empty,
     placeholders,
     sites,
     weight_view,
 )
 from .graph.site import Site
+from .graph.values import fake_empty
 from .thaw import TRAINED
 
 

@@ -13,7 +13,6 @@ from ..runtime.few_rows import takes_dense
 from .graph.nodes import (
     Emitter,
     aten,
-    fake_value,
     is_from_cache,
     ops,
     placeholders,
@@ -21,6 +20,7 @@ from .graph.nodes import (
     uncast,
     verdict_of,
 )
+from .graph.values import fake_value
 from .schemes import Storage
 
 Branch = tuple[Any, Any, float]

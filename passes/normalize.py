@@ -10,7 +10,8 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils import _pytree as pytree
 
 from ..config import Config
-from .graph.nodes import CASTS, aten, fake_value, placeholders
+from .graph.nodes import CASTS, aten, placeholders
+from .graph.values import fake_value
 from .graph.weights import matrix_view
 from .linears.einsum import contract, spelling
 from .linears.experts import batched, grouped

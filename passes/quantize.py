@@ -15,8 +15,6 @@ from .graph.nodes import (
     StoredInputs,
     aten,
     cast,
-    fake_mode,
-    fake_value,
     is_packed,
     placeholders,
     replace_other_uses,
@@ -24,6 +22,7 @@ from .graph.nodes import (
     weight_view,
 )
 from .graph.site import Site
+from .graph.values import fake_mode, fake_value
 from .schemes import Emission, emission_of, stored_parts, weight_node
 
 

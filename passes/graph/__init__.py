@@ -1,6 +1,7 @@
 """What all passes share.
 
 nodes    how nodes are made, how stored tensors enter, what a node is
+values   fake values, and what a value looks like as text
 site     verdicts, and how a weight is read
 weights  which parameter a weight argument reads, and how
 flops    of a product, at the example's sizes

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .nodes import aten, identifier, size_text, size_texts
+from .nodes import aten, identifier
+from .values import size_text, size_texts
 
 INPUT_META = frozenset({"val", "stored", "stored_dtype", "format", "trainable"})
 """What an input of a body keeps of the node it stands for; marks such as ``site`` stay with that node."""

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from ...runtime.schemes import PACKED, Scheme, part_key
-from ..graph.nodes import CASTS, Emitter, StoredInputs, aten, fake_empty, identifier
+from ..graph.nodes import CASTS, Emitter, StoredInputs, aten, identifier
 from ..graph.site import Layout, Site, WeightView
+from ..graph.values import fake_empty
 
 Parts = Mapping[str, fx.Node]
 

@@ -10,7 +10,8 @@ from torch import fx
 from ...config import Quantization
 from ...runtime.ops import NESTED_BLOCKSIZE, whole_rows
 from ...runtime.schemes.four_bit import NESTED_QUANT_MAP, QUANT_MAP, FourBit
-from ..graph.nodes import Emitter, StoredInputs, aten, fake_empty, ops
+from ..graph.nodes import Emitter, StoredInputs, aten, ops
+from ..graph.values import fake_empty
 from .emission import Emission, Parts
 
 bnb = torch.ops.bitsandbytes

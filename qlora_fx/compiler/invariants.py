@@ -17,13 +17,13 @@ from ..config import Config
 from ..passes.adapt import has_branch, is_adapter_key
 from ..passes.graph.nodes import (
     CANONICAL,
-    computed_value,
     is_packed,
     parameter_behind,
     sites,
     verdict_of,
 )
 from ..passes.graph.site import Site, Verdict
+from ..passes.graph.values import computed_value
 from ..passes.linears.spellings import recognise
 from ..passes.quantize import reads_storage
 

@@ -156,15 +156,14 @@ def check_cuda_graphs(
     Raises:
         ConfigError: for anything but True and False, or where the backend or the device has none.
     """
-    if not isinstance(value, bool):
-        raise ConfigError(f"cuda_graphs={value!r}; accepted: True, False")
-    if value and backend == "eager":
+    wanted = check_flag(value, "cuda_graphs")
+    if wanted and backend == "eager":
         raise ConfigError(
             "cuda_graphs=True with backend='eager'; accepted: False, or backend 'inductor' or 'aot_eager'"
         )
-    if value and device is not None and device.type != "cuda":
+    if wanted and device is not None and device.type != "cuda":
         raise ConfigError(f"cuda_graphs=True and the model is on {device}; accepted: False")
-    return value
+    return wanted
 
 
 def check_compute_dtype(dtype: Any) -> torch.dtype | str:

@@ -130,6 +130,38 @@ def test_through_the_defaults(dtype: torch.dtype) -> None:
     assert not [b for p in qmodel.programs for b in p.run.children() if b.warned], "no fallback"
 
 
+@pytest.mark.parametrize("rows", [1, 8, 17])
+def test_compiled_tokens_are_the_kernels_and_right(compiled: tuple[Any, Any], rows: int) -> None:
+    """Sizes that the kernels for few rows take, which are called past Python; 17 rows go back to the dense weight."""
+    qmodel, dense = compiled
+    ids = batch(rows, 9, padded=0)["input_ids"]
+    with torch.no_grad(), Float64():
+        true = dense(ids).logits[:, -1]
+    with torch.no_grad():
+        cache = qmodel(ids[:, :7], use_cache=True, logits_to_keep=1).past_key_values
+        token = {"past_key_values": cache, "logits_to_keep": 1}
+        qmodel(ids[:, 7:8], **token)  # compiled now
+        with torch.profiler.profile() as profile:
+            logits = qmodel(ids[:, 8:], **token).logits[:, -1]
+    torch.testing.assert_close(logits.double(), true, rtol=0, atol=1e-5)
+    called = {e.key: e.count for e in profile.key_averages() if "::linear_" in e.key}
+    past_python = {"qlora_fx_cpu::linear_4bit": 7, "qlora_fx_cpu::linear_dense": 1}
+    back = {"qlora_fx::linear_4bit": 7, "qlora_fx::linear_dense": 1} if rows > 16 else {}
+    assert called == past_python | back
+
+
+@pytest.fixture(scope="module")
+def compiled() -> tuple[Any, Any]:
+    model = peer_llama(1)
+    adapter = random_adapter(model, 4, scale=0.1)
+    dense, _ = truth(model, adapter, 2.0)
+    qmodel: Any = qlora_fx.transform(
+        model, LoraConfig(**LORA), compute_dtype=torch.float32, training=False, backend="aot_eager"
+    )
+    qmodel.load_adapter_state_dict(adapter)
+    return qmodel, dense.eval()
+
+
 @pytest.mark.parametrize("way", only_slow_but(("greedy", "beams", "sampling"), GENERATIONS))
 def test_tokens_are_those_of_transformers_own_model(adapted: Any, way: str) -> None:
     qmodel, dense = adapted
