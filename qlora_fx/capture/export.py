@@ -20,6 +20,7 @@ from ..errors import CaptureError
 from .adapter_rows import take_slots
 from .arguments import is_encoder_decoder, with_encoder_output
 from .cache import with_tensors, with_traced_cache
+from .export_shortcuts import shortcuts
 
 
 def export(model: Any, examples: dict[str, Any], dims: dict[str, Any]) -> ExportedProgram:
@@ -30,7 +31,8 @@ def export(model: Any, examples: dict[str, Any], dims: dict[str, Any]) -> Export
         dims: which sizes are free, by argument.
     """
     take_exactly(model, list(examples), dims)
-    return torch.export.export(model, (), examples, dynamic_shapes=dims, strict=False)
+    with shortcuts():
+        return torch.export.export(model, (), examples, dynamic_shapes=dims, strict=False)
 
 
 def take_exactly(model: Any, names: list[str], dims: Mapping[str, Any]) -> None:

@@ -12,8 +12,6 @@ from ..passes.graph.nodes import aten, identifier
 from .repeated_blocks import AGAIN
 from .written_out import written_out
 
-PRODUCES_GRADIENT = frozenset({aten.linear.default, aten.addmm.default, aten.matmul.default, AGAIN})
-
 
 class Flattener:
     """Copies an exported graph into a new one: our placeholders, our names, nested regions inlined.
@@ -39,6 +37,9 @@ class Flattener:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
         self.tainted: set[fx.Node] = set()
+        self.with_grad = True
+        self.without_grad: set[fx.Node] = set()
+        self.detached: dict[fx.Node, fx.Node] = {}
         self.placed: set[str] = set()
 
     def run(self, exported: fx.GraphModule) -> fx.Graph:
@@ -72,8 +73,8 @@ class Flattener:
             new.meta["parameter"] = key in self.parameters
         else:
             new.meta["input"] = name
-            if val.is_floating_point():
-                self.tainted.add(new)
+        if val.is_floating_point() and (key is None or key in self.parameters):
+            self.tainted.add(new)
         self.env[node] = new
 
     def is_repeated(self, key: str | None) -> bool:
@@ -87,7 +88,9 @@ class Flattener:
             if node.op == "get_attr":
                 self.env[node] = getattr(gm, str(node.target))
             elif node.op == "output":
-                self.env[node] = fx.map_arg(node.args[0], lambda n: self.env[n])
+                self.env[node] = fx.map_arg(node.args[0], self.read)
+            elif node.target is torch._C._set_grad_enabled:
+                self.with_grad = bool(node.args[0])
             elif is_region(node):
                 self.region(node)
             elif (
@@ -100,7 +103,7 @@ class Flattener:
                 self.env[node] = self.copy(node)
 
     def region(self, node: fx.Node) -> None:
-        """Inline ``with torch.no_grad()`` and disabled-autocast blocks."""
+        """Inline a block with autocast disabled."""
         position = next(
             i for i, a in enumerate(node.args) if isinstance(self.value(a), fx.GraphModule)
         )
@@ -108,29 +111,29 @@ class Flattener:
         for inner, outer in zip(
             body.graph.find_nodes(op="placeholder"), node.args[position + 1 :], strict=True
         ):
-            self.env[inner] = self.value(outer)
+            self.env[inner] = self.read(outer) if isinstance(outer, fx.Node) else outer
         self.inline(body)
-        outputs = self.env[next(n for n in body.graph.nodes if n.op == "output")]
-        if "set_grad" in str(node.target) and node.args[0] is False:
-            outputs = [self.detached(o) for o in outputs]
-        self.env[node] = outputs
+        self.env[node] = self.env[next(n for n in body.graph.nodes if n.op == "output")]
 
-    def detached(self, node: Any) -> Any:
-        if node not in self.tainted:
-            return node
-        new = self.graph.create_node(
-            "call_function", aten.detach.default, (node,), name=f"{node.name}_detach"
-        )
-        new.meta.update(node.meta)
-        return new
+    def read(self, node: fx.Node) -> Any:
+        """What a node reads: without gradient, if it was made under ``torch.no_grad()`` and is read outside."""
+        value = self.env[node]
+        if not self.with_grad or value not in self.without_grad or value not in self.tainted:
+            return value
+        if value not in self.detached:
+            new = self.detached[value] = self.graph.create_node(
+                "call_function", aten.detach.default, (value,), name=f"{value.name}_detach"
+            )
+            new.meta.update(value.meta)
+        return self.detached[value]
 
     def value(self, arg: Any) -> Any:
         return self.env[arg] if isinstance(arg, fx.Node) else arg
 
     def copy(self, node: fx.Node) -> fx.Node:
         path = module_path(node)
-        args = fx.map_arg(node.args, lambda n: self.env[n])
-        kwargs = fx.map_arg(node.kwargs, lambda n: self.env[n])
+        args = fx.map_arg(node.args, self.read)
+        kwargs = fx.map_arg(node.kwargs, self.read)
         new = self.graph.create_node(
             node.op, node.target, args, kwargs, name=node_name(path, node.target)
         )
@@ -138,17 +141,16 @@ class Flattener:
             if key in node.meta:
                 new.meta[key] = node.meta[key]
         new.meta["module"] = path
-        if node.target in PRODUCES_GRADIENT or any(n in self.tainted for n in new.all_input_nodes):
+        if node.target is AGAIN or any(n in self.tainted for n in new.all_input_nodes):
             self.tainted.add(new)
+        if not self.with_grad:
+            self.without_grad.add(new)
         return new
 
 
 def is_region(node: fx.Node) -> bool:
-    name = str(node.target)
-    if "wrap_with_set_grad_enabled" in name:
-        return True
     # Positional: device_type, dtype, enabled, cache_enabled, body, *args. An enabled region changes dtypes.
-    return "wrap_with_autocast" in name and node.args[2] is False
+    return "wrap_with_autocast" in str(node.target) and node.args[2] is False
 
 
 def module_path(node: fx.Node) -> str:

@@ -230,15 +230,17 @@ class Skeleton:
         """One attempt, with one choice of free sizes and with or without patches."""
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         mode.cache_enabled = False  # as in passes/lowering/example.py
-        model = self.fake(mode, dtype).train(training)
         told = (self.encoder_decoder, self.pictures.patches_per_token)
-        with mode:
-            examples = {k: example(v) for k, v in resized(inputs, *told).items()}
-        spec = dims(examples, *told)
         # torch.export makes a mode of its own, too.
         uncached = dynamo_config.patch(fake_tensor_cache_enabled=False)
-        with mode, uncached, quiet(), always(model), patches(model):
-            return export(model, examples, spec)
+        # Where the first call has no gradients, later ones may.
+        with torch.inference_mode(False), torch.enable_grad():
+            model = self.fake(mode, dtype).train(training)
+            with mode:
+                examples = {k: example(v) for k, v in resized(inputs, *told).items()}
+            spec = dims(examples, *told)
+            with mode, uncached, quiet(), always(model), patches(model):
+                return export(model, examples, spec)
 
     def finish(self, program: ExportedProgram) -> Capture:
         """Flatten the exported program into our form."""

@@ -1,0 +1,79 @@
+"""What torch.export does for others: it takes time, or tells sizes apart that are one to the model.
+
+A graph that is captured here is written anew (flat_graph.py) and never saved as an ``ExportedProgram``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import _prims_common as prims
+from torch._export.passes import replace_set_grad_with_hop_pass
+from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+Sizes = Any
+"""Of int and SymInt."""
+
+
+@contextlib.contextmanager
+def shortcuts() -> Iterator[None]:
+    """Trace without them.
+
+    - ``torch.no_grad()`` stays in the graph as the two nodes that were traced. It would be cut into pieces there, for a
+      higher-order operator that flat_graph.py had to inline again: a fifth of a capture's time.
+    - No memory format is written down beside each value, which has its strides.
+    - Whether a tensor of n - 1 tokens is dense, and can be written over another of as many, is answered for every n. To ask
+      whether n is 2 (strides of one token say nothing, and one would be broadcast) made n no free size: a T5, whose decoder
+      reads the labels without the last one, was captured again for labels of two tokens, and the first time twice.
+    - For the same reason a tensor that is written to is not asked whether it overlaps itself: the model runs as it is.
+    """
+    with (
+        mock.patch.object(
+            replace_set_grad_with_hop_pass, "replace_set_grad_with_hop_pass", lambda *graph: graph
+        ),
+        mock.patch.object(proxy_tensor, "_extract_tensor_metadata", no_metadata),
+        mock.patch.object(prims, "check_contiguous_sizes_strides", dense_for_every_size),
+        mock.patch.object(torch._refs, "expand", expanded),
+        mock.patch.object(torch, "_debug_has_internal_overlap", overlaps_nowhere),
+    ):
+        yield
+
+
+def no_metadata(value: Any) -> None:
+    return None
+
+
+def overlaps_nowhere(tensor: torch.Tensor) -> int:
+    return 0
+
+
+asked_for_these_sizes = prims.check_contiguous_sizes_strides
+broadcast = torch._refs.expand
+
+
+def dense_for_every_size(sizes: Sizes, strides: Sizes, false_if_dde: bool = False) -> bool:
+    """Whether strides are those of a contiguous tensor. Where "no" may be said in doubt, no size is looked at."""
+    if not false_if_dde:
+        return bool(asked_for_these_sizes(sizes, strides))  # type: ignore[no-untyped-call]
+    expected: Any = 1
+    for size, stride in reversed(tuple(zip(sizes, strides, strict=True))):
+        if statically_known_true(size == 1):
+            continue
+        if not statically_known_true(stride == expected):
+            return False
+        expected = expected * size
+    return True
+
+
+def expanded(tensor: torch.Tensor, *shape: Any) -> torch.Tensor:
+    """``tensor`` itself, where it has this shape, whatever its sizes are."""
+    sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], (int, torch.SymInt)) else shape
+    same = len(sizes) == tensor.dim() and all(
+        statically_known_true(a == b) for a, b in zip(tensor.shape, sizes, strict=True)
+    )
+    return tensor if same else broadcast(tensor, *shape)  # type: ignore[no-any-return, operator]

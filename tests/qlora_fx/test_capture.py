@@ -1,0 +1,117 @@
+"""What is traced is what the model computes, gradients stopped where it stops them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOY_INPUT, VOCABULARY, batch, captured
+from qlora_fx.capture.skeleton import Capture, Skeleton
+from sharing import hold
+from torch import nn
+from torch.testing import assert_close
+from torch.utils import _pytree as pytree
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+
+class Stopped(nn.Module):
+    """No gradient goes through ``scale`` or ``gain``, but that of ``kept``; none to the first use of ``last``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.scale, self.last = (nn.Linear(8, 8) for _ in range(3))
+        self.gain = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        h = self.first(x)
+        with torch.no_grad():
+            scale = self.scale(h) + self.last(x)
+            with torch.enable_grad():
+                kept = self.scale(x)
+            largest, places = scale.max(dim=-1)
+            gain = self.gain.exp()
+        return {
+            "y": self.last(h * scale + kept) * gain,
+            "largest": largest + h.sum(-1),
+            "places": places,
+        }
+
+
+def values(capture: Capture, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
+    """What the captured graph gives, with the model's own weights."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    weights |= dict(model.named_buffers()) | capture.constants
+    given = [
+        weights[n.meta["stored"]] if "stored" in n.meta else inputs[n.meta["input"]]
+        for n in capture.gm.graph.find_nodes(op="placeholder")
+    ]
+    return pytree.tree_unflatten(capture.gm(*given), capture.out_spec)
+
+
+@pytest.mark.parametrize("ambient", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_gradients_stop_where_the_model_stops_them(ambient: Callable[[], Any]) -> None:
+    model, x = Stopped(), torch.randn(2, 3, 8)
+    with ambient():
+        capture = captured(model, TOY_INPUT)
+    traced, true = (tuple(y.values()) for y in (values(capture, model, {"x": x}), model(x)))
+    weights = list(model.parameters())
+    for a, b in zip(traced, true, strict=True):
+        assert_close(a, b)
+        assert a.requires_grad == b.requires_grad
+    for a, b in zip(traced[:2], true[:2], strict=True):
+        of_a, of_b = (
+            torch.autograd.grad(t.square().sum(), weights, retain_graph=True, allow_unused=True)
+            for t in (a, b)
+        )
+        for ours, its in zip(of_a, of_b, strict=True):
+            assert (ours is None) == (its is None)
+            if its is not None:
+                assert_close(ours, its)
+
+
+TINY = {"vocab_size": VOCABULARY, "d_model": 32, "decoder_start_token_id": 0, "pad_token_id": 0}
+ENCODER_DECODERS: dict[str, Callable[[], nn.Module]] = {
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(**TINY, d_kv=8, d_ff=64, num_layers=1, num_heads=4, dropout_rate=0.0)
+    ),
+    "bart": lambda: BartForConditionalGeneration(
+        BartConfig(
+            **TINY,
+            **{f"{part}_layers": 1 for part in ("encoder", "decoder")},
+            **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+            **{f"{part}_ffn_dim": 64 for part in ("encoder", "decoder")},
+            dropout=0.0,
+            bos_token_id=1,
+            eos_token_id=1,
+            forced_eos_token_id=None,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_labels_of_any_length_have_one_graph(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder reads them without the last one: of two tokens one, of one none."""
+    tries: list[Any] = []
+    export = Skeleton.export
+    monkeypatch.setattr(Skeleton, "export", lambda *args: (tries.append(args), export(*args))[1])
+    torch.manual_seed(0)
+    model, text = ENCODER_DECODERS[family](), batch(3, 7)
+    text.pop("labels")
+    capture = captured(model, text | {"labels": batch(3, 5)["labels"]})
+    assert len(tries) == 1
+    for length in (1, 2, 3, 9):
+        inputs = text | {"labels": batch(3, length, padded=0)["labels"]}
+        assert hold(capture.guards, inputs)
+        ours, its = values(capture, model, inputs), model(**inputs)
+        assert_close(ours["loss"], its.loss)
+        assert_close(ours["logits"], its.logits)
