@@ -246,6 +246,12 @@ def fewer_collections() -> None:
     gc.set_threshold(20_000, 50, 50)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def what_lives_on() -> None:
+    """What is kept for other tests is looked through no more; trainers collect whenever they begin and end."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_capture_and_one_compilation_of_each() -> Iterator[None]:
     with sharing.shared():
