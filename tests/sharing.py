@@ -20,7 +20,8 @@ from qlora_fx.capture.dynamic_shapes import free_dims, resized, shared_dims
 from qlora_fx.capture.skeleton import Skeleton
 from qlora_fx.compiler import compile as compiler
 from qlora_fx.compiler import pipeline, programs
-from qlora_fx.passes.lowering import compiled_body
+from qlora_fx.passes.graph.body import content
+from qlora_fx.passes.lowering import compiled_body, partition
 from qlora_fx.passes.lowering.compiled_body import CompiledBody, Variant
 
 
@@ -110,6 +111,17 @@ def writes(program: Any) -> bool:
     return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
+def content_of(body: CompiledBody) -> Any:
+    """What the compiler makes of a body depends on: equal for those of models that differ elsewhere."""
+    graph = body.body.graph
+    if {n.op for n in graph.nodes} - {"placeholder", "call_function", "output"}:
+        return id(body.body)
+    stored = tuple("stored" in n.meta for n in body.inputs)
+    devices = {str(t.device) for n in body.inputs if isinstance(t := n.meta["val"], torch.Tensor)}
+    own = (partition.mark_recompute, compiled_body.compile_fx, body.calls > 1)
+    return (content(graph), stored, tuple(body.free), tuple(sorted(devices)), *own)
+
+
 @contextmanager
 def shared() -> Iterator[None]:
     """Share captures and compilations while this holds."""
@@ -168,22 +180,25 @@ def shared() -> Iterator[None]:
         return result
 
     def build_once(self: CompiledBody, key: Any, sizes: tuple[int, ...]) -> Variant:
-        place = (id(self.body), self.backend, key, compiled_body.compile_fx)
-        for variant, partition in builds.get(place, ()):
+        what = content_of(self)
+        place = (what, self.backend, key)
+        for variant, split in builds.get(place, ()):
             if variant.holds is None or variant.holds(sizes):
-                self.partitions[key] = partition
+                self.partitions[key] = split
                 return variant
         variant = build(self, key, sizes)
         bodies.append(self.body)
         builds.setdefault(place, []).append((variant, self.partitions[key]))
+        partitions.update({(what, k): split for k, split in self.partitions.items()})
         return variant
 
     def partitioned_once(self: CompiledBody, key: Any) -> Any:
-        place = (id(self.body), key)
-        if key not in self.partitions and place in partitions:
-            self.partitions[key] = partitions[place]
-        found = partitions[place] = partitioned(self, key)
+        what = content_of(self)
+        if key not in self.partitions and (what, key) in partitions:
+            self.partitions[key] = partitions[what, key]
+        found = partitioned(self, key)
         bodies.append(self.body)
+        partitions.update({(what, k): split for k, split in self.partitions.items()})
         return found
 
     with pytest.MonkeyPatch.context() as patch:

@@ -109,23 +109,27 @@ class Body:
         return identifier(name.removeprefix(f"{prefix}_")) if prefix else name
 
     def key(self) -> Hashable:
-        """Equal for two bodies that compute the same from inputs of the same types."""
-        index = {node: i for i, node in enumerate(self.graph.nodes)}
+        return content(self.graph)
 
-        rows = []
-        for node in self.graph.nodes:
-            args = str(fx.map_arg((node.args, dict(node.kwargs)), lambda n: f"%{index[n]}"))
-            role = (node.meta.get("body"), node.meta.get("trainable"))
-            rows.append(
-                (
-                    node.op,
-                    str(node.target) if node.op == "call_function" else "",
-                    args,
-                    role if node.op == "placeholder" else None,
-                    signature(node.meta.get("val")),
-                )
+
+def content(graph: fx.Graph) -> Hashable:
+    """Equal for two bodies that compute the same from inputs of the same types."""
+    index = {node: i for i, node in enumerate(graph.nodes)}
+
+    rows = []
+    for node in graph.nodes:
+        args = str(fx.map_arg((node.args, dict(node.kwargs)), lambda n: f"%{index[n]}"))
+        role = (node.meta.get("body"), node.meta.get("trainable"))
+        rows.append(
+            (
+                node.op,
+                str(node.target) if node.op == "call_function" else "",
+                args,
+                role if node.op == "placeholder" else None,
+                signature(node.meta.get("val")),
             )
-        return tuple(rows)
+        )
+    return tuple(rows)
 
 
 def is_number(node: fx.Node) -> bool:

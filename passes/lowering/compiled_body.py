@@ -123,40 +123,43 @@ class CompiledBody(nn.Module):
         )
 
     def build(self, key: Key, sizes: tuple[int, ...]) -> Variant:
-        example = self.example(key, sizes)
-        self.partitions[key] = example.partition
         if warm_up.thread is not None:
             warm_up.thread.join()
-        with tracing(TracingContext(example.mode)):
-            if self.backend == "inductor":
-                patches = {
-                    "custom_partitioner_fn": example.partition,
-                    "post_grad_custom_pre_pass": OnGpu(),
-                }
-                try:
-                    # The backward too is compiled now: a refusal of it is ours to handle, not the user's.
-                    with (
-                        functorch.patch(force_non_lazy_backward_lowering=True),
-                        V.set_choices_handler(OneWeightAtATime()),
-                        no_tiled_outer_loops(),
-                    ):
-                        run: Any = compile_fx(example.gm, example.args, config_patches=patches)
-                except InductorError as error:
-                    self.warn_once(error)
-                else:
-                    return Variant(run, example.guards())
+        if self.backend == "inductor":
+            example = self.example(key, sizes)
+            patches = {
+                "custom_partitioner_fn": example.partition,
+                "post_grad_custom_pre_pass": OnGpu(),
+            }
+            try:
+                # The backward too is compiled now: a refusal of it is ours to handle, not the user's.
+                with (
+                    tracing(TracingContext(example.mode)),
+                    functorch.patch(force_non_lazy_backward_lowering=True),
+                    V.set_choices_handler(OneWeightAtATime()),
+                    no_tiled_outer_loops(),
+                ):
+                    run: Any = compile_fx(example.gm, example.args, config_patches=patches)
+            except InductorError as error:
+                self.warn_once(error)
+            else:
+                return Variant(run, example.guards())
         example = self.example(key, sizes)
         with tracing(TracingContext(example.mode)):
             return Variant(aot_eager(example), example.guards())
 
     def example(self, key: Key, sizes: Sequence[int] = ()) -> Example:
-        """What to compile: a copy of the body and fake arguments of these sizes; default: those of the capture."""
+        """What to compile: a copy of the body and fake arguments of these sizes; default: those of the capture.
+
+        How it is split is found out while it is compiled, and kept.
+        """
         gm = tuple_output(self.body, len(self.free))
         if not key.needs_grad:
             skip_gradients(gm.graph)
         stored = frozenset(i for i, n in enumerate(self.inputs) if "stored" in n.meta)
         differentiated = frozenset(i for i, needs in enumerate(key.needs_grad) if needs)
         partition = Partition(stored, differentiated - stored, recompute=key.recompute)
+        self.partitions[key] = partition
         vals = [n.meta["val"] for n in self.inputs]
         return Example(gm, vals, key.needs_grad, self.free, sizes, partition)
 
@@ -165,7 +168,7 @@ class CompiledBody(nn.Module):
         partition = self.partitions.get(key)
         if partition is None or (not partition.inputs and any(key.needs_grad)):
             example = self.example(key)
-            partition = self.partitions[key] = example.partition
+            partition = example.partition
             other = Key(key.needs_grad, not key.recompute)
             if self.calls > 1 and other not in self.partitions:  # what takes long is tracing
                 partition.other = self.partitions[other] = partition.beside(other.recompute)
