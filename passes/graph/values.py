@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch._C import DispatchKey
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
@@ -69,7 +69,7 @@ def computed_value(mode: Any, target: Any, args: Any, kwargs: Any) -> Any:
 
 def linear_value(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
     """``[..., out]``, contiguous: PyTorch goes through six operators to find out. What does not fit is left to it, for its error."""
-    alike = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+    alike = is_fake(x) and x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
     shapes = x.dim() >= 2 == weight.dim() and (bias is None or bias.shape == weight.shape[:1])
     if alike and shapes and statically_known_true(x.shape[-1] == weight.shape[1]):
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
