@@ -18,9 +18,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..passes.graph.values import IMPLICIT, linear_value
 
-Sizes = Any
-"""Of int and SymInt."""
-
 
 @contextlib.contextmanager
 def shortcuts() -> Iterator[None]:
@@ -71,7 +68,7 @@ asked_for_these_sizes = prims.check_contiguous_sizes_strides
 broadcast = torch._refs.expand
 
 
-def dense_for_every_size(sizes: Sizes, strides: Sizes, false_if_dde: bool = False) -> bool:
+def dense_for_every_size(sizes: Any, strides: Any, false_if_dde: bool = False) -> bool:
     """Whether strides are those of a contiguous tensor. Where "no" may be said in doubt, no size is looked at."""
     if not false_if_dde:
         return bool(asked_for_these_sizes(sizes, strides))  # type: ignore[no-untyped-call]

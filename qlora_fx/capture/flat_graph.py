@@ -22,6 +22,12 @@ class Flattener:
         dtypes: dtype in which each key is stored.
         parameters: keys of parameters; other keys are buffers and constants.
         keys: store key of each parameter and buffer, by name.
+
+    Attributes:
+        tainted: nodes that may have a gradient to pass on.
+        with_grad: whether the model's Python is outside of ``torch.no_grad()`` where the graph is read.
+        without_grad: nodes that were made inside.
+        detached: what is read of them outside.
     """
 
     def __init__(
