@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from ..passes.graph.nodes import aten, identifier
 from .repeated_blocks import AGAIN
@@ -79,7 +80,7 @@ class Flattener:
             new.meta["parameter"] = key in self.parameters
         else:
             new.meta["input"] = name
-        if val.is_floating_point() and (key is None or key in self.parameters):
+        if is_differentiable(val) and (key is None or key in self.parameters):
             self.tainted.add(new)
         self.env[node] = new
 
@@ -147,7 +148,8 @@ class Flattener:
             if key in node.meta:
                 new.meta[key] = node.meta[key]
         new.meta["module"] = path
-        if node.target is AGAIN or any(n in self.tainted for n in new.all_input_nodes):
+        taints = node.target is AGAIN or any(n in self.tainted for n in new.all_input_nodes)
+        if taints and is_differentiable(new.meta.get("val")):
             self.tainted.add(new)
         if not self.with_grad:
             self.without_grad.add(new)
@@ -157,6 +159,11 @@ class Flattener:
 def is_region(node: fx.Node) -> bool:
     # Positional: device_type, dtype, enabled, cache_enabled, body, *args. An enabled region changes dtypes.
     return "wrap_with_autocast" in str(node.target) and node.args[2] is False
+
+
+def is_differentiable(val: Any) -> bool:
+    """Whether it is, or has, a tensor that gradients can go through: sizes of one depend on no values."""
+    return any(isinstance(t, torch.Tensor) and t.is_floating_point() for t in tree_leaves(val))
 
 
 def module_path(node: fx.Node) -> str:
