@@ -417,18 +417,18 @@ def test_every_type_has_the_graph_of_the_whole_walk(family: Family, repeated: li
     values = {k: v for k, v in family.batch(2, 17).items() if k != "labels"}
     graph = assert_equal(model, values | {"use_cache": True}, training=False)
     cache = DynamicCache()
-    for i, shape in enumerate(rows_of(graph)):
-        cache.update(*(torch.zeros(2, shape[2], 7, shape[3]) for _ in range(2)), i)
+    for i, shapes in enumerate(rows_of(graph)):
+        cache.update(*(torch.zeros(2, shape[2], 7, shape[3]) for shape in shapes), i)
     token = {"input_ids": values["input_ids"][:, :1], "use_cache": True, "past_key_values": cache}
     assert_equal(model, token, training=False)
 
 
 def rows_of(capture: Capture) -> list[Any]:
-    """Sizes of the keys that each layer puts into the cache."""
+    """Sizes of the keys and of the values that each layer puts into the cache; they may differ."""
     output = next(n for n in capture.gm.graph.nodes if n.op == "output")
     leaves = [getattr(n, "meta", {}).get("val", n) for n in output.args[0]]
     found = torch.utils._pytree.tree_unflatten(leaves, capture.out_spec)
-    return [keys.shape for keys, _ in found["past_key_values"][0]]
+    return [tuple(t.shape for t in rows) for rows in found["past_key_values"][0]]
 
 
 def assert_equal(model: Any, values: Any, *, training: bool) -> Capture:
