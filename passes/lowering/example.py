@@ -86,8 +86,7 @@ class Example:
                 if by_data
                 else hint_of(captured, term) + offset
             )
-            # The capture knows sizes of 2 and more only; what holds for them holds for 1.
-            hint = hint if by_data else max(hint, 2)
+            hint = hint if by_data else known(hint)
             source = ConstantSource(f"size_{i}")
             expr = self.env.create_symbol(
                 hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=bool(by_data)
@@ -135,10 +134,18 @@ class Example:
 
         @functools.lru_cache(maxsize=1024)
         def holds(sizes: tuple[int, ...]) -> bool:
-            found: bool = env.evaluate_guards_expression(text, [max(s, 2) for s in sizes])
+            found: bool = env.evaluate_guards_expression(text, [known(s) for s in sizes])
             return found
 
         return holds
+
+
+def known(size: int) -> int:
+    """A size that a capture knows: 2 and more; what holds for them holds for 1.
+
+    1 counts as 3: a program for 2 alone (where n - 1 is one, which is broadcast) is none for 1.
+    """
+    return size if size > 1 else 3
 
 
 def hint_of(env: ShapeEnv, term: sympy.Expr) -> int:

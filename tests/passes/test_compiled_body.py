@@ -257,3 +257,28 @@ def test_a_size_is_read_from_a_multiple_of_it() -> None:
     assert multiple(4 * size.term) == (4, size.term)
     assert multiple(size.term) == (1, size.term)
     assert multiple(4 * size.term + 1) == multiple(size.term**2) == (1, None)
+
+
+class Shifted(torch.nn.Module):
+    """As encoder-decoders shift their labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.new_zeros(x.shape)
+        y[:, 1:] = x[:, :-1].clone()
+        result: torch.Tensor = self.up(y + x.mean(1, keepdim=True))
+        return result
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_a_program_for_two_is_none_for_one(backend: str) -> None:
+    """Of two tokens one is shifted, which the compiler takes for something to broadcast."""
+    module = Shifted()
+    body = CompiledBody(captured(module, {"x": torch.zeros(3, 5, 8)}).gm, backend)
+    weight = module.up.weight.detach()
+    for tokens in (5, 2, 1, 7):
+        x = torch.randn(3, tokens, 8)
+        torch.testing.assert_close(body(weight, x, 0)[0], module(x))
