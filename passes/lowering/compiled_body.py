@@ -18,7 +18,9 @@ from torch._inductor.virtualized import V
 from ...runtime.torch_versions import below_autograd, no_tiled_outer_loops
 from .example import Example
 from .free_sizes import FreeSize, free_sizes
+from .index_arithmetic import polynomials_expanded
 from .on_gpu import OneWeightAtATime, OnGpu
+from .one_library import one_library
 from .operators import operator_of
 from .partition import Partition
 from .warm_up import warm_up
@@ -123,8 +125,7 @@ class CompiledBody(nn.Module):
         )
 
     def build(self, key: Key, sizes: tuple[int, ...]) -> Variant:
-        if warm_up.thread is not None:
-            warm_up.thread.join()
+        warm_up.wait()
         if self.backend == "inductor":
             example = self.example(key, sizes)
             patches = {
@@ -138,6 +139,8 @@ class CompiledBody(nn.Module):
                     functorch.patch(force_non_lazy_backward_lowering=True),
                     V.set_choices_handler(OneWeightAtATime()),
                     no_tiled_outer_loops(),
+                    one_library(),
+                    polynomials_expanded(),
                 ):
                     run: Any = compile_fx(example.gm, example.args, config_patches=patches)
             except InductorError as error:

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 from ...runtime import attention_kernels
+from .one_library import compile_headers
 
 
 class WarmUp:
-    """Lets Inductor find out what this CPU can do, which takes 10 s of test compilations, while a model is captured.
+    """Lets Inductor find out what this CPU can do, by test compilations of 5 to 10 s, while a model is captured.
 
-    Attention kernels, which are the same for every model, are compiled meanwhile too.
+    The headers of its kernels and attention kernels, which are the same for every model, are compiled meanwhile too.
 
     The work is in compiler processes; Python's lock is free meanwhile.
     """
 
     def __init__(self) -> None:
-        self.thread: threading.Thread | None = None
+        self.threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        if self.thread is None:
-            self.thread = threading.Thread(target=self.run, daemon=True)
-            self.thread.start()
+        if not self.threads:
+            self.threads = [threading.Thread(target=pick_vec_isa, daemon=True)]
+            for work in (compile_headers, lambda: attention_kernels.prepare("cpu")):
+                self.threads.append(threading.Thread(target=self.then, args=[work], daemon=True))
+            for thread in self.threads:
+                thread.start()
 
-    def run(self) -> None:
-        pick_vec_isa()
-        attention_kernels.prepare("cpu")
+    def then(self, work: Callable[[], None]) -> None:
+        self.wait()
+        work()
+
+    def wait(self) -> None:
+        """Until it is known what the CPU can do; who needs the rest waits for the files' locks."""
+        if self.threads:
+            self.threads[0].join()
 
 
 warm_up = WarmUp()
