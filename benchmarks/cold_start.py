@@ -54,7 +54,9 @@ def main() -> None:
 
 def run(model: str, times: int, cache: str) -> tuple[float, float]:
     command = [sys.executable, __file__, "--model", model, "--worker", str(times)]
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONWARNINGS": "ignore"}
+    # Headers that Inductor compiled beforehand lie in the folder for temporary files.
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TMPDIR": cache}
+    env["PYTHONWARNINGS"] = "ignore"
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     transform, first = json.loads(done.stdout.splitlines()[-1])
     return transform, first

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import runpy
 import signal
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ import obtain
 import pytest
 import torch
 from qlora_fx import DataError
-from conftest import only_slow_but, peer_llama
+from conftest import peer_llama
 from data import IGNORE, Formatter, batches, dates, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
+FINETUNE = str(ROOT / "examples" / "finetune.py")
 
 
 class Characters:
@@ -178,37 +181,46 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def arguments(folder: Path, out: Path) -> list[str]:
+    named = {"--model": folder, "--out": out, "--steps": 4, "--save-every": 2, "--held-out": 2}
+    named |= {"--max-new-tokens": 2, "--rank": 4}
+    return [str(word) for pair in named.items() for word in pair]
+
+
 def run(folder: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "finetune.py"),
-        "--model",
-        str(folder),
-        "--out",
-        str(out),
-    ]
-    command += [
-        "--steps",
-        "4",
-        "--save-every",
-        "2",
-        "--held-out",
-        "2",
-        "--max-new-tokens",
-        "2",
-        "--rank",
-        "4",
-    ]
-    return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    command = [sys.executable, FINETUNE, *arguments(folder, out), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("backend", only_slow_but(["eager"], ["eager", "inductor"]))
-def test_the_whole_example_runs(backend: str, small_model: Path, tmp_path: Path) -> None:
-    done = run(small_model, tmp_path, "--backend", backend)
+def test_the_whole_example_runs_uncompiled(
+    small_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process; the next test has one of its own."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # it sets its own
+    command = [FINETUNE, *arguments(small_model, tmp_path), "--backend", "eager"]
+    monkeypatch.setattr(sys, "argv", command)
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        runpy.run_path(FINETUNE, run_name="__main__")
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    is_whole(tmp_path, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_the_whole_example_runs(small_model: Path, tmp_path: Path) -> None:
+    done = run(small_model, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert "logits agree" in done.stdout
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    is_whole(tmp_path, done.stdout)
+
+
+def is_whole(folder: Path, printed: str) -> None:
+    assert "logits agree" in printed
+    summary = json.loads((folder / "summary.json").read_text())
     assert set(summary) == {
         "model",
         "steps",
@@ -225,8 +237,8 @@ def test_the_whole_example_runs(backend: str, small_model: Path, tmp_path: Path)
     assert summary["adapter_grad_norm_min"] > 0
     # The program ends with an error if this is more than rounding in the dtype that is fastest here.
     assert summary["peft_reload_max_abs_logit_diff"] < 1e-2
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 4
 
 
 @pytest.mark.slow
@@ -261,7 +273,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(small_model: Path, tmp_path
     ]
     command = [
         sys.executable,
-        str(ROOT / "examples" / "finetune.py"),
+        FINETUNE,
         "--model",
         str(small_model),
         "--out",
@@ -294,7 +306,7 @@ def test_resuming_nothing_or_something_else_is_refused(small_model: Path, tmp_pa
 @pytest.mark.slow
 def test_the_demo_learns_its_task(tmp_path: Path) -> None:
     """What `make demo` runs."""
-    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), "--out", str(tmp_path)]
+    command = [sys.executable, FINETUNE, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -129,6 +129,8 @@ def functions(first: ModuleType, number: int) -> list[Callable[..., None]]:
     for i in range(1, number):
         name = first.__name__.removesuffix("_0") + f"_{i}"
         loader = ExtensionFileLoader(name, str(first.__file__))
-        modules.append(importlib.util.module_from_spec(ModuleSpec(name, loader, origin=loader.path)))
+        modules.append(
+            importlib.util.module_from_spec(ModuleSpec(name, loader, origin=loader.path))
+        )
         loader.exec_module(modules[-1])
     return [getattr(module, f"kernel_{i}") for i, module in enumerate(modules)]
