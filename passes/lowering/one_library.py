@@ -19,7 +19,6 @@ from unittest import mock
 
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads, kernel_code_log
 from torch._inductor.codecache import CppPythonBindingsCodeCache
-from torch._inductor.exc import CppCompileError
 
 TOGETHER = 8
 """Kernels in a file where several files are compiled at the same time: each takes a tenth of what a file takes."""
@@ -73,7 +72,7 @@ def wait(self: AsyncCompile, scope: dict[str, Any]) -> None:
         try:
             scope.update(zip(kernels, compiled(list(kernels.values())), strict=True))
             kernels = {}
-        except (CppCompileError, ImportError) as error:
+        except Exception as error:  # whatever it is, the other way may do
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"kernels are compiled one by one: {reason}", stacklevel=2)
     scope.update({name: one_by_one(self, *kernel) for name, kernel in kernels.items()})
@@ -81,11 +80,7 @@ def wait(self: AsyncCompile, scope: dict[str, Any]) -> None:
 
 
 def compiled(kernels: Sequence[Kernel]) -> list[Callable[..., None]]:
-    """The functions of kernels, compiled in as many files as are worth it.
-
-    Raises:
-        CppCompileError: the compiler refused.
-    """
+    """The functions of kernels, compiled in as many files as are worth it."""
     files = -(-len(kernels) // TOGETHER) if get_compile_threads() > 1 else 1
     parts = [kernels[i::files] for i in range(files)]
     with ThreadPoolExecutor(files) as threads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 
@@ -24,20 +25,26 @@ class WarmUp:
 
     def start(self) -> None:
         if not self.threads:
-            self.threads = [threading.Thread(target=pick_vec_isa, daemon=True)]
+            self.threads = [threading.Thread(target=quietly, args=[pick_vec_isa], daemon=True)]
             for work in (compile_headers, lambda: attention_kernels.prepare("cpu")):
                 self.threads.append(threading.Thread(target=self.then, args=[work], daemon=True))
             for thread in self.threads:
                 thread.start()
 
-    def then(self, work: Callable[[], None]) -> None:
+    def then(self, work: Callable[[], object]) -> None:
         self.wait()
-        work()
+        quietly(work)
 
     def wait(self) -> None:
         """Until it is known what the CPU can do; who needs the rest waits for the files' locks."""
         if self.threads:
             self.threads[0].join()
+
+
+def quietly(work: Callable[[], object]) -> None:
+    """What fails, for want of a compiler, fails again where it is needed, and is told there."""
+    with contextlib.suppress(Exception):
+        work()
 
 
 warm_up = WarmUp()

@@ -10,12 +10,13 @@ import torch
 from conftest import captured
 from qlora_fx.passes.graph.body import Body
 from qlora_fx.passes.lower import read
-from qlora_fx.passes.lowering import compiled_body
+from qlora_fx.passes.lowering import compiled_body, warm_up
 from qlora_fx.passes.lowering.compiled_body import CompiledBody, aot_eager
 from qlora_fx.passes.lowering.example import Example, allowed
 from qlora_fx.passes.lowering.free_sizes import FreeSize, formula_of, free_sizes, hidden_symbols
 from qlora_fx.runtime.program import multiple
 from torch._dynamo.source import ConstantSource
+from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -282,3 +283,18 @@ def test_a_program_for_two_is_none_for_one(backend: str) -> None:
     for tokens in (5, 2, 1, 7):
         x = torch.randn(3, tokens, 8)
         torch.testing.assert_close(body(weight, x, 0)[0], module(x))
+
+
+def test_a_machine_without_a_compiler_is_told_where_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> None:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(warm_up, "compile_headers", missing)
+    monkeypatch.setattr(warm_up, "pick_vec_isa", missing)
+    started = warm_up.WarmUp()
+    started.start()
+    for thread in started.threads:
+        thread.join()
+    assert capfd.readouterr().err == ""
