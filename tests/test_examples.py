@@ -259,26 +259,8 @@ def test_going_on_gives_the_losses_of_a_run_that_never_stopped(
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(small_model: Path, tmp_path: Path) -> None:
-    options = [
-        "--steps",
-        "400",
-        "--save-every",
-        "1000",
-        "--held-out",
-        "2",
-        "--max-new-tokens",
-        "2",
-        "--rank",
-        "4",
-    ]
-    command = [
-        sys.executable,
-        FINETUNE,
-        "--model",
-        str(small_model),
-        "--out",
-        str(tmp_path),
-    ]
+    command = [sys.executable, FINETUNE, *arguments(small_model, tmp_path)]
+    options = ["--steps", "400", "--save-every", "1000"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         text = ""

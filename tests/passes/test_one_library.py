@@ -10,7 +10,7 @@ import sympy
 import torch
 from qlora_fx.passes.lowering import one_library
 from qlora_fx.passes.lowering.index_arithmetic import polynomials_expanded
-from torch._inductor import async_compile, cpp_builder
+from torch._inductor import async_compile, codecache, cpp_builder
 from torch._inductor.codegen.cpp import stride_at_vec_range
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import fresh_cache
@@ -94,6 +94,23 @@ def test_what_cannot_share_a_file_is_compiled_alone(
         run = compiled(x)
     torch.testing.assert_close(run(x), two_kernels(x))
     assert len(compiler_runs) == 3, "Inductor's own way is one run for each kernel"
+
+
+def test_headers_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled with other flags they would be compiled again, when the first program is."""
+    found: list[Any] = []
+
+    def compiled_header(*header: Any, **how: Any) -> str:
+        found.append((header, {name: str(value) for name, value in how.items()}))
+        return "header.h"
+
+    monkeypatch.setattr(codecache, "_precompile_header", compiled_header)
+    kernels = [k._replace(source=k.source + "// at::vec::") for k in (scaling(1), scaling(2))]
+    with fresh_cache():
+        one_library.compile_headers()
+        one_library.Library.load_async(one_library.source(kernels), submit_fn=lambda work: None)
+    ahead, needed = found
+    assert ahead == needed
 
 
 def test_inductor_is_left_as_it_was() -> None:
