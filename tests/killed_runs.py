@@ -23,12 +23,12 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import qlora_fx
 import torch
-from conftest import tiny_llama
 from datasets import Dataset
 from peft import LoraConfig
 from qlora_fx.training import checkpoint, reliable
 from qlora_fx.transformers_internals import last_checkpoint
 from safetensors.torch import load_file
+from small_models import tiny_llama
 from transformers import Trainer, TrainingArguments
 
 STEPS = 12

@@ -12,12 +12,12 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import tiny_llama
 from qlora_fx.cli import main as entry
 from qlora_fx.cli.chat import Conversation, talk
 from qlora_fx.cli.main import COMMANDS, main
 from qlora_fx.cli.settings import ChatSettings
 from safetensors.torch import load_file
+from small_models import tiny_llama
 from trainers import rows, tokenizer
 from transformers import AutoModelForCausalLM
 

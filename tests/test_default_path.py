@@ -8,6 +8,7 @@ falls back, is captured again or is refused is a failure.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import replace
 from importlib.metadata import version
@@ -16,7 +17,6 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import only_slow_but
 from default_path import DECODERS, SPECIAL, STEPS, Walk, walk
 from families import ALL, FAMILIES, NOT_TRIED, Family, build
 from families.exceptions import (
@@ -32,6 +32,7 @@ from qlora_fx.capture.cache import START, caches
 from qlora_fx.capture.cache_layers import Buffers, GrowingLayer
 from qlora_fx.tested_versions import TESTED, minor
 from qlora_fx.testing import randomize_adapter
+from slow import only_slow_but
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 BY_TYPE = {f.model_type: f for f in FAMILIES}
@@ -126,10 +127,10 @@ def test_the_walk_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None
     assert result.error.startswith("generate: Wrong"), result.error
     monkeypatch.undo()
 
-    def wrong(model: object, qmodel: object) -> dict[str, torch.Tensor]:
-        return {}
+    def not_rounded(model: torch.nn.Module, qmodel: object) -> torch.nn.Module:
+        return copy.deepcopy(model)
 
-    monkeypatch.setattr(default_path, "dense_weights", wrong)
+    monkeypatch.setattr(default_path, "with_stored_values", not_rounded)
     result = walk(BY_TYPE["gpt2"], steps=("eval", "peft"), backend="eager")
     assert result.error.startswith("peft: Wrong"), result.error
 

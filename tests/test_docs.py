@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_readme_snippet_runs(tmp_path: Path) -> None:
-    from conftest import batch, tiny_llama
+    from small_models import batch, tiny_llama
 
     tiny_llama(1).save_pretrained(tmp_path / "model")
     text = (ROOT / "README.md").read_text()

@@ -17,8 +17,8 @@ import obtain
 import pytest
 import torch
 from qlora_fx import DataError
-from conftest import peer_llama
 from data import IGNORE, Formatter, batches, dates, read_jsonl
+from small_models import peer_llama
 
 ROOT = Path(__file__).resolve().parent.parent
 FINETUNE = str(ROOT / "examples" / "finetune.py")

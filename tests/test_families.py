@@ -15,12 +15,12 @@ import qlora_fx
 import pytest
 import sharing
 import torch
-from conftest import only_slow_but
 from default_path import ours
 from families import FAMILIES, Family, build
 from families.exceptions import REFUSED, SAID
 from peft import LoraConfig
 from qlora_fx.testing.check import compare, randomize_adapter
+from slow import only_slow_but
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 

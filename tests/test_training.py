@@ -16,11 +16,11 @@ import qlora_fx
 import pytest
 import torch
 from qlora_fx import AdapterError, CheckpointError, ConfigError, TrainingError
-from conftest import batch, tiny_llama
 from datasets import Dataset
 from peft import LoraConfig
 from qlora_fx.runtime import checkpoint_writer
 from qlora_fx.training import first_non_finite, reliable
+from small_models import batch, tiny_llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged.*CPU")

@@ -34,7 +34,7 @@ CHAT = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word; ids below 101, as ``conftest.tiny_llama`` takes them."""
+    """One token per word; ids below 101, as ``small_models.tiny_llama`` takes them."""
     names = ["<pad>", "<eos>", "<unk>", "<bos>", "user", "assistant", *WORDS]
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

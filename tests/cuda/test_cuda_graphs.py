@@ -9,13 +9,13 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import batch, tiny_llama
 from families import FAMILIES, build
 from families.pictures import with_pictures
 from peft import LoraConfig
 from qlora_fx.runtime.cuda_graphs import Graphed, Places, Recorder
 from qlora_fx.testing import Oracle, compare, randomize_adapter, relative_error
 from qlora_fx.testing.step import step as truth
+from small_models import batch, tiny_llama
 from torch import Tensor
 from transformers import (
     MixtralConfig,

@@ -11,7 +11,6 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import batch, only_slow_but, tiny_llama
 from oracle import random_adapter, reference
 from peft import LoraConfig
 from qlora_fx.compiler import request
@@ -19,6 +18,8 @@ from qlora_fx.runtime.fastest_dtype import fastest
 from qlora_fx.testing import Oracle, compare, randomize_adapter, relative_error
 from qlora_fx.testing.step import step
 from qlora_fx.training import reliable
+from slow import only_slow_but
+from small_models import batch, tiny_llama
 from test_default_path import BY_TYPE, TWELVE, check
 from transformers import Trainer, TrainingArguments
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from conftest import captured
 from qlora_fx.passes.graph.body import Body
 from qlora_fx.passes.lower import read
 from qlora_fx.passes.lowering import compiled_body, warm_up
@@ -15,6 +14,7 @@ from qlora_fx.passes.lowering.compiled_body import CompiledBody, aot_eager
 from qlora_fx.passes.lowering.example import Example, allowed
 from qlora_fx.passes.lowering.free_sizes import FreeSize, formula_of, free_sizes, hidden_symbols
 from qlora_fx.runtime.program import multiple
+from small_models import captured
 from torch._dynamo.source import ConstantSource
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -9,7 +9,6 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import captured, only_slow_but
 from expecttest import assert_expected_inline
 from peft import LoraConfig
 from qlora_fx.compiler import printer
@@ -17,6 +16,8 @@ from qlora_fx.config import Config
 from qlora_fx.passes.convolutions import convolutions
 from qlora_fx.passes.lowering.compiled_body import CompiledBody
 from qlora_fx.testing import compare, randomize_adapter
+from slow import only_slow_but
+from small_models import captured
 from torch import nn
 
 X = {"x": torch.zeros(2, 5, 8)}

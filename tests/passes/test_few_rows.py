@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import excerpt, graph
 from expecttest import assert_expected_inline
 from qlora_fx.capture.dynamic_shapes import resized
 from qlora_fx.config import DENSE, Config, Quantization
@@ -16,6 +15,7 @@ from qlora_fx.passes.adapt import adapt
 from qlora_fx.passes.attention import attention
 from qlora_fx.passes.few_rows import few_rows
 from qlora_fx.passes.graph.nodes import FEW_ROWS, Emitter, arguments, aten
+from small_models import excerpt, graph
 from torch import nn
 
 NAMES = ("past_key_values_0_keys", "past_key_values_0_values")

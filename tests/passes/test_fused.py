@@ -10,7 +10,6 @@ import qlora_fx
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import batch, excerpt, graph, tiny_llama
 from expecttest import assert_expected_inline
 from oracle import Float64, random_adapter, step, truth
 from peft import LoraConfig
@@ -22,6 +21,7 @@ from qlora_fx.passes.loss_head import loss_head
 from qlora_fx.passes.masked_rows import masked_rows
 from qlora_fx.passes.siblings import siblings
 from qlora_fx.testing.check import relative_error
+from small_models import batch, excerpt, graph, tiny_llama
 from torch import fx, nn
 
 X = {"x": torch.zeros(2, 3, 8)}

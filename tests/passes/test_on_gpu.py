@@ -16,12 +16,12 @@ import qlora_fx
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from conftest import batch, peer_llama
 from functorch.compile import make_boxed_func
 from qlora_fx.passes.lowering import compiled_body, on_gpu
 from qlora_fx.passes.normalize import on_one_device
 from qlora_fx.runtime.ops import NESTED_BLOCKSIZE, whole_rows
 from qlora_fx.testing.check import randomize_adapter
+from small_models import batch, peer_llama
 from torch import Tensor, fx
 from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx

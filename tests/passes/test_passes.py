@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Toy, captured
 from expecttest import assert_expected_inline
 from qlora_fx.compiler import printer
 from qlora_fx.compiler.pipeline import PIPELINE
@@ -16,6 +15,7 @@ from qlora_fx.passes.normalize import normalize
 from qlora_fx.passes.outline import outline
 from qlora_fx.passes.quantize import quantize
 from qlora_fx.passes.select import select
+from small_models import Toy, captured
 from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 

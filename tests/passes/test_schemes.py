@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Toy, captured
 from qlora_fx.compiler import pipeline
 from qlora_fx.config import Config, Quantization
 from qlora_fx.passes.graph.nodes import is_packed, ops, placeholders, sites
 from qlora_fx.passes.quantize import quantize
 from qlora_fx.passes.schemes import EMISSIONS, Storage, emission_of, storage_of
 from qlora_fx.runtime.schemes import SCHEMES, scheme_of
+from small_models import Toy, captured
 from torch import fx, nn
 
 

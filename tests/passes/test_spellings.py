@@ -11,7 +11,6 @@ import qlora_fx
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import captured, only_slow_but
 from expecttest import assert_expected_inline
 from peft import LoraConfig
 from qlora_fx.compiler import printer
@@ -21,6 +20,8 @@ from qlora_fx.passes.graph.nodes import CANONICAL
 from qlora_fx.passes.graph.site import Layout
 from qlora_fx.passes.normalize import normalize
 from qlora_fx.testing.check import check
+from slow import only_slow_but
+from small_models import captured
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 

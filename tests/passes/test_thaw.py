@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import Toy, captured
 from expecttest import assert_expected_inline
 from peft import LoraConfig
 from qlora_fx.compiler import printer
@@ -14,6 +13,7 @@ from qlora_fx.errors import ConfigError
 from qlora_fx.passes.normalize import normalize
 from qlora_fx.passes.select import select
 from qlora_fx.passes.thaw import is_saved, thaw
+from small_models import Toy, captured
 from torch import fx
 
 

@@ -10,10 +10,10 @@ import qlora_fx
 import pytest
 import torch
 from qlora_fx import AdapterError
-from conftest import batch, peer_llama, tiny_gpt2
 from oracle import ours, random_adapter, reference, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from small_models import batch, peer_llama, tiny_gpt2
 from transformers import LlamaConfig
 
 pytestmark = pytest.mark.peer

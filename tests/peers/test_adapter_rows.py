@@ -10,7 +10,6 @@ import qlora_fx
 import pytest
 import torch
 from qlora_fx import ConfigError, InputError
-from conftest import batch, excerpt, only_slow_but, tiny_llama
 from expecttest import assert_expected_inline
 from families import FAMILIES, build
 from oracle import with_stored_values
@@ -18,6 +17,8 @@ from peft import LoraConfig, PeftModel
 from qlora_fx.capture.cache import START
 from qlora_fx.capture.cache_layers import Buffers
 from qlora_fx.testing import randomize_adapter
+from slow import only_slow_but
+from small_models import batch, excerpt, tiny_llama
 
 ALL = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 WIDE = LoraConfig(r=6, lora_alpha=3, use_rslora=True, target_modules="all-linear")

@@ -10,12 +10,12 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import batch, peer_llama
 from oracle import with_stored_values
 from peft import LoraConfig, PeftModel, get_peft_model
 from qlora_fx.errors import ConfigError
 from qlora_fx.testing import compare, randomize_adapter, relative_error
 from safetensors.torch import load_file
+from small_models import batch, peer_llama
 from torch import nn
 
 pytestmark = pytest.mark.peer

@@ -14,11 +14,11 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import only_slow_but
 from families import FAMILIES, build
 from peft import LoraConfig, PeftModel, get_peft_model
 from qlora_fx.testing.check import dense_weights, randomize_adapter, relative_error
 from safetensors.torch import load_file
+from slow import only_slow_but
 
 pytestmark = pytest.mark.peer
 

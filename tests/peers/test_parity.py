@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import batch, only_slow_but, peer_llama
 from oracle import Float64, ours, random_adapter, reference, step, truth
 from peft import LoraConfig
+from slow import only_slow_but
+from small_models import batch, peer_llama
 
 pytestmark = pytest.mark.peer
 

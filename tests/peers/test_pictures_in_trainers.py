@@ -12,7 +12,6 @@ import qlora_fx
 import numpy as np
 import pytest
 import torch
-from conftest import only_slow_but
 from datasets import Dataset
 from default_path import ours
 from families import FAMILIES, build
@@ -20,6 +19,7 @@ from peft import LoraConfig, PeftModel
 from PIL import Image
 from qlora_fx.testing.check import randomize_adapter
 from qlora_fx.testing.reference import dense_weights
+from slow import only_slow_but
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trainers import logged
 from transformers import PreTrainedTokenizerFast

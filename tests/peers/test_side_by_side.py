@@ -10,11 +10,12 @@ import qlora_fx
 import pytest
 import torch
 from qlora_fx import AdapterError, ConfigError
-from conftest import batch, only_slow_but, tiny_llama
 from families import FAMILIES, build
 from oracle import with_stored_values
 from peft import LoraConfig, PeftModel
 from qlora_fx.testing import compare, randomize_adapter
+from slow import only_slow_but
+from small_models import batch, tiny_llama
 
 ALL = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 FEW = {

@@ -13,12 +13,13 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from qlora_fx import AdapterError, ConfigError, InputError, ModelError
-from conftest import batch, only_slow_but, peer_llama, tiny_llama
 from families import FAMILIES, build
 from oracle import ours, random_adapter, reference
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
+from slow import only_slow_but
+from small_models import batch, peer_llama, tiny_llama
 from trainers import SAMPLED, SUPERVISED, logged, trained
 from transformers import (
     AutoModelForSequenceClassification,

@@ -16,12 +16,12 @@ import qlora_fx
 import pytest
 import torch
 from qlora_fx import CaptureError, ConfigError, GraphError, InputError, ModelError
-from conftest import Toy, batch, tiny_gpt2, tiny_llama
 from peft import LoraConfig, get_peft_model
 from qlora_fx.capture.positions import longest_rows
 from qlora_fx.compiler.check_lora import CARRIED, HONOURED, check_lora
 from qlora_fx.compiler.request import Request, check_compute_dtype, check_quantization
 from qlora_fx.units import parse_size
+from small_models import Toy, batch, tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import (
     BitsAndBytesConfig,

@@ -9,7 +9,6 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import batch, tiny_llama
 from oracle import Float64, random_adapter, step, truth
 from peft import LoraConfig
 from qlora_fx.compiler import recompute as module
@@ -18,6 +17,7 @@ from qlora_fx.errors import ConfigError, ModelError
 from qlora_fx.passes.lowering.compiled_body import CompiledBody
 from qlora_fx.runtime import free_memory as memory
 from qlora_fx.testing.check import randomize_adapter, relative_error
+from small_models import batch, tiny_llama
 
 LIMIT = 2e-5
 """Eager PyTorch in float32 is 1.4e-5 off for this model, whose q and k have gradients of 1e-5."""

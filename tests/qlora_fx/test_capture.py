@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOY_INPUT, VOCABULARY, batch, captured
 from qlora_fx.capture.skeleton import Capture, Skeleton
 from sharing import hold
+from small_models import TOY_INPUT, VOCABULARY, batch, captured
 from torch import nn
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree

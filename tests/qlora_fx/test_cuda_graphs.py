@@ -10,13 +10,13 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import batch, tiny_llama
 from peft import LoraConfig
 from qlora_fx.passes.lowering.recorded import can_be_recorded
 from qlora_fx.runtime import cuda_graphs
 from qlora_fx.runtime.cuda_graphs import Graphed, Places, Recorder, WaitsForDevice
 from qlora_fx.testing import randomize_adapter
 from recording import StandIn, record
+from small_models import batch, tiny_llama
 from torch import Tensor
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import batch
 from peft import LoraConfig
 from qlora_fx.passes.graph.nodes import ops
 from qlora_fx.testing.check import check, compare, randomize_adapter, relative_error
+from small_models import batch
 from torch import fx, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 

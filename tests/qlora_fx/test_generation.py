@@ -10,11 +10,12 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import batch, only_slow_but, peer_llama, windowed_gemma2
 from oracle import Float64, ours, random_adapter, truth
 from peft import LoraConfig
 from qlora_fx.errors import InputError
 from qlora_fx.testing import randomize_adapter
+from slow import only_slow_but
+from small_models import batch, peer_llama, windowed_gemma2
 from torch import Tensor
 from transformers import (
     DynamicCache,

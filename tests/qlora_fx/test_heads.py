@@ -8,10 +8,10 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import VOCABULARY, batch, tiny_llama
 from peft import LoraConfig
 from qlora_fx.errors import ConfigError
 from qlora_fx.testing.check import compare, dense_weights, randomize_adapter
+from small_models import VOCABULARY, batch, tiny_llama
 from torch import fx, nn
 from transformers import BitsAndBytesConfig
 

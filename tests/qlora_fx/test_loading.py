@@ -17,11 +17,12 @@ import torch
 import transformers
 from qlora_fx import CheckpointError, ConfigError
 from checkpoints import EAGER, MODELS, assert_same_store, save
-from conftest import batch, only_slow_but, tiny_llama
 from families import FAMILIES, build
 from packaging.version import Version
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from slow import only_slow_but
+from small_models import batch, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 

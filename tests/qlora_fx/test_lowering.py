@@ -8,11 +8,11 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import VOCABULARY, batch, tiny_llama
 from oracle import Float64, random_adapter, step, truth
 from peft import LoraConfig
 from qlora_fx.passes.lowering.compiled_body import CompiledBody
 from qlora_fx.testing.check import relative_error
+from small_models import VOCABULARY, batch, tiny_llama
 from transformers import BartConfig, BartForConditionalGeneration
 
 LIMIT = 2e-5

@@ -7,10 +7,10 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import batch, tiny_llama
 from peft import LoraConfig
 from qlora_fx.compiler.pipeline import OPTIONAL
 from qlora_fx.passes.lowering import partition
+from small_models import batch, tiny_llama
 from torch import fx
 
 LORA = LoraConfig(r=4, target_modules="all-linear")

@@ -13,10 +13,11 @@ import pytest
 import torch
 from qlora_fx import CheckpointError, ConfigError, InputError
 from checkpoints import EAGER, MODELS, save, tiny_mixtral
-from conftest import VOCABULARY, batch, only_slow_but, peer_llama, tiny_gpt2, tiny_llama
 from peft import LoraConfig
 from qlora_fx.merging.values import MODES
 from safetensors.torch import load_file
+from slow import only_slow_but
+from small_models import VOCABULARY, batch, peer_llama, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM
 
 LORA: dict[str, Any] = {

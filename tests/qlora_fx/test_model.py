@@ -12,10 +12,11 @@ import qlora_fx
 import pytest
 import torch
 from qlora_fx import ConfigError, InputError, ModelError
-from conftest import VOCABULARY, batch, only_slow_but, tiny_gpt2, tiny_llama
 from oracle import Float64, ours, random_adapter, relative_error, step, truth
 from peft import LoraConfig
 from qlora_fx.passes.lowering.compiled_body import CompiledBody
+from slow import only_slow_but
+from small_models import VOCABULARY, batch, tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast

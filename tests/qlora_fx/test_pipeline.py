@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Toy, batch, captured, tiny_llama
 from expecttest import assert_expected_inline
 from qlora_fx.capture.skeleton import Skeleton
 from qlora_fx.compiler import invariants, pipeline, printer
@@ -18,6 +17,7 @@ from qlora_fx.config import Config, Quantization, default_lora
 from qlora_fx.errors import GraphError
 from qlora_fx.passes.graph.nodes import aten, call, mark, sites
 from qlora_fx.passes.graph.site import Layout, Site, Skipped
+from small_models import Toy, batch, captured, tiny_llama
 from torch import fx, nn
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import batch, tiny_llama
 from peft import LoraConfig
 from qlora_fx.compiler.request import Request
 from qlora_fx.errors import CheckpointError, ConfigError
@@ -18,6 +17,7 @@ from qlora_fx.memory import plan as planning
 from qlora_fx.memory.estimate import Draft, draft
 from qlora_fx.memory.fit import lower_rank, search
 from qlora_fx.memory.resident import state_bytes
+from small_models import batch, tiny_llama
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MixtralConfig
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOY_INPUT, captured, only_slow_but
 from families import FAMILIES, Family, build
 from families.exceptions import REFUSED
 from qlora_fx.capture import skeleton
@@ -20,6 +19,8 @@ from qlora_fx.capture.repeated_blocks import Walk, walked_once
 from qlora_fx.capture.skeleton import Capture, Skeleton
 from qlora_fx.capture.written_out import NotAlone
 from qlora_fx.compiler import printer
+from slow import only_slow_but
+from small_models import TOY_INPUT, captured
 from torch import nn
 from transformers import DynamicCache
 

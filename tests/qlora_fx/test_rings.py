@@ -9,7 +9,6 @@ from typing import Any
 import qlora_fx
 import pytest
 import torch
-from conftest import batch, only_slow_but, peer_llama, tiny_gpt2, tiny_llama, windowed_gemma2
 from peft import LoraConfig
 from qlora_fx.capture import cache_layers
 from qlora_fx.capture.cache import START
@@ -18,6 +17,8 @@ from qlora_fx.errors import InputError
 from qlora_fx.runtime.ops import ops
 from qlora_fx.testing import randomize_adapter
 from recording import record
+from slow import only_slow_but
+from small_models import batch, peer_llama, tiny_gpt2, tiny_llama, windowed_gemma2
 from torch import Tensor
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from qlora_fx import ConfigError
 from checkpoints import EAGER, MODELS, assert_same_store, bnb_folder, save, tiny_mixtral
-from conftest import batch, only_slow_but, peer_llama, tiny_gpt2, tiny_llama
 from peft import LoraConfig
 from safetensors.torch import load_file
+from slow import only_slow_but
+from small_models import batch, peer_llama, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 

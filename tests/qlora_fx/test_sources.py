@@ -10,7 +10,8 @@ import pytest
 import torch
 from qlora_fx import CheckpointError
 from checkpoints import EAGER, assert_same_store, save
-from conftest import batch, only_slow_but, peer_llama
+from slow import only_slow_but
+from small_models import batch, peer_llama
 from transformers import AutoModelForCausalLM, GgufConfig
 
 

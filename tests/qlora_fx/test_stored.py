@@ -12,8 +12,8 @@ import pytest
 import torch
 from qlora_fx import CheckpointError, ConfigError
 from checkpoints import EAGER, bnb_folder, tiny_mixtral
-from conftest import batch, peer_llama, tiny_gpt2
 from safetensors.torch import load_file, save_file
+from small_models import batch, peer_llama, tiny_gpt2
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import batch, tiny_gpt2, tiny_llama
 from peft import LoraConfig
 from qlora_fx.compiler import pipeline
 from qlora_fx.passes.graph.nodes import aten
 from qlora_fx.passes.lowering.compiled_body import CompiledBody
 from qlora_fx.testing.check import Float64, Oracle, check, compare
+from small_models import batch, tiny_gpt2, tiny_llama
 from torch import fx
 
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
