@@ -16,6 +16,7 @@ from torch._inductor.exc import InductorError
 from torch._inductor.virtualized import V
 
 from ...runtime.torch_versions import below_autograd, no_tiled_outer_loops
+from .brief_trace import WritesError, brief_trace, writes
 from .example import Example
 from .free_sizes import FreeSize, free_sizes
 from .index_arithmetic import polynomials_expanded
@@ -127,29 +128,19 @@ class CompiledBody(nn.Module):
     def build(self, key: Key, sizes: tuple[int, ...]) -> Variant:
         warm_up.wait()
         if self.backend == "inductor":
-            example = self.example(key, sizes)
-            patches = {
-                "custom_partitioner_fn": example.partition,
-                "post_grad_custom_pre_pass": OnGpu(),
-            }
             try:
                 # The backward too is compiled now: a refusal of it is ours to handle, not the user's.
                 with (
-                    tracing(TracingContext(example.mode)),
                     functorch.patch(force_non_lazy_backward_lowering=True),
                     V.set_choices_handler(OneWeightAtATime()),
                     no_tiled_outer_loops(),
                     one_library(),
                     polynomials_expanded(),
                 ):
-                    run: Any = compile_fx(example.gm, example.args, config_patches=patches)
+                    return traced(inductor, lambda: self.example(key, sizes))
             except InductorError as error:
                 self.warn_once(error)
-            else:
-                return Variant(run, example.guards())
-        example = self.example(key, sizes)
-        with tracing(TracingContext(example.mode)):
-            return Variant(aot_eager(example), example.guards())
+        return traced(aot_eager, lambda: self.example(key, sizes))
 
     def example(self, key: Key, sizes: Sequence[int] = ()) -> Example:
         """What to compile: a copy of the body and fake arguments of these sizes; default: those of the capture.
@@ -170,17 +161,19 @@ class CompiledBody(nn.Module):
         """How a program is split: found out, where it was not compiled yet or came from a cache."""
         partition = self.partitions.get(key)
         if partition is None or (not partition.inputs and any(key.needs_grad)):
-            example = self.example(key)
-            partition = example.partition
             other = Key(key.needs_grad, not key.recompute)
-            if self.calls > 1 and other not in self.partitions:  # what takes long is tracing
-                partition.other = self.partitions[other] = partition.beside(other.recompute)
-            with (
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                tracing(TracingContext(example.mode)),
-            ):
-                aot_eager(example)
+            beside = self.calls > 1 and other not in self.partitions  # what takes long is tracing
+
+            def example() -> Example:
+                example = self.example(key)
+                if beside:
+                    example.partition.other = example.partition.beside(other.recompute)
+                    self.partitions[other] = example.partition.other
+                return example
+
+            with torch.inference_mode(False), torch.enable_grad():
+                traced(aot_eager, example)
+            partition = self.partitions[key]
             partition.other = None
         return partition
 
@@ -193,6 +186,29 @@ class CompiledBody(nn.Module):
                 "runs on PyTorch's own kernels, as with backend='aot_eager'",
                 stacklevel=3,
             )
+
+
+def traced(compiler: Callable[[Example], Any], example: Callable[[], Example]) -> Variant:
+    """What a compiler makes of a body and its gradient. It changes an example, so that each try has its own."""
+
+    def compiled(functional: bool) -> Variant:
+        current = example()
+        functional = functional and not writes(current.gm.graph)
+        with tracing(TracingContext(current.mode)), brief_trace(functional):
+            return Variant(compiler(current), current.guards())
+
+    try:
+        return compiled(functional=True)
+    except WritesError:
+        return compiled(functional=False)
+
+
+def inductor(example: Example) -> Any:
+    patches = {
+        "custom_partitioner_fn": example.partition,
+        "post_grad_custom_pre_pass": OnGpu(),
+    }
+    return compile_fx(example.gm, example.args, config_patches=patches)
 
 
 def aot_eager(example: Example) -> Callable[..., Any]:
