@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+# Most of what is slow is in one file, a test for each model type: whoever has nothing left takes half of the other's.
+SHARING := -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # What is imported is compiled when it first is, and that is kept: a third of what is installed. pip would compile all of it.
 unexport PYTHONDONTWRITEBYTECODE
@@ -20,7 +22,7 @@ test: $(INSTALLED)  ## the default suite: no GPU, no network, no model downloads
 	$(BIN)/python -m pytest -q $(WORKERS)
 
 test-all: $(INSTALLED) $(if $(PART),,test-wheel)  ## also what takes minutes and the demo's model, hours in all; PART=3/8 runs an eighth of it
-	$(BIN)/python -m pytest -q $(WORKERS) -m "slow or not slow" $(addprefix --part=,$(PART))
+	$(BIN)/python -m pytest -q $(SHARING) -m "slow or not slow" $(addprefix --part=,$(PART))
 
 test-wheel: $(INSTALLED)  ## build the wheel and test what it installs, away from the sources
 	rm -rf build/wheel && mkdir -p build/wheel

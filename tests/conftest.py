@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: before PyTor
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 LONGEST = (
+    "test_new_process.py",
     "test_default_path.py",
     "test_model.py",
     "test_trainers.py",
