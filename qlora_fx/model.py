@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,21 +13,18 @@ from peft import LoraConfig
 from torch import fx, nn
 
 from .adapters.initialize import add_adapters
-from .capture.adapter_rows import tell_slots
-from .capture.arguments import Call
-from .capture.cache import START, caches, filled
-from .capture.cache_layers import Buffers
+from .capture.cache import caches
 from .checkpoints.save import write_quantized
 from .compiler.compile import Prepared
 from .compiler.programs import Programs
 from .compiler.request import check_cuda_graphs, check_memory_budget
-from .errors import CaptureError, InputError, users_stacklevel
+from .errors import InputError, users_stacklevel
 from .explain import Explanation, explain
 from .memory.saved_activations import Activations, saved_activations
 from .merging.merge import MergeReport, merge
 from .optimizer import adapter_optimizer, check_groups
 from .twin.adapter_graphs import WHOLE, AdapterGraphs
-from .twin.named_adapters import DEFAULT
+from .twin.calls import Calls
 from .twin.peft_model import StorePeftModel
 from .units import parse_size
 
@@ -57,7 +54,7 @@ class QLoRAModel(StorePeftModel):
         programs = Programs(base, request.backend, request.memory_budget, request.cuda_graphs)
         programs.add(prepared.signature, prepared.capture, prepared.result)
         self.adapter_graphs = AdapterGraphs(self.named_adapters, programs)
-        self._slots_of_rows: torch.Tensor | None = None
+        self._calls = Calls(self, self.adapter_graphs)
         self._compute = prepared.compute
         self._budget_before: tuple[int | float | None] | None = None
         self.trainer: object | None = None
@@ -78,90 +75,32 @@ class QLoRAModel(StorePeftModel):
     @property
     def programs(self) -> Programs:
         """The captured graphs of the active adapter; while adapters are disabled those of the first, whichever is active."""
-        return self.adapter_graphs.of(self._adapter_of_graphs)
+        return self.adapter_graphs.of(self._calls.adapter)
 
     @property
     def submodels(self) -> dict[str, Programs]:
         """The same of the backbone and the encoder, by path, where they were ever called for themselves."""
-        return self.adapter_graphs.parts(self._adapter_of_graphs)
-
-    @property
-    def _adapter_of_graphs(self) -> str:
-        return DEFAULT if self._adapters_disabled else self.named_adapters.active
+        return self.adapter_graphs.parts(self._calls.adapter)
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return self._run(WHOLE, args, kwargs)
+        return self._run(args, kwargs)
 
     def run_submodel(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return self._run(path, args, kwargs)
+        return self._run(args, kwargs, path)
 
     def run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         """As a call, with the same graph run operator by operator. Later calls are compiled as ever."""
-        return self._run(WHOLE, args, kwargs, compiled=False)
+        return self._run(args, kwargs, compiled=False)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator] # compiled already: torch.compile(qmodel) leaves it as it is
     def _run(
         self,
-        path: str,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        path: str = WHOLE,
         compiled: bool = True,
     ) -> Any:
-        """Run the whole model, or the part at a path."""
-        kwargs = dict(kwargs)
-        slots = self._slots(kwargs.pop("adapter_names", None))
-        if slots is None:
-            programs = self.adapter_graphs.of(self._adapter_of_graphs, path)
-        else:
-            programs = self.adapter_graphs.for_rows(path)
-        call = self._bind(programs, args, kwargs, slots, programs.buffers)
-        try:
-            return self._run_call(programs, call, compiled)
-        except (CaptureError, InputError) as error:
-            if START not in call.values:
-                raise
-            call = self._bind(programs, args, kwargs, slots, None)
-            output = self._run_call(programs, call, compiled)
-            programs.take_no_rings(error)
-            return output
-
-    def _slots(self, names: Sequence[str] | None) -> torch.Tensor | None:
-        """The slots of a call's rows; None where all have the active adapter, or adapters are disabled."""
-        if self._adapters_disabled:
-            return None
-        if names is None:
-            return self._slots_of_rows
-        if self._slots_of_rows is not None:
-            raise InputError("adapter_names within a generate(adapter_names=...) that is running")
-        if self.twin.training:
-            raise InputError("adapter_names in train mode; accepted: in eval mode, model.eval()")
-        return self.adapter_graphs.rows(names)
-
-    def _bind(
-        self,
-        programs: Programs,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        slots: torch.Tensor | None,
-        buffers: Buffers | None,
-    ) -> Call:
-        skeleton = programs.base.skeleton
-        call = skeleton.bind(args, kwargs, buffers)
-        if slots is not None:
-            repeated = self._slots_of_rows is not None
-            tell_slots(call.values, slots, repeated=repeated)
-        return call
-
-    def _run_call(self, programs: Programs, call: Call, compiled: bool) -> Any:
-        skeleton = programs.base.skeleton
-        skeleton.check(call)
-        if call.cache is not None and self.twin.training:
-            raise InputError("use_cache=True in train mode; accepted: in eval mode, model.eval()")
-        signature = call.signature(training=self.twin.training, adapter=not self._adapters_disabled)
-        # The model's dtypes are decided: a trainer's autocast must neither be captured nor compiled.
-        with torch.autocast(skeleton.device.type, enabled=False):
-            output = programs.run(call, signature, compiled=compiled)
-        return output if call.cache is None else filled(call.cache, output, programs.buffers)
+        return self._calls.run(args, kwargs, path, compiled=compiled)
 
     @property
     def all_programs(self) -> list[Programs]:
@@ -367,17 +306,8 @@ class QLoRAModel(StorePeftModel):
         if not caches(self.base.skeleton.model):
             kwargs["use_cache"] = False
         names = kwargs.pop("adapter_names", None)
-        with self._evaluating(), self._rows_with(names), torch.no_grad():
+        with self._evaluating(), self._calls.rows_with(names), torch.no_grad():
             return self.twin.generate(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _rows_with(self, names: Sequence[str] | None) -> Iterator[None]:
-        """Calls whose rows have these adapters."""
-        before, self._slots_of_rows = self._slots_of_rows, self._slots(names)
-        try:
-            yield
-        finally:
-            self._slots_of_rows = before
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

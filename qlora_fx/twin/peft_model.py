@@ -142,6 +142,11 @@ class StorePeftModel(InPlace, PeftModel):  # type: ignore[misc]
         finally:
             self.enable_adapters(not before)
 
+    @property
+    def adapters_disabled(self) -> bool:
+        """Whether the quantized model runs without its adapter."""
+        return self._adapters_disabled
+
     def enable_adapters(self, enable: bool) -> None:
         """With or without the adapter from now on."""
         self._adapters_disabled = not enable
