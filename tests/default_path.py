@@ -73,6 +73,7 @@ def walk(
         step, start = name, time.perf_counter()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
+            warnings.simplefilter("always", FutureWarning)  # of transformers' own
             yield
         result.seconds[name] = round(time.perf_counter() - start, 1)
         log(family.model_type, step, result.seconds[name])
