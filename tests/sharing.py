@@ -21,6 +21,7 @@ from qlora_fx.capture.skeleton import Skeleton
 from qlora_fx.compiler import compile as compiler
 from qlora_fx.compiler import pipeline, programs
 from qlora_fx.passes.graph.body import content
+from qlora_fx.passes.graph.nodes import writes
 from qlora_fx.passes.lowering import compiled_body, partition
 from qlora_fx.passes.lowering.compiled_body import CompiledBody, Variant
 
@@ -104,11 +105,10 @@ def identity(skeleton: Any, config: Any, signature: Any) -> tuple[Any, ...] | No
     return (python, str(settings), str(lora), str(signature))
 
 
-def writes(program: Any) -> bool:
+def writes_to_inputs(program: Any) -> bool:
     """Whether it changes what it reads: that is taken out of it, with a warning, once."""
     readers = {u for n in program.graph_module.graph.find_nodes(op="placeholder") for u in n.users}
-    schemas = [getattr(node.target, "_schema", None) for node in readers]
-    return any(schema is not None and schema.is_mutable for schema in schemas)
+    return any(map(writes, readers))
 
 
 def content_of(body: CompiledBody) -> Any:
@@ -148,7 +148,7 @@ def shared() -> Iterator[None]:
         if free in programs_of and hold(programs_of[free]._guards_code, inputs):
             return programs_of[free]
         program = export(self, inputs, training, dtype, dims, patches)
-        if not writes(program):
+        if not writes_to_inputs(program):
             programs_of[exact] = program
             if dims is shared_dims:
                 programs_of[free] = program

@@ -121,6 +121,14 @@ def libraries(module: str) -> set[str]:
     }
 
 
+def test_the_process_that_hands_out_tests_imports_no_pytorch() -> None:
+    """Workers do. It would take the time that importing takes before the first of them starts."""
+    tree = ast.parse((ROOT / "tests" / "conftest.py").read_text())
+    found = {name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names}
+    found |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert found == {"__future__", "collections.abc", "gc", "os", "pytest", "typing"}
+
+
 def test_every_room_has_its_place() -> None:
     assert {room(m) for m in MODULES} == RANK.keys()
 

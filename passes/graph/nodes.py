@@ -129,6 +129,12 @@ def is_from_cache(node: fx.Node) -> bool:
     return bool(node.meta.get("past"))
 
 
+def writes(node: fx.Node) -> bool:
+    """Whether an operator changes what it reads, as its schema says."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
 def replace_other_uses(node: fx.Node, new: fx.Node) -> None:
     """Let all users of ``node`` but ``new`` itself read ``new``."""
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

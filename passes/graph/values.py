@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import sympy
 import torch
+from torch import _prims_common as prims
 from torch import fx
 from torch._C import DispatchKey
 from torch._dispatch.python import enable_python_dispatcher
@@ -17,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 IMPLICIT = DispatchKey.CompositeImplicitAutograd
+any_view = torch._refs._reshape_view_helper
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
@@ -74,6 +77,23 @@ def linear_value(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if alike and shapes and statically_known_true(x.shape[-1] == weight.shape[1]):
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
     return aten.linear.default._op_dk(IMPLICIT, x, weight, bias)
+
+
+def view_value(tensor: torch.Tensor, *shape: Any, allow_copy: bool) -> torch.Tensor:
+    """A fake tensor in another shape: ``torch._refs._reshape_view_helper``.
+
+    Of a dense one the strides are known. PyTorch would look for the sizes that are to be joined or split, by a dozen symbolic
+    comparisons and divisions.
+    """
+    sizes = prims.extract_shape_from_varargs(shape, validate=False)
+    inferred = any(isinstance(size, int) and size < 0 for size in sizes)
+    if not tensor.dim() or not sizes or inferred or not prims.is_contiguous_or_false(tensor):
+        return any_view(tensor, *shape, allow_copy=allow_copy)  # type: ignore[no-any-return]
+    torch._check(  # type: ignore[no-untyped-call]
+        tensor.numel() == math.prod(sizes),
+        lambda: f"{tuple(tensor.shape)} has not as many values as {tuple(sizes)}",
+    )
+    return tensor.as_strided(sizes, prims.make_contiguous_strides_for(sizes))
 
 
 def description(node: fx.Node) -> str:

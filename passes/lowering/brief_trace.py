@@ -8,24 +8,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import _prims_common as prims
-from torch import fx
 from torch._functorch import aot_autograd
 from torch._functorch._aot_autograd import graph_capture, graph_compile
 from torch._functorch._aot_autograd.schemas import AOTConfig
 from torch._logging._internal import trace_log
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
+from ..graph.nodes import writes
+from ..graph.values import view_value
+
 LOGS = (graph_compile.aot_graphs_log, graph_compile.aot_joint_log)
 prepared = aot_autograd.prepare_aot_module_simplified
 created = graph_capture._create_graph
-any_view = torch._refs._reshape_view_helper
 
 
 class WritesError(Exception):
@@ -39,8 +38,7 @@ def brief_trace(functional: bool) -> Iterator[None]:
     - What is ``functional`` is not made so: ``FunctionalTensorMode`` would wrap each tensor and replay each view.
     - A graph's Python is written when it is called, not whenever it is changed; nor is it printed for a log that
       nobody keeps. (Inductor sees to the first itself.)
-    - A dense tensor is seen as another shape without a search for the sizes that are to be joined or split, which
-      takes a dozen symbolic comparisons and divisions.
+    - A dense tensor is seen as another shape without a search (``view_value``).
 
     Raises:
         WritesError: something was not functional, after all.
@@ -57,14 +55,14 @@ def brief_trace(functional: bool) -> Iterator[None]:
 
     def create(*args: Any, **kwargs: Any) -> Any:
         gm = created(*args, **kwargs)
-        if functional and writes(gm.graph):
+        if functional and any(map(writes, gm.graph.nodes)):
             raise WritesError
         return gm
 
     with (
         mock.patch.object(aot_autograd, "prepare_aot_module_simplified", prepare),
         mock.patch.object(graph_capture, "_create_graph", create),
-        mock.patch.object(torch._refs, "_reshape_view_helper", seen_as),
+        mock.patch.object(torch._refs, "_reshape_view_helper", view_value),
         _use_lazy_graph_module(True),
     ):
         yield
@@ -73,22 +71,3 @@ def brief_trace(functional: bool) -> Iterator[None]:
 def is_logged() -> bool:
     """Whether somebody reads the graphs: ``TORCH_LOGS="aot_graphs"``, ``TORCH_TRACE``."""
     return bool(trace_log.handlers) or any(log.isEnabledFor(logging.INFO) for log in LOGS)
-
-
-def writes(graph: fx.Graph) -> bool:
-    """Whether a node changes what it reads."""
-    schemas = (getattr(node.target, "_schema", None) for node in graph.nodes)
-    return any(schema is not None and schema.is_mutable for schema in schemas)
-
-
-def seen_as(tensor: torch.Tensor, *shape: Any, allow_copy: bool) -> torch.Tensor:
-    """A fake tensor in another shape: ``torch._refs._reshape_view_helper``."""
-    sizes = prims.extract_shape_from_varargs(shape, validate=False)
-    inferred = any(isinstance(size, int) and size < 0 for size in sizes)
-    if not tensor.dim() or not sizes or inferred or not prims.is_contiguous_or_false(tensor):
-        return any_view(tensor, *shape, allow_copy=allow_copy)
-    torch._check(  # type: ignore[no-untyped-call]
-        tensor.numel() == math.prod(sizes),
-        lambda: f"{tuple(tensor.shape)} has not as many values as {tuple(sizes)}",
-    )
-    return tensor.as_strided(sizes, prims.make_contiguous_strides_for(sizes))

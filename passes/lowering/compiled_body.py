@@ -16,7 +16,8 @@ from torch._inductor.exc import InductorError
 from torch._inductor.virtualized import V
 
 from ...runtime.torch_versions import below_autograd, no_tiled_outer_loops
-from .brief_trace import WritesError, brief_trace, writes
+from ..graph.nodes import writes
+from .brief_trace import WritesError, brief_trace
 from .example import Example
 from .free_sizes import FreeSize, free_sizes
 from .index_arithmetic import polynomials_expanded
@@ -193,7 +194,7 @@ def traced(compiler: Callable[[Example], Any], example: Callable[[], Example]) -
 
     def compiled(functional: bool) -> Variant:
         current = example()
-        functional = functional and not writes(current.gm.graph)
+        functional = functional and not any(map(writes, current.gm.graph.nodes))
         with tracing(TracingContext(current.mode)), brief_trace(functional):
             return Variant(compiler(current), current.guards())
 

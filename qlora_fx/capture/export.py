@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..errors import CaptureError
+from ..passes.graph.nodes import writes
 from .adapter_rows import take_slots
 from .arguments import is_encoder_decoder, with_encoder_output
 from .cache import with_tensors, with_traced_cache
@@ -123,21 +124,20 @@ def without_writes(program: ExportedProgram, model: str) -> set[str]:
     }
     for node in reversed(graph.find_nodes(op="placeholder")):
         for user in list(node.users):
-            schema = getattr(user.target, "_schema", None)
-            if schema is None or not schema.is_mutable or user.args[0] is not node:
+            if not writes(user) or user.args[0] is not node:
                 continue
             if node.name in weights and len(node.users) == 1 and not user.users:
                 graph.erase_node(user)  # bookkeeping that nothing reads: a batch norm's count
                 continue
             if node.name in weights:
                 raise CaptureError(
-                    f"{model} changes {weights[node.name]} during forward ({schema.name}): each call of a captured graph "
+                    f"{model} changes {weights[node.name]} during forward ({user.target._schema.name}): each call of a captured graph "
                     "would change it again. Accepted: models whose forward does not write to their weights"
                 )
             if user.users:
                 continue
             warnings.warn(
-                f"{model} changes a weight of its own during forward ({schema.name}); that is left out: the base "
+                f"{model} changes a weight of its own during forward ({user.target._schema.name}); that is left out: the base "
                 "is frozen",
                 stacklevel=2,
             )

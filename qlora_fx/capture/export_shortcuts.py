@@ -16,8 +16,7 @@ from torch._export.passes import replace_set_grad_with_hop_pass
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..passes.graph.values import IMPLICIT, linear_value
-from ..passes.lowering.brief_trace import seen_as
+from ..passes.graph.values import IMPLICIT, linear_value, view_value
 
 
 @contextlib.contextmanager
@@ -31,8 +30,8 @@ def shortcuts() -> Iterator[None]:
       whether n is 2 (strides of one token say nothing, and one would be broadcast) made n no free size: a T5, whose decoder
       reads the labels without the last one, was captured again for labels of two tokens, and the first time twice.
     - For the same reason a tensor that is written to is not asked whether it overlaps itself: the model runs as it is.
-    - What a linear gives is said, not computed: a tenth of the time. So is a dense tensor in another shape: windows of a picture
-      of any size (Swin) are products of quotients, of which a dozen comparisons take seconds.
+    - What a linear gives is said, not computed: a tenth of the time. So are views of dense tensors (``view_value``): windows of
+      a picture of any size (Swin) are quotients of its sides, and to compare those takes seconds.
     """
     with (
         mock.patch.object(
@@ -41,7 +40,7 @@ def shortcuts() -> Iterator[None]:
         mock.patch.object(proxy_tensor, "_extract_tensor_metadata", no_metadata),
         mock.patch.object(prims, "check_contiguous_sizes_strides", dense_for_every_size),
         mock.patch.object(torch._refs, "expand", expanded),
-        mock.patch.object(torch._refs, "_reshape_view_helper", seen_as),
+        mock.patch.object(torch._refs, "_reshape_view_helper", view_value),
         linears_by_their_shapes(),
         mock.patch.object(torch, "_debug_has_internal_overlap", overlaps_nowhere),
     ):

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from ..passes.graph.nodes import identifier
+from ..passes.graph.nodes import identifier, writes
 from .repeated_blocks import AGAIN, BEGINS, ENDS
 
 
@@ -84,8 +84,7 @@ class Recording:
         own = inside.union(self.inputs)
         known = set().union(*(free_unbacked_symbols(n.meta["val"]) for n in self.inputs))
         for node in self.nodes:
-            schema = getattr(node.target, "_schema", None)
-            if schema is not None and schema.is_mutable and viewed(node.args[0]) not in inside:
+            if writes(node) and viewed(node.args[0]) not in inside:
                 raise NotAlone(f"{node.name} writes to what is not the block's own")
             if not free_unbacked_symbols(node.meta["val"]) <= known:
                 raise NotAlone(f"{node.name} has sizes that depend on data")

@@ -11,6 +11,7 @@ import qlora_fx
 import pytest
 import torch
 from families import FAMILIES, build
+from qlora_fx.passes.graph import values
 from qlora_fx.passes.graph.body import signature
 from qlora_fx.passes.lowering import brief_trace, compiled_body
 from qlora_fx.passes.lowering.compiled_body import CompiledBody, Variant
@@ -86,7 +87,7 @@ def test_a_body_computes_and_keeps_the_same_as_it_is_and_made_functional(
         nonlocal alike
         graphs.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(compiled_body, "writes", lambda graph: True)
+            patch.setattr(compiled_body, "writes", lambda node: True)
             _, expected = kept(compiler, example)
         result, found = kept(compiler, example)
         functional, *as_it_is = graphs
@@ -127,16 +128,16 @@ class Normalized(nn.Module):
 @pytest.mark.parametrize("backend", only_slow_but(["aot_eager"], ["aot_eager", "inductor"]))
 def test_a_gradient_that_writes_is_made_functional(backend: str, graphs: list[list[str]]) -> None:
     body = CompiledBody(captured(Normalized()).gm, backend)
-    values = [
+    given = [
         torch.randn((5, 3, 8) if "input" in n.meta else tuple(n.meta["val"].shape)).requires_grad_()
         for n in body.inputs
     ]
-    true = [v.detach().double().requires_grad_() for v in values]
+    true = [v.detach().double().requires_grad_() for v in given]
     direction = torch.randn(5, 3, 6)
-    (body(*values, 0)[0] * direction).sum().backward()
+    (body(*given, 0)[0] * direction).sum().backward()
     (body.body(*true)[0] * direction).sum().backward()
     assert len(graphs) == 2, "traced as it is, and again"
-    for mine, expected in zip(values, true, strict=True):
+    for mine, expected in zip(given, true, strict=True):
         torch.testing.assert_close(mine.grad.double(), expected.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -149,16 +150,40 @@ def test_a_view_of_a_dense_tensor_is_pytorchs() -> None:
     with FakeTensorMode():
         for old, new in shapes:
             for tensor in (torch.empty(old), torch.empty((*old, 2))[..., 1]):
-                expected = brief_trace.any_view(tensor, new, allow_copy=True)
-                found = brief_trace.seen_as(tensor, new, allow_copy=True)
+                expected = values.any_view(tensor, new, allow_copy=True)
+                found = values.view_value(tensor, new, allow_copy=True)
                 assert found.shape == expected.shape
                 assert found.stride() == expected.stride()
                 assert found.storage_offset() == expected.storage_offset()
         transposed = torch.empty(3, 4).t()
         with pytest.raises(ValueError, match="Cannot view"):
-            brief_trace.seen_as(transposed, (12,), allow_copy=False)
+            values.view_value(transposed, (12,), allow_copy=False)
     with FakeTensorMode(shape_env=ShapeEnv()), pytest.raises(RuntimeError, match="as many values"):
-        brief_trace.seen_as(torch.empty(2, 3), (7,), allow_copy=False)
+        values.view_value(torch.empty(2, 3), (7,), allow_copy=False)
+
+
+def test_no_search_is_made_for_a_view_of_a_dense_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 6)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            y = self.up(x)
+            return {"y": y.view(y.shape[0], y.shape[1], 2, 3).sum(-1)}
+
+    def search(tensor: torch.Tensor, *shape: Any, allow_copy: bool) -> torch.Tensor:
+        raise AssertionError(f"{tuple(tensor.shape)} as {shape}")
+
+    monkeypatch.setattr(values, "any_view", search)
+    gm = captured(Rows()).gm
+    assert [n for n in gm.graph.nodes if n.target is torch.ops.aten.view.default]
+    body = CompiledBody(gm, "aot_eager")
+    given = [
+        torch.randn(5, 3, 8) if "input" in n.meta else torch.randn(n.meta["val"].shape)
+        for n in body.inputs
+    ]
+    torch.testing.assert_close(body(*given, 0)[0], gm(*given)[0])
 
 
 def test_graphs_are_printed_for_those_who_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
