@@ -42,6 +42,26 @@ def no_tiled_outer_loops() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def writes_in_order() -> Iterator[None]:
+    """Keep Inductor from forgetting what a CPU loop that it changes has to wait for.
+
+    To fuse two loops it may compute one's sizes anew, and what it reads with them; up to 2.13 at least ``buf`` then stands for
+    what it was before another kernel adds to it in place, and a later reordering may run the two the other way around, without
+    an error. The gradients of A.X K2, whose experts add to their input's, were wrong by 1 %.
+    """
+    from torch._inductor.scheduler import SchedulerNode
+
+    recompute = SchedulerNode.recompute_size_and_body
+
+    def recompute_and_rename(self: Any, *args: Any, **kwargs: Any) -> None:
+        recompute(self, *args, **kwargs)
+        self.set_read_writes(self.read_writes.rename(self.mutation_renames))
+
+    with mock.patch.object(SchedulerNode, "recompute_size_and_body", recompute_and_rename):
+        yield
+
+
 def below_autograd() -> Any:
     """While it holds operators are dispatched past autograd, which is Python for operators of ours."""
     return torch._C._AutoDispatchBelowAutograd()

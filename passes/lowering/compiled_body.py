@@ -15,7 +15,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError
 from torch._inductor.virtualized import V
 
-from ...runtime.torch_versions import below_autograd, no_tiled_outer_loops
+from ...runtime.torch_versions import below_autograd, no_tiled_outer_loops, writes_in_order
 from ..graph.nodes import writes
 from .brief_trace import WritesError, brief_trace
 from .example import Example
@@ -135,6 +135,7 @@ class CompiledBody(nn.Module):
                     functorch.patch(force_non_lazy_backward_lowering=True),
                     V.set_choices_handler(OneWeightAtATime()),
                     no_tiled_outer_loops(),
+                    writes_in_order(),
                     one_library(),
                     polynomials_expanded(),
                 ):

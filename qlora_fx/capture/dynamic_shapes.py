@@ -168,8 +168,14 @@ def has_pictures(inputs: Mapping[str, Any]) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 3
 
 
+def has_free_pictures(inputs: Mapping[str, Any], dims: Mapping[str, Any]) -> bool:
+    """True for pictures of any height or width."""
+    return has_pictures(inputs) and max(dims["pixel_values"], default=0) >= inputs["pixel_values"].dim() - 2
+
+
 def of_fixed_pictures(dims: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """The same sizes, but pictures of one height and width: for models that take the root of a number of patches."""
+    """The same sizes, but pictures of one height and width: for models that take the root of a number of patches, or whose
+    windows are long formulas of both (``LongFormulaError``)."""
 
     def fixed(inputs: Mapping[str, Any], *told: Any) -> dict[str, Any]:
         spec, rank = dims(inputs, *told), inputs["pixel_values"].dim()

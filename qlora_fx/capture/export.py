@@ -24,15 +24,18 @@ from .cache import with_tensors, with_traced_cache
 from .export_shortcuts import shortcuts
 
 
-def export(model: Any, examples: dict[str, Any], dims: dict[str, Any]) -> ExportedProgram:
+def export(
+    model: Any, examples: dict[str, Any], dims: dict[str, Any], short: bool
+) -> ExportedProgram:
     """The program of ``model(**examples)``.
 
     Args:
         model: a copy that is only traced: its forward is replaced.
         dims: which sizes are free, by argument.
+        short: formulas of sizes must be. See ``shortcuts``.
     """
     take_exactly(model, list(examples), dims)
-    with shortcuts():
+    with shortcuts(short):
         return torch.export.export(model, (), examples, dynamic_shapes=dims, strict=False)
 
 

@@ -35,6 +35,7 @@ from .check_call import check_call
 from .dynamic_shapes import (
     automatic_dims,
     example,
+    has_free_pictures,
     has_pictures,
     is_about_dims,
     of_fixed_pictures,
@@ -43,6 +44,7 @@ from .dynamic_shapes import (
 )
 from .export import capture_error, export, quiet, without_writes
 from .export_patches import Patches, always, ways
+from .export_shortcuts import LongFormulaError
 from .flat_graph import Flattener
 from .known_arguments import KnownArguments
 from .pictures import PictureCounts
@@ -199,14 +201,17 @@ class Skeleton:
             CaptureError: naming the line of the model that stopped the trace.
         """
         errors: list[Exception] = []
-        choices = (False, True) if has_pictures(inputs) else (False,)
+        choices, too_long = (False, True) if has_pictures(inputs) else (False,), False
         for fixed, patches in itertools.product(choices, ways()):
-            for free in (shared_dims, automatic_dims):
+            for free in (shared_dims, automatic_dims) if fixed or not too_long else ():
                 dims = of_fixed_pictures(free) if fixed else free
                 try:
                     program = self.export(inputs, training, dtype, dims, patches)
                 except CaptureError:
                     raise  # a refusal of ours: no other way would be right
+                except LongFormulaError:
+                    too_long = True  # with all patches; pictures of one size have no formulas
+                    break
                 except Exception as error:
                     if patches is not walked_once:
                         errors.append(error)
@@ -240,7 +245,7 @@ class Skeleton:
                 examples = {k: example(v) for k, v in resized(inputs, *told).items()}
             spec = dims(examples, *told)
             with mode, uncached, quiet(), always(model), patches(model):
-                return export(model, examples, spec)
+                return export(model, examples, spec, has_free_pictures(examples, spec))
 
     def finish(self, program: ExportedProgram) -> Capture:
         """Flatten the exported program into our form."""

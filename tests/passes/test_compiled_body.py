@@ -16,6 +16,8 @@ from qlora_fx.passes.lowering.free_sizes import FreeSize, formula_of, free_sizes
 from qlora_fx.runtime.program import multiple
 from small_models import captured
 from torch._dynamo.source import ConstantSource
+from torch._inductor import config as inductor_config
+from torch._inductor import memory
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -229,6 +231,49 @@ def test_vectorized_outer_loops_do_not_mix_rows() -> None:
     known = inputs | {name: p.detach() for name, p in module.named_parameters()}
     body = CompiledBody(captured(module, inputs).gm, "inductor")
     result = body(*(known[n.meta.get("stored") or n.name] for n in body.inputs), 0)[0]
+    torch.testing.assert_close(result, module(**inputs), rtol=1e-4, atol=1e-2)
+
+
+class AddedTo(torch.nn.Module):
+    """As experts add to their tokens' states, which a norm reads (A.X K2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.randn(48, generator=torch.Generator().manual_seed(0)))
+
+    def forward(
+        self, x: torch.Tensor, experts: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        empty = torch.zeros(x.shape[0] * x.shape[1], 48)
+        added = empty.index_put((tokens,), experts @ experts.T @ experts, accumulate=True)
+        y = added.view(x.shape) + x
+        return y, y * self.scale * x[..., :1]
+
+
+def test_what_reads_a_buffer_waits_for_what_adds_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """github.com/pytorch/pytorch/issues/185509: in any order that Inductor allows, results are right."""
+
+    def last_first(nodes: list[Any], *told: Any) -> list[Any]:
+        memory.prepare_planning_info(nodes, *told)
+        left, order = list(nodes), []
+        while left:
+            waiting = set(left)
+            order.append(next(n for n in reversed(left) if not waiting & n.mpi_node.pred_nodes))
+            left.remove(order[-1])
+        return order
+
+    monkeypatch.setattr(memory, "reorder_for_peak_memory", last_first)
+    module = AddedTo()
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "x": torch.randn(3, 21, 48, generator=generator),
+        "experts": torch.randn(126, 48, generator=generator),
+        "tokens": torch.randint(0, 63, (126,), generator=generator),
+    }
+    known = inputs | {name: p.detach() for name, p in module.named_parameters()}
+    body = CompiledBody(captured(module, inputs).gm, "inductor")
+    with inductor_config.patch(force_disable_caches=True):
+        result = body(*(known[n.meta.get("stored") or n.name] for n in body.inputs), 0)
     torch.testing.assert_close(result, module(**inputs), rtol=1e-4, atol=1e-2)
 
 
