@@ -26,6 +26,11 @@ class DoesNotFit(Exception):
         self.name = name
 
 
+def holds(guard: Any, values: Mapping[str, Any]) -> bool:
+    """Whether an expression over ``L[name]``, as text or compiled, is true of a call's tensors."""
+    return bool(eval(guard, {"L": values, "torch": torch, "math": math}))
+
+
 class Program:
     """A callable for one signature.
 
@@ -111,9 +116,8 @@ class Program:
                     )
                     raise DoesNotFit(f"{name}.shape[{dim}] is {size}{there}", name)
             tensors.append(tensor.contiguous())
-        scope = {"L": values, "torch": torch, "math": math}
-        if not eval(self.hold, scope):
-            failed = next(guard for guard in self.guards if not eval(guard, scope))
+        if not holds(self.hold, values):
+            failed = next(guard for guard in self.guards if not holds(guard, values))
             raise DoesNotFit(f"the capture relied on {failed}")
         return tensors, sizes
 

@@ -8,7 +8,6 @@ Nothing is kept of a capture that warned, is observed, logged or dumped, or of a
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from qlora_fx.passes.graph.body import content
 from qlora_fx.passes.graph.nodes import writes
 from qlora_fx.passes.lowering import compiled_body, partition
 from qlora_fx.passes.lowering.compiled_body import CompiledBody, Variant
+from qlora_fx.runtime.program import holds
 
 
 def described(value: Any) -> str:
@@ -92,7 +92,7 @@ def any_size(placeholders: Any) -> bool:
 
 def hold(guards: list[str] | None, values: Any) -> bool:
     """Whether what a capture relied on is so."""
-    return all(eval(guard, {"L": values, "torch": torch, "math": math}) for guard in guards or ())
+    return all(holds(guard, values) for guard in guards or ())
 
 
 def identity(skeleton: Any, config: Any, signature: Any) -> tuple[Any, ...] | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch import fx, nn
 from torch._functorch import config as functorch
@@ -252,7 +254,25 @@ def tuple_output(body: fx.GraphModule, sizes: int) -> fx.GraphModule:
     value = graph.graph_copy(body.graph, mapping)
     graph.output(value if isinstance(value, tuple) else (value,))
     copy_what_stands_alone(graph)
+    keep_ranges(graph)
     return fx.GraphModule(nn.Module(), graph)
+
+
+def keep_ranges(graph: fx.Graph) -> None:
+    """Numbers that the data decide are traced anew: say again in which range the capture found that they are.
+
+    A picture's height that is read from a tensor (SigLIP 2) is asked whether it is more than none.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.item.default):
+        val = node.meta.get("val")
+        if not isinstance(val, torch.SymInt):
+            continue
+        least = val.node.shape_env.bound_sympy(val.node.expr).lower
+        if isinstance(least, sympy.Integer):
+            with graph.inserting_after(node):
+                enough = graph.call_function(operator.ge, (node, int(least)))
+            with graph.inserting_after(enough):
+                graph.call_function(torch._check, (enough,))
 
 
 def copy_what_stands_alone(graph: fx.Graph) -> None:

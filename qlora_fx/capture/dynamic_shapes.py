@@ -170,7 +170,10 @@ def has_pictures(inputs: Mapping[str, Any]) -> bool:
 
 def has_free_pictures(inputs: Mapping[str, Any], dims: Mapping[str, Any]) -> bool:
     """True for pictures of any height or width."""
-    return has_pictures(inputs) and max(dims["pixel_values"], default=0) >= inputs["pixel_values"].dim() - 2
+    return (
+        has_pictures(inputs)
+        and max(dims["pixel_values"], default=0) >= inputs["pixel_values"].dim() - 2
+    )
 
 
 def of_fixed_pictures(dims: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:

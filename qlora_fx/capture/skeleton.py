@@ -27,6 +27,7 @@ from transformers import Conv1D
 
 from ..errors import CaptureError
 from ..runtime.gpu import numbered
+from ..runtime.program import holds
 from ..transformers_internals import experts_implementation, set_experts_implementation
 from .arguments import Call, bind_call, is_encoder_decoder, vocabulary_size
 from .cache import is_past
@@ -201,16 +202,16 @@ class Skeleton:
             CaptureError: naming the line of the model that stopped the trace.
         """
         errors: list[Exception] = []
-        choices, too_long = (False, True) if has_pictures(inputs) else (False,), False
+        choices, any_size = (False, True) if has_pictures(inputs) else (False,), True
         for fixed, patches in itertools.product(choices, ways()):
-            for free in (shared_dims, automatic_dims) if fixed or not too_long else ():
+            for free in (shared_dims, automatic_dims) if fixed or any_size else ():
                 dims = of_fixed_pictures(free) if fixed else free
                 try:
                     program = self.export(inputs, training, dtype, dims, patches)
                 except CaptureError:
                     raise  # a refusal of ours: no other way would be right
                 except LongFormulaError:
-                    too_long = True  # with all patches; pictures of one size have no formulas
+                    any_size = False  # with all patches
                     break
                 except Exception as error:
                     if patches is not walked_once:
@@ -219,7 +220,11 @@ class Skeleton:
                         break
                 else:
                     with contextlib.suppress(NotAlone):  # then all blocks are walked
-                        return self.finish(program)
+                        capture = self.finish(program)
+                        # Formulas of any size may tell one picture from several.
+                        any_size = all(holds(guard, inputs) for guard in capture.guards)
+                        if any_size or fixed is choices[-1]:
+                            return capture
                     break
         # The first error is about the model as it is; the last may be about a patch.
         raise capture_error(self.model, errors[0], inputs) from errors[0]

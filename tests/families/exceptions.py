@@ -78,6 +78,9 @@ SAID: dict[str, tuple[str, ...]] = {
     "funnel": ("the weight is computed", "PEFT has no adapter"),
     "mobilebert": ("the weight is computed",),
     "inkling2_text": ("unrecognised product",),
+    "smolvlm": (
+        "Inductor cannot compile between",
+    ),  # features of each picture, of sizes the data decide
     "zamba": ("unrecognised product",),
 }
 """Parts of warnings that belong to a family."""

@@ -203,6 +203,32 @@ def test_tensors_that_are_not_empty_stay_side_by_side() -> None:
     assert len(copied.find_nodes(op="call_function", target=cat)) == 1
 
 
+class Resized(torch.nn.Module):
+    """As positions are for each picture, whose height is read from a tensor (SigLIP 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = torch.nn.Parameter(torch.randn(1, 3, 8, 8))
+
+    def forward(self, sizes: torch.Tensor) -> torch.Tensor:
+        size: Any = (sizes[0].item(), 4)
+        torch._check(size[0] > 0)  # type: ignore[no-untyped-call]
+        resize = torch.nn.functional.interpolate
+        return resize(self.positions, size, mode="bilinear", antialias=True).sum()
+
+
+def test_numbers_that_the_data_decide_are_in_the_range_that_the_capture_found() -> None:
+    module, sizes = Resized(), torch.tensor([5])
+    gm = captured(module, {"sizes": sizes}).gm
+    asserted = torch.ops.aten._assert_scalar.default
+    for node in gm.graph.find_nodes(op="call_function", target=asserted):
+        gm.graph.erase_node(node)  # as bodies are without what nobody reads
+    body = CompiledBody(gm, "aot_eager")
+    known = {"sizes": sizes, "positions": module.positions.detach()}
+    result = body(*(known[n.name] for n in body.inputs), 0)[0]
+    torch.testing.assert_close(result, module(sizes).detach())
+
+
 class Transposed(torch.nn.Module):
     """As a layer norm over channels that stand before positions has it in its backward (SqueezeBERT)."""
 

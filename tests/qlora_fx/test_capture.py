@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from qlora_fx.capture.export_shortcuts import LongFormulaError
 from qlora_fx.capture.skeleton import Capture, Skeleton
 from sharing import hold
 from small_models import TOY_INPUT, VOCABULARY, batch, captured
@@ -115,3 +116,73 @@ def test_labels_of_any_length_have_one_graph(family: str, monkeypatch: pytest.Mo
         ours, its = values(capture, model, inputs), model(**inputs)
         assert_close(ours["loss"], its.loss)
         assert_close(ours["logits"], its.logits)
+
+
+class Windows(nn.Module):
+    """Stages as Swin's, each half as large as the one before, in windows of 4 x 4 after padding."""
+
+    def __init__(self, stages: int) -> None:
+        super().__init__()
+        self.mix, self.stages = nn.Linear(3, 3), stages
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        x = pixel_values.permute(0, 2, 3, 1)
+        for _ in range(self.stages):
+            rows, height, width, channels = x.shape
+            x = nn.functional.pad(x, (0, 0, 0, -width % 4, 0, -height % 4))
+            down, across = x.shape[1] // 4, x.shape[2] // 4
+            x = x.view(rows, down, 4, across, 4, channels).transpose(2, 3)
+            x = self.mix(x.reshape(-1, 16, channels))
+            x = x.view(rows, down, across, 4, 4, channels).transpose(2, 3)
+            x = x.reshape(rows, 4 * down, 4 * across, channels)[:, :height, :width]
+            x = x[:, ::2, ::2]
+        return x.sum((1, 2))
+
+
+def test_sizes_of_pictures_are_fixed_where_their_formulas_are_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A Swin of any size was captured in minutes, and Inductor did not come to its end."""
+    tried: list[Any] = []
+    export = Skeleton.export
+
+    def told(*args: Any) -> Any:
+        try:
+            program = export(*args)
+        except Exception as error:
+            tried.append(type(error))
+            raise
+        tried.append(None)
+        return program
+
+    monkeypatch.setattr(Skeleton, "export", told)
+    model, inputs = Windows(4), {"pixel_values": torch.randn(3, 3, 18, 22)}
+    capture = captured(model, inputs)
+    assert tried == [LongFormulaError, None]
+    picture = next(n for n in capture.gm.graph.find_nodes(op="placeholder") if "input" in n.meta)
+    rows, *sizes = picture.meta["val"].shape
+    assert isinstance(rows, torch.SymInt)
+    assert sizes == [3, 18, 22]
+    assert_close(values(capture, model, inputs), model(**inputs))
+
+
+class Compared(nn.Module):
+    """Asks whether one picture has as many windows as all have, as their views do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3, 3)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        rows, _, height, _ = pixel_values.shape
+        windows = height // 4
+        x = pixel_values if rows * windows == windows else pixel_values.clone()
+        return self.mix(x.mean((2, 3)))
+
+
+def test_one_picture_is_captured_with_a_size_that_fits_it() -> None:
+    """Of any size it was captured for two and more, and the call was refused."""
+    model, inputs = Compared(), {"pixel_values": torch.randn(1, 3, 18, 22)}
+    capture = captured(model, inputs)
+    assert hold(capture.guards, inputs)
+    assert_close(values(capture, model, inputs), model(**inputs))
