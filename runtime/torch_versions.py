@@ -48,7 +48,8 @@ def writes_in_order() -> Iterator[None]:
 
     To fuse two loops it may compute one's sizes anew, and what it reads with them; up to 2.13 at least ``buf`` then stands for
     what it was before another kernel adds to it in place, and a later reordering may run the two the other way around, without
-    an error. The gradients of A.X K2, whose experts add to their input's, were wrong by 1 %.
+    an error (github.com/pytorch/pytorch/issues/185509; pull request 185873 renames where this does). The gradients of A.X K2,
+    whose experts add to their input's, were wrong by 1 %.
     """
     from torch._inductor.scheduler import SchedulerNode
 

@@ -223,7 +223,7 @@ class Skeleton:
                         capture = self.finish(program)
                         # Formulas of any size may tell one picture from several.
                         any_size = all(holds(guard, inputs) for guard in capture.guards)
-                        if any_size or fixed is choices[-1]:
+                        if any_size or fixed == choices[-1]:
                             return capture
                     break
         # The first error is about the model as it is; the last may be about a patch.
