@@ -2,6 +2,7 @@
 
 compiled_body  a body, compiled as it is called
 example        with which arguments, and for which sizes the result is right
+example_graph  what is changed in a copy of it before
 free_sizes     the sizes that it is compiled for any value of
 on_gpu         what Inductor is given for a GPU instead: fewer launches
 partition      what its forward keeps for its backward

@@ -15,6 +15,7 @@ export_patches   ways past what torch.export cannot follow
 repeated_blocks  of blocks that repeat one is walked
 like_blocks      which are alike
 block_calls      how they are called
+holders          what its modules are to PEFT
 flat_graph       from the exported program to our graph
 written_out      the blocks that were not walked
 """

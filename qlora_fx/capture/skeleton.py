@@ -23,7 +23,6 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
-from transformers import Conv1D
 
 from ..errors import CaptureError
 from ..runtime.gpu import numbered
@@ -47,6 +46,7 @@ from .export import capture_error, export, quiet, without_writes
 from .export_patches import Patches, always, ways
 from .export_shortcuts import LongFormulaError
 from .flat_graph import Flattener
+from .holders import holders, transposed_stacks
 from .known_arguments import KnownArguments
 from .pictures import PictureCounts
 from .positions import check_positions, longest_rows
@@ -202,17 +202,33 @@ class Skeleton:
             CaptureError: naming the line of the model that stopped the trace.
         """
         errors: list[Exception] = []
-        choices, any_size = (False, True) if has_pictures(inputs) else (False,), True
-        for fixed, patches in itertools.product(choices, ways()):
-            for free in (shared_dims, automatic_dims) if fixed or any_size else ():
+        choices = (False, True) if has_pictures(inputs) else (False,)
+        for fixed in choices:
+            capture = self.tried(inputs, training, dtype, fixed, errors)
+            # Of any size, formulas may tell one picture from several.
+            if capture and (fixed == choices[-1] or all(holds(g, inputs) for g in capture.guards)):
+                return capture
+        # The first error is about the model as it is; the last may be about a patch.
+        raise capture_error(self.model, errors[0], inputs) from errors[0]
+
+    def tried(
+        self,
+        inputs: Mapping[str, Any],
+        training: bool,
+        dtype: torch.dtype,
+        fixed: bool,
+        errors: list[Exception],
+    ) -> Capture | None:
+        """What the first way that works gives, for pictures of a ``fixed`` size or of any; adds to ``errors`` why others do not."""
+        for patches in ways():
+            for free in (shared_dims, automatic_dims):
                 dims = of_fixed_pictures(free) if fixed else free
                 try:
                     program = self.export(inputs, training, dtype, dims, patches)
                 except CaptureError:
                     raise  # a refusal of ours: no other way would be right
                 except LongFormulaError:
-                    any_size = False  # with all patches
-                    break
+                    return None  # with all patches
                 except Exception as error:
                     if patches is not walked_once:
                         errors.append(error)
@@ -220,14 +236,9 @@ class Skeleton:
                         break
                 else:
                     with contextlib.suppress(NotAlone):  # then all blocks are walked
-                        capture = self.finish(program)
-                        # Formulas of any size may tell one picture from several.
-                        any_size = all(holds(guard, inputs) for guard in capture.guards)
-                        if any_size or fixed == choices[-1]:
-                            return capture
+                        return self.finish(program)
                     break
-        # The first error is about the model as it is; the last may be about a patch.
-        raise capture_error(self.model, errors[0], inputs) from errors[0]
+        return None
 
     def export(
         self,
@@ -295,23 +306,3 @@ class Skeleton:
         assert out_spec is not None
         guards = list(getattr(program, "_guards_code", None) or [])
         return Capture(gm, out_spec, guards, constants)
-
-
-def holders(model: nn.Module) -> dict[str, str]:
-    """What each module that holds a weight is to PEFT: ``linear``, ``conv`` or ``embedding``."""
-    kinds = {
-        "linear": (nn.Linear, Conv1D),
-        "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
-        "embedding": (nn.Embedding,),
-    }
-    return {
-        path: kind
-        for path, module in model.named_modules(remove_duplicate=False)
-        for kind, classes in kinds.items()
-        if isinstance(module, classes)
-    }
-
-
-def transposed_stacks(model: nn.Module) -> frozenset[str]:
-    """Modules whose expert weights are ``[experts, in, out]``, as transformers marks them for PEFT."""
-    return frozenset(p for p, m in model.named_modules() if getattr(m, "is_transposed", False))

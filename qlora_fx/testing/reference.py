@@ -18,7 +18,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from ..capture.skeleton import holders, named_tensors, transposed_stacks
+from ..capture.holders import holders, transposed_stacks
+from ..capture.skeleton import named_tensors
 from ..passes.graph.site import Site
 from ..weights.base import Base
 

@@ -12,6 +12,7 @@ from qlora_fx.passes.lower import read
 from qlora_fx.passes.lowering import compiled_body, warm_up
 from qlora_fx.passes.lowering.compiled_body import CompiledBody, aot_eager
 from qlora_fx.passes.lowering.example import Example, allowed
+from qlora_fx.passes.lowering.example_graph import tuple_output
 from qlora_fx.passes.lowering.free_sizes import FreeSize, formula_of, free_sizes, hidden_symbols
 from qlora_fx.runtime.program import multiple
 from small_models import captured
@@ -185,7 +186,7 @@ def test_a_tensor_is_copied_where_only_empty_ones_stand_beside_it() -> None:
     aten = torch.ops.aten
     assert len(gm.graph.find_nodes(op="call_function", target=aten.cat.default)) == 1
     body = CompiledBody(gm, "inductor")
-    copied = compiled_body.tuple_output(gm, 0).graph
+    copied = tuple_output(gm, 0).graph
     assert not copied.find_nodes(op="call_function", target=aten.cat.default)
     run(body, 4)
     assert body.compilations == 1
@@ -199,7 +200,7 @@ def test_tensors_that_are_not_empty_stay_side_by_side() -> None:
 
     gm = captured(Both()).gm
     cat = torch.ops.aten.cat.default
-    copied = compiled_body.tuple_output(gm, 0).graph
+    copied = tuple_output(gm, 0).graph
     assert len(copied.find_nodes(op="call_function", target=cat)) == 1
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from qlora_fx.passes.graph.nodes import GROUPED, aten, ops
-from qlora_fx.passes.lowering.compiled_body import skip_gradients
+from qlora_fx.passes.lowering.example_graph import skip_gradients
 from qlora_fx.passes.lowering.live_bytes import value
 from qlora_fx.passes.lowering.operators import ON_GPU, OPERATORS, operator_of
 from qlora_fx.passes.lowering.partition import flops_of
