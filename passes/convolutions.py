@@ -72,12 +72,19 @@ def rewrite(graph: fx.Graph, node: fx.Node) -> bool:
         if is_short(x, weight, stride, dilation, args["groups"]):
             new = as_sum(graph, emit, x, weight, args["bias"], padding[0])
         else:
-            options = (stride, padding, dilation, args["groups"])
+            last = is_channels_last(node.meta["val"])
+            options = (stride, padding, dilation, args["groups"], *([True] if last else []))
             new = emit(ops.convolution.default, x, weight, args["bias"], *options, suffix="whole")
     if "skipped" in node.meta:  # its row in explain
         new.meta["skipped"] = node.meta["skipped"]
     node.replace_all_uses_with(new)
     return True
+
+
+def is_channels_last(result: torch.Tensor) -> bool:
+    """Whether what follows was captured with a result whose channels are innermost, and would be another graph if they were not."""
+    strides = result.stride()
+    return len(strides) > 3 and isinstance(strides[1], int) and strides[1] == 1 != strides[-1]
 
 
 def per_size(value: int | Sequence[int], sizes: int) -> list[int]:

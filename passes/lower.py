@@ -92,6 +92,7 @@ def lower(gm: fx.GraphModule, *, backend: str = "inductor") -> fx.GraphModule:
         root.add_module(name, compiled)
         calls = list(outer.find_nodes(op="call_module", target=name))
         compiled.calls = len(calls)
+        compiled.block = bool(calls[0].meta["module"])
         for number, node in enumerate(calls):
             with outer.inserting_before(node):
                 sizes = [read(outer, inputs, size) for size in foreign]

@@ -10,22 +10,23 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..config import Config
+from .graph.blocks import NONE, Block, blocks, class_of
 from .graph.body import Body
-from .graph.nodes import block_of, placeholders
+from .graph.nodes import placeholders
 
 
 @dataclass
 class Segment:
     """A run of nodes that becomes one body: a block of the model, or what lies between blocks."""
 
-    block: str
+    block: Block
     nodes: list[fx.Node] = field(default_factory=list)
 
 
 def outline(gm: fx.GraphModule, *, config: Config) -> PassResult:
     """Split the graph at the model's repeated blocks and call each distinct body where it stood.
 
-    Blocks are found by ``nn_module_stack`` (the outermost ``...<list>.<index>``). Two blocks share a body
+    Blocks are elements of lists of modules (Note [What a block is] in graph/blocks.py). Two share a body
     when they are equal node by node, up to the names of the tensors they read. What lies before, between
     and after blocks becomes bodies of its own, so that the outer graph only calls.
 
@@ -43,7 +44,7 @@ def outline(gm: fx.GraphModule, *, config: Config) -> PassResult:
     if any(True for _ in graph.find_nodes(op="call_module")):
         return PassResult(gm, False)
     segments = split(graph)
-    if len([s for s in segments if s.block]) < 2:
+    if len([s for s in segments if s.block.path]) < 2:
         return PassResult(gm, False)  # nothing repeats: one flat graph is the simplest program
     return PassResult(build(gm, segments), True)
 
@@ -55,11 +56,10 @@ def split(graph: fx.Graph) -> list[Segment]:
     which depend on no block, are computed once before the first. A value computed from stored tensors
     alone goes where it is first read instead: a dequantized weight must not be held meanwhile.
     """
-    order: dict[str, int] = {}
-    for node in graph.nodes:
-        block = block_of(node)
-        if block and node.op == "call_function":
-            order.setdefault(block, len(order))
+    block_of = blocks(graph)
+    order: dict[Block, int] = {}
+    for block in block_of.values():
+        order.setdefault(block, len(order))
     level: dict[fx.Node, int] = {}  # outer segments have even levels, blocks odd ones
     for node in graph.nodes:
         if node.op != "call_function":
@@ -68,15 +68,14 @@ def split(graph: fx.Graph) -> list[Segment]:
         if node.target is operator.getitem and inputs:
             level[node] = inputs[0]  # bodies pass tensors to each other, not lists of them
             continue
-        block = block_of(node)
-        if block:
-            level[node] = 2 * order[block] + 1
+        if node in block_of:
+            level[node] = 2 * order[block_of[node]] + 1
             if any(i > level[node] for i in inputs):
                 return []
         else:
             level[node] = max(((i + 1) // 2 * 2 for i in inputs), default=0)
     for node in reversed(graph.nodes):
-        if node not in level or block_of(node) or not node.users:
+        if node not in level or node in block_of or not node.users:
             continue
         is_list = isinstance(node.meta["val"], (tuple, list)) or node.target is operator.getitem
         if from_storage(node) and not is_list:
@@ -84,7 +83,7 @@ def split(graph: fx.Graph) -> list[Segment]:
     names = {2 * i + 1: block for block, i in order.items()}
     segments: dict[int, Segment] = {}
     for node, i in level.items():  # in graph order
-        segments.setdefault(i, Segment(names.get(i, ""))).nodes.append(node)
+        segments.setdefault(i, Segment(names.get(i, NONE))).nodes.append(node)
     return [segments[i] for i in sorted(segments)]
 
 
@@ -105,7 +104,7 @@ def build(gm: fx.GraphModule, segments: list[Segment]) -> fx.GraphModule:
         env[node].meta = dict(node.meta)
     output = next(n for n in gm.graph.nodes if n.op == "output")
     names: dict[Hashable, str] = {}
-    bodies = [Body(segment.nodes, segment.block) for segment in segments]
+    bodies = [Body(segment.nodes, segment.block.path) for segment in segments]
     read = {n for body in bodies for n in body.inputs if body.env[n].users}
     read |= set(output.all_input_nodes)
     for position, (segment, body) in enumerate(zip(segments, bodies, strict=True)):
@@ -125,8 +124,9 @@ def build(gm: fx.GraphModule, segments: list[Segment]) -> fx.GraphModule:
 
 def body_name(segment: Segment, position: int, total: int, taken: set[str]) -> str:
     """The block's class (``LlamaDecoderLayer``); ``prologue``, ``epilogue`` or ``between`` outside."""
-    if segment.block:
-        base = class_of(segment)
+    if segment.block.path:
+        found = (class_of(node, segment.block.path) for node in segment.nodes)
+        base = next(filter(None, found), "block").rpartition(".")[2]
     else:
         base = "prologue" if position == 0 else "epilogue" if position == total - 1 else "between"
     name, n = base, 2
@@ -135,22 +135,13 @@ def body_name(segment: Segment, position: int, total: int, taken: set[str]) -> s
     return name
 
 
-def class_of(segment: Segment) -> str:
-    for node in segment.nodes:
-        for path, cls in (node.meta.get("nn_module_stack") or {}).values():
-            if path == segment.block:
-                text = cls if isinstance(cls, str) else cls.__name__
-                return text.rsplit(".", 1)[-1]
-    return "block"
-
-
 def emit_call(
     outer: fx.Graph, name: str, body: Body, segment: Segment, env: dict[fx.Node, fx.Node]
 ) -> None:
-    call_name = segment.block.replace(".", "_") if segment.block else name
+    call_name = segment.block.path.replace(".", "_") or name
     args = tuple(env[n] for n in body.inputs)
     call = outer.create_node("call_module", name, args, name=call_name)
-    call.meta["module"] = segment.block
+    call.meta["module"] = segment.block.path
     vals = [n.meta["val"] for n in body.outputs]
     call.meta["val"] = vals[0] if len(vals) == 1 else tuple(vals)
     if len(vals) == 1:
@@ -158,5 +149,5 @@ def emit_call(
         return
     for i, node in enumerate(body.outputs):
         item = outer.create_node("call_function", operator.getitem, (call, i), name=node.name)
-        item.meta.update(val=node.meta["val"], module=segment.block)
+        item.meta.update(val=node.meta["val"], module=segment.block.path)
         env[node] = item

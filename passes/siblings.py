@@ -7,7 +7,8 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..config import Config
-from .graph.nodes import Emitter, aten, block_of, cast, uncast
+from .graph.blocks import NONE, Block, blocks
+from .graph.nodes import Emitter, aten, cast, uncast
 
 
 def siblings(gm: fx.GraphModule, *, config: Config) -> PassResult:
@@ -33,11 +34,12 @@ def siblings(gm: fx.GraphModule, *, config: Config) -> PassResult:
         %k_lora_a_part: f32[B, S, 2] = aten.slice(%q_lora_a_all, -1, 2, 4)
     """
     graph = gm.graph
-    families: dict[tuple[fx.Node, torch.dtype, str], list[fx.Node]] = {}
+    block_of = blocks(graph)
+    families: dict[tuple[fx.Node, torch.dtype, Block], list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=aten.linear.default):
         if "lora_a" not in node.meta:
             continue
-        key = (uncast(node.args[0]), node.meta["val"].dtype, block_of(node))
+        key = (uncast(node.args[0]), node.meta["val"].dtype, block_of.get(node, NONE))
         families.setdefault(key, []).append(node)
     found = [family for family in families.values() if len(family) > 1]
     for family in found:

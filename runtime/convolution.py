@@ -26,6 +26,7 @@ def convolution(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool = False,
 ) -> Tensor:
     """``aten::convolution`` over the last dimensions of ``x``, differentiable by ``x`` alone.
 
@@ -35,13 +36,21 @@ def convolution(
         bias: ``[out]``.
         stride, padding, dilation: one number per size.
         groups: of channels.
+        channels_last: how the result lies in memory; for two or three sizes.
 
     Returns:
-        ``[batch, out, *sizes]``, contiguous, in the dtype of ``x``.
+        ``[batch, out, *sizes]``, contiguous or channels last, in the dtype of ``x``.
     """
-    return aten.convolution(  # type: ignore[no-any-return]
+    result = aten.convolution(
         x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
-    ).contiguous()
+    )
+    return result.contiguous(memory_format=layout(x, channels_last))  # type: ignore[no-any-return]
+
+
+def layout(x: Tensor, channels_last: bool) -> torch.memory_format:
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 @convolution.register_fake
@@ -53,10 +62,13 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool = False,
 ) -> Tensor:
     windows = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     sizes = [(size + 2 * p - d * (w - 1) - 1) // s + 1 for size, w, s, p, d in windows]
-    return x.new_empty(x.shape[0], weight.shape[0], *sizes)
+    shape = (x.shape[0], weight.shape[0], *sizes)
+    form = layout(x, channels_last)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
 
 
 @torch.library.custom_op("qlora_fx::convolution_backward", mutates_args=(), tags=ANY_STRIDES)
@@ -83,14 +95,14 @@ def _(grad: Tensor, weight: Tensor, shape: Sequence[int], *_: Any) -> Tensor:
 
 
 def _context(ctx: Any, inputs: Any, output: Tensor) -> None:
-    x, weight, _, *options = inputs
+    x, weight, _, *options, _ = inputs
     ctx.save_for_backward(weight)
     ctx.shape, ctx.options = x.shape, options
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
     dx = ops.convolution_backward(grad, *ctx.saved_tensors, list(ctx.shape), *ctx.options)
-    return dx, *(None for _ in range(6))
+    return dx, *(None for _ in range(7))
 
 
 torch.library.register_autograd("qlora_fx::convolution", _backward, setup_context=_context)

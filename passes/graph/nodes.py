@@ -8,7 +8,6 @@ from it such as ``....weight.absmax``). User inputs are placeholders with ``meta
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,15 +19,6 @@ from .site import Layout, Site, Verdict, WeightView
 from .values import fake_value
 
 aten = torch.ops.aten
-
-
-INDEXED = re.compile(r"^(?P<container>.*?)\.(?P<index>\d+)(?=\.|$)")
-
-
-def block_of(node: fx.Node) -> str:
-    """The outermost ``<list>.<index>`` among the modules that a node stands in; empty outside of all blocks."""
-    match = INDEXED.match(node.meta.get("module", ""))
-    return match.group(0) if match else ""
 
 
 def call(

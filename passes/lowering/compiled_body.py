@@ -63,6 +63,7 @@ class CompiledBody(nn.Module):
 
     Attributes:
         calls: how often the body is called in one run of the program.
+        block: whether it is a block of the model, which may keep only its inputs.
         recomputed: calls with a smaller number keep only their inputs for backward; set before each run, from
             the memory budget.
         flowing: which inputs need grad in any call.
@@ -84,6 +85,7 @@ class CompiledBody(nn.Module):
         self.places = [(*size.place, size.times) for size in shown if size.place is not None]
         self.free = [*shown, *foreign]
         self.calls = 1
+        self.block = False
         self.recomputed = 0
         self.flowing: tuple[bool, ...] = ()
         self.usual: tuple[bool, ...] = ()
@@ -164,7 +166,7 @@ class CompiledBody(nn.Module):
         partition = self.partitions.get(key)
         if partition is None or (not partition.inputs and any(key.needs_grad)):
             other = Key(key.needs_grad, not key.recompute)
-            beside = self.calls > 1 and other not in self.partitions  # what takes long is tracing
+            beside = self.block and other not in self.partitions  # what takes long is tracing
 
             def example() -> Example:
                 example = self.example(key)

@@ -78,17 +78,32 @@ def walked_once(model: nn.Module) -> Iterator[None]:
 
 
 def lists_of_blocks(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
-    """Lists of modules of one class that are in no other such list, with their paths."""
+    """Lists of modules, some of them alike, that are in no other such list, with their paths.
+
+    No two stages of a pyramid are alike: what repeats is in a list of its own in each.
+    """
     found: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) < 2 or path.startswith(found):
-            continue
-        blocks = list(module)
-        different = len(set(map(id, blocks))) == len(blocks)
-        replaced = any("forward" in vars(m) for block in blocks for m in block.modules())
-        if len(set(map(type, blocks))) == 1 and different and not replaced:
-            found += (f"{path}.",)
-            yield path, blocks
+        if isinstance(module, nn.ModuleList) and not path.startswith(found):
+            blocks = list(module)
+            if len(set(map(type, blocks))) == 1 and are_called(blocks) and some_are_alike(blocks):
+                found += (f"{path}.",)
+                yield path, blocks
+
+
+def are_called(blocks: list[nn.Module]) -> bool:
+    """Whether they are different modules, and what runs where the model calls them is the forward of their class."""
+    different = len(set(map(id, blocks))) == len(blocks)
+    replaced = any("forward" in vars(m) for block in blocks for m in block.modules())
+    return different and not replaced and not isinstance(blocks[0], nn.ModuleList)
+
+
+def some_are_alike(blocks: list[nn.Module]) -> bool:
+    return any(
+        is_like(block, own_places(blocks, i), blocks[k], k)
+        for i, block in enumerate(blocks)
+        for k in range(i + 1, len(blocks))
+    )
 
 
 @dataclass

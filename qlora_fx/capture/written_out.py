@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +12,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from ..passes.graph.blocks import call
 from ..passes.graph.nodes import identifier, writes
 from .repeated_blocks import AGAIN, BEGINS, ENDS
 
@@ -96,6 +100,12 @@ class Recording:
             k: name.removeprefix(prefix) for name, k in self.keys.items() if name.startswith(prefix)
         }
 
+    @functools.cached_property
+    def calls(self) -> Counter[str]:
+        """How often the block called each module in it, by torch.export's key without the number of the call."""
+        stacks = (node.meta.get("nn_module_stack") or {} for node in self.nodes)
+        return Counter(key.partition("@")[0] for key in set(itertools.chain(*stacks)))
+
     def play(self, again: fx.Node, stored: Mapping[str, fx.Node]) -> None:
         """The nodes once more, for the block that a node stands for.
 
@@ -106,6 +116,8 @@ class Recording:
             self.names = self.prepare()
         inputs: Any = again.args[0]
         rename = Renamed(self.path, str(again.args[4]))
+        times = call(again, rename.new) - call(self.ends, self.path)
+        later = {key: times * calls for key, calls in self.calls.items()}
         env: dict[fx.Node, fx.Node] = dict(zip(self.inputs, inputs, strict=True))
 
         def of(node: fx.Node) -> fx.Node:
@@ -122,7 +134,7 @@ class Recording:
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), of)
                 name = rename.name(node.name)
                 env[node] = self.graph.create_node(node.op, node.target, args, kwargs, name=name)
-                env[node].meta = rename.meta(node.meta)
+                env[node].meta = rename.meta(node.meta, later)
         for item in list(again.users):
             item.replace_all_uses_with(of(self.outputs[item.args[1]]))
             self.graph.erase_node(item)
@@ -146,13 +158,25 @@ class Renamed:
     def at(self, path: str) -> str:
         return self.new + path.removeprefix(self.old) if is_in(path, self.old, ".") else path
 
-    def meta(self, meta: Mapping[str, Any]) -> dict[str, Any]:
+    def meta(self, meta: Mapping[str, Any], later: Mapping[str, int]) -> dict[str, Any]:
+        """What is said of a node.
+
+        Args:
+            later: by how many the calls of a module are later, by its key.
+        """
         modules = {
-            key.replace(path, self.at(path)): (self.at(path), *others)
+            self.key(key, path, later): (self.at(path), *others)
             for key, (path, *others) in (meta.get("nn_module_stack") or {}).items()
         }
         new = dict(meta) | {"module": self.at(meta["module"])}
         return new | {"nn_module_stack": modules} if modules else new
+
+    def key(self, key: str, path: str, later: Mapping[str, int]) -> str:
+        if not is_in(path, self.old, "."):
+            return key
+        name, _, number = key.partition("@")
+        count = int(number or 0) + later[name]
+        return name.removesuffix(path) + self.at(path) + (f"@{count}" if count else "")
 
 
 def is_in(name: str, of: str, separator: str) -> bool:

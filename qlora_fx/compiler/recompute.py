@@ -36,7 +36,8 @@ class Calls:
         name: the block's class, ``prologue`` or ``epilogue``.
         calls: how often it is called.
         recomputed: how many of them keep only their inputs.
-        held, inputs: bytes that one call holds, if it keeps everything and if it keeps its inputs.
+        held, inputs: bytes that one call holds, if it keeps everything and if it keeps its inputs; the same for
+            what is no block.
         flops: of forward and backward of one call.
         again: flops that a recomputed call adds.
     """
@@ -140,14 +141,13 @@ class Budget:
         if self.memory_budget is None:
             limit = int(SHARE_OF_FREE * free_bytes(self.device))
         elif isinstance(self.memory_budget, float):
-            least = sum(min(c.held, c.inputs) * c.calls for c in known if c.calls > 1)
-            fixed = sum(c.bytes for c in known if c.calls == 1)
-            limit = max(int(self.memory_budget * whole), least + fixed)
+            least = sum(min(c.held, c.inputs) * c.calls for c in known)
+            limit = max(int(self.memory_budget * whole), least)
         else:
             limit = self.memory_budget
         excess = whole - limit
         counts: dict[str, int] = {}
-        worth = [c for c in known if c.calls > 1 and c.held > c.inputs]
+        worth = [c for c in known if c.held > c.inputs]
         for c in sorted(worth, key=lambda c: c.again / (c.held - c.inputs)):
             gain = c.held - c.inputs
             counts[c.name] = min(c.calls, max(0, -(-excess // gain)))
@@ -189,7 +189,7 @@ def measured(name: str, body: CompiledBody, sizes: Mapping[sympy.Expr, int]) -> 
     flowing = flows(body)
     held = total(kept, flowing, sizes)
     inputs, again = held, 0
-    if body.calls > 1 and any(body.flowing):
+    if body.block and any(body.flowing):
         anew = body.partitioned(Key(body.flowing, True))
         inputs = total(anew, flowing, sizes)
         again = value(anew.flops[1] - kept.flops[1], sizes)

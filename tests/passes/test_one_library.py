@@ -123,23 +123,29 @@ def test_inductor_is_left_as_it_was() -> None:
 def test_polynomials_are_multiplied_out_and_nothing_else_changes() -> None:
     simplify = sympy.simplify
     rows, length, place = sympy.symbols("rows length place", integer=True)
+    height, width = FloorDiv(length - 1, 4) + 1, FloorDiv(place - 1, 4) + 1  # patches
     polynomials = (
         32 * length * (rows + 1) - 32 * length * rows,
         rows * length**2 + place - 8,
         (rows + 1) * (length + 2),
         sympy.Integer(3),
+        32 * height * (width + rows) - 32 * height * width,
+        width * FloorDiv(rows + 1, height * width) - width * FloorDiv(rows, height * width),
+        ModularIndexing(rows, 1, height * width) - height * (rows + 1) + height * rows,
+        FloorDiv(8 * (rows + 1) - 8, 8) * place - rows * place,
     )
     others = (
         FloorDiv(rows, length) + ModularIndexing(rows, 1, length),
         rows / length - 1 / length,
         sympy.sqrt(length) ** 2,
         rows >= length,
+        sympy.expand(32 * height * width) / sympy.expand(height * width),
         sympy.sin(rows) ** 2 + sympy.cos(rows) ** 2,
     )
     with polynomials_expanded():
         for polynomial in polynomials:
             found = sympy.simplify(polynomial)
-            assert found == sympy.expand(simplify(polynomial))
+            assert found == sympy.expand(simplify(polynomial)) == sympy.simplify(found)
         for other in others:
             assert sympy.simplify(other) == simplify(other)
     assert sympy.simplify is simplify

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -165,6 +165,48 @@ def test_blocks_that_are_alike_are_walked_once(
     assert text(graph) == text(captured_by(whole, model))
     stored = {n.meta["stored"] for n in graph.gm.graph.nodes if "stored" in n.meta}
     assert {f"layers.{i}.up.weight" for i in range(4)} <= stored
+
+
+class Doubled(Block):
+    def forward(self, x: torch.Tensor, **_: Any) -> Any:
+        return super().forward(x + self.down(self.up(x)))
+
+
+class Twice(Stack):
+    """All blocks, and then all of them again; each calls its parts twice."""
+
+    def __init__(self) -> None:
+        super().__init__(Doubled)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.entry(x)
+        for layer in (*self.layers, *self.layers):
+            x = layer(x)
+        return {"y": x}
+
+
+class Pyramid(Stack):
+    """Stages, no two of which are alike, of blocks that are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Stack() for _ in range(2))
+        cast(Stack, self.layers[1]).layers.append(Block(4))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.entry(x)
+        for stage in self.layers:
+            x = stage(x)["y"]
+        return {"y": x}
+
+
+@pytest.mark.parametrize(("kind", "walked", "calls"), [(Twice, 1, 8), (Pyramid, 2, 9)])
+def test_blocks_that_are_called_again_and_blocks_in_stages(
+    kind: Any, walked: int, calls: int, repeated: list[str]
+) -> None:
+    graph = captured_by(once, kind())
+    assert len(repeated) == calls - walked
+    assert text(graph) == text(captured_by(whole, kind()))
 
 
 class Scaled(Block):
@@ -372,6 +414,8 @@ def deeper(settings: Any, layers: int = 4) -> Any:
     return {
         key: layers
         if key in DEPTHS and value == 2
+        else [layers] * len(value)
+        if key == "depths"
         else [value[i % 2] for i in range(layers)]
         if isinstance(value, list) and len(value) == 2 and key.endswith("layer_types")
         else deeper(value, layers)

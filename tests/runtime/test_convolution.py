@@ -47,6 +47,23 @@ def test_values_and_gradients_are_pytorchs(case: str, bias: bool) -> None:
     torch.testing.assert_close(dx, true)
 
 
+@pytest.mark.parametrize("case", ["image", "video"])
+def test_channels_can_be_last(case: str) -> None:
+    given = arguments(case, True)
+    last = torch.channels_last if case == "image" else torch.channels_last_3d
+    found = convolution(*given, channels_last=True)
+    assert found.is_contiguous(memory_format=last)
+    assert not found.is_contiguous()
+    torch.testing.assert_close(found, convolution(*given))
+    torch.library.opcheck(convolution, (*given, True))
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    gradients = [
+        torch.autograd.grad((convolution(*given, channels_last=flag) * weights).sum(), given[0])
+        for flag in (True, False)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_operators_pass_opcheck(case: str) -> None:
     given = arguments(case, True)
