@@ -14,5 +14,5 @@ loss_head     cross-entropy without logits
 outline       equal blocks as one body
 lower         bodies to programs; lowering/ has partition, recomputation, what operators cost
 
-graph/        what all share: how nodes are made, verdicts, weights, FLOPs, bodies
+graph/        what all share: how nodes are made, verdicts, weights, FLOPs, what a block is, bodies
 """
