@@ -118,9 +118,8 @@ def repeated_inside(
 ) -> dict[str, set[str]]:
     """Kinds of outer lists whose elements are stages; of each, the kinds of inner lists that hold its blocks."""
     found: dict[str, Inner] = {}
-    latest: dict[
-        fx.Node, dict[str, int]
-    ] = {}  # by inner list: the last element that a value depends on
+    # By value and inner list: the last element that the value depends on.
+    latest: dict[fx.Node, dict[str, int]] = {}
     for node, place in outer.items():
         reached: dict[str, int] = {}
         for read in node.all_input_nodes:

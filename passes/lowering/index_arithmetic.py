@@ -43,7 +43,7 @@ def expanded(expr: sympy.Expr) -> sympy.Expr:
     Raises:
         NoPolynomialError: there is something else in it.
     """
-    functions: dict[sympy.Expr, sympy.Dummy] = {}
+    names: dict[sympy.Expr, sympy.Dummy] = {}
 
     def named(node: Any) -> Any:
         """The polynomial with a name for each function, since ``expand`` would look into those."""
@@ -57,10 +57,10 @@ def expanded(expr: sympy.Expr) -> sympy.Expr:
         function = node if args == node.args else node.func(*args)
         if not is_whole(function):
             return named(function)  # S * 8 // 8
-        return functions.setdefault(function, sympy.Dummy())
+        return names.setdefault(function, sympy.Dummy())
 
     polynomial = sympy.expand(named(expr))
-    return polynomial.xreplace({name: function for function, name in functions.items()})
+    return polynomial.xreplace({name: function for function, name in names.items()})
 
 
 def is_power(node: Any) -> bool:

@@ -99,11 +99,11 @@ def are_called(blocks: list[nn.Module]) -> bool:
 
 
 def some_are_alike(blocks: list[nn.Module]) -> bool:
-    return any(
-        is_like(block, own_places(blocks, i), blocks[k], k)
-        for i, block in enumerate(blocks)
-        for k in range(i + 1, len(blocks))
-    )
+    for i, block in enumerate(blocks[:-1]):
+        places = own_places(blocks, i)
+        if any(is_like(block, places, blocks[k], k) for k in range(i + 1, len(blocks))):
+            return True
+    return False
 
 
 @dataclass
