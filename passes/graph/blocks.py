@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -80,13 +80,29 @@ def element(path: str, *, behind: str = "") -> Place | None:
     return None if match is None else Place(behind + match["list"], behind + match[0])
 
 
-def call(node: fx.Node, path: str) -> int:
-    """Which call of a module a node is from: torch.export's keys of modules count them, ``...layers.0@2``."""
-    for key, (module, *_) in (node.meta.get("nn_module_stack") or {}).items():
+def numbered(key: str) -> tuple[str, int]:
+    """torch.export's key of a module in ``nn_module_stack``, and which call of it that is: ``...layers.0@2``."""
+    name, _, number = key.partition("@")
+    return name, int(number or 0)
+
+
+def on_stack(node: fx.Node, path: str) -> tuple[str, Any]:
+    """Key and class of the module at a path, where a node stands in it; empty if that was not called as a module."""
+    for key, (module, kind) in (node.meta.get("nn_module_stack") or {}).items():
         if module == path:
-            number = key.rpartition("@")[2]
-            return int(number) if number.isdigit() else 0
-    return 0
+            return key, kind
+    return "", ""
+
+
+def call(node: fx.Node, path: str) -> int:
+    """Which call of a module a node is from."""
+    return numbered(on_stack(node, path)[0])[1]
+
+
+def class_of(node: fx.Node, path: str) -> str:
+    """The class of the module at a path, with the module that defines it."""
+    kind = on_stack(node, path)[1]
+    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 
 @dataclass
@@ -145,11 +161,3 @@ def repeated_inside(
         if 2 * sum(kind.nodes for kind in blocks.values()) > sizes[outside]:
             stages[outside] = set(blocks)
     return stages
-
-
-def class_of(node: fx.Node, path: str) -> str:
-    """The class of the module at a path; empty if that was not called as a module."""
-    for module, kind in (node.meta.get("nn_module_stack") or {}).values():
-        if module == path:
-            return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
-    return ""

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from ..passes.graph.blocks import call
+from ..passes.graph.blocks import call, numbered
 from ..passes.graph.nodes import identifier, writes
 from .repeated_blocks import AGAIN, BEGINS, ENDS
 
@@ -104,7 +104,7 @@ class Recording:
     def calls(self) -> Counter[str]:
         """How often the block called each module in it, by torch.export's key without the number of the call."""
         stacks = (node.meta.get("nn_module_stack") or {} for node in self.nodes)
-        return Counter(key.partition("@")[0] for key in set(itertools.chain(*stacks)))
+        return Counter(numbered(key)[0] for key in set(itertools.chain(*stacks)))
 
     def play(self, again: fx.Node, stored: Mapping[str, fx.Node]) -> None:
         """The nodes once more, for the block that a node stands for.
@@ -174,8 +174,8 @@ class Renamed:
     def key(self, key: str, path: str, later: Mapping[str, int]) -> str:
         if not is_in(path, self.old, "."):
             return key
-        name, _, number = key.partition("@")
-        count = int(number or 0) + later[name]
+        name, number = numbered(key)
+        count = number + later[name]
         return name.removesuffix(path) + self.at(path) + (f"@{count}" if count else "")
 
 
