@@ -24,11 +24,13 @@ from __future__ import annotations
 
 import operator
 
+import sympy
 import torch
 from torch import fx, nn
 
+from .graph.nodes import aten
 from .lowering.compiled_body import CompiledBody
-from .lowering.free_sizes import FreeSize, hidden_symbols, symbols
+from .lowering.free_sizes import number, symbols
 
 BACKENDS = ("inductor", "aot_eager", "eager")
 
@@ -68,42 +70,55 @@ def lower(gm: fx.GraphModule, *, backend: str = "inductor") -> fx.GraphModule:
     """
     if backend == "eager":
         return gm
-    if not any(True for _ in gm.graph.find_nodes(op="call_module")):
-        outer = fx.Graph()
-        inputs = []
-        for node in gm.graph.find_nodes(op="placeholder"):
-            inputs.append(outer.node_copy(node))
-        call = outer.call_module("model", (*inputs, 0))
-        outer.output(call)
-        root = nn.Module()
-        root.add_module("model", CompiledBody(gm, backend))
-        mark_usual(outer, root)
-        return fx.GraphModule(root, outer, type(gm).__name__)
+    bodies = dict(gm.named_children())
     outer = fx.Graph()
-    outer.output(outer.graph_copy(gm.graph, {}))
-    inputs = list(outer.find_nodes(op="placeholder"))
-    known = symbols(inputs)
+    if bodies:
+        outer.output(outer.graph_copy(gm.graph, {}))
+    else:
+        bodies = {"model": gm}
+        inputs = [outer.node_copy(node) for node in gm.graph.find_nodes(op="placeholder")]
+        outer.output(outer.call_module("model", tuple(inputs)))
+    sizes = Sizes(outer)
     root = nn.Module()
-    for name, body in gm.named_children():
+    for name, body in bodies.items():
         assert isinstance(body, fx.GraphModule)
-        hidden = hidden_symbols(list(body.graph.find_nodes(op="placeholder")))
-        foreign = [size for size in known if size.term in hidden]
-        compiled = CompiledBody(body, backend, [s._replace(place=None) for s in foreign])
+        compiled = CompiledBody(body, backend)
         root.add_module(name, compiled)
+        inputs = list(body.graph.find_nodes(op="placeholder"))
         calls = list(outer.find_nodes(op="call_module", target=name))
         compiled.calls = len(calls)
-        compiled.block = bool(calls[0].meta["module"])
-        for number, node in enumerate(calls):
-            with outer.inserting_before(node):
-                sizes = [read(outer, inputs, size) for size in foreign]
-            node.args = (*node.args, *sizes, number)
+        compiled.block = bool(calls[0].meta.get("module"))
+        passed = [sizes(size.formula) for size in compiled.free if size.place is None]
+        for i, node in enumerate(calls):
+            pairs = zip(node.args, inputs, strict=True)
+            tensors = [arg for arg, read in pairs if read in compiled.inputs]
+            node.args = (*tensors, *passed, i)
     mark_usual(outer, root)
     return fx.GraphModule(root, outer, type(gm).__name__)
 
 
-def read(graph: fx.Graph, inputs: list[fx.Node], size: FreeSize) -> fx.Node:
-    """Nodes that read a free size from the inputs of the whole graph."""
-    assert size.place is not None
-    i, dim = size.place
-    node = graph.call_function(torch.ops.aten.sym_size.int, (inputs[i], dim))
-    return node if size.times == 1 else graph.call_function(operator.floordiv, (node, size.times))
+class Sizes:
+    """Nodes that work sizes out from the inputs of the whole graph, before anything else."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.inputs = list(graph.find_nodes(op="placeholder"))
+        self.first = next(n for n in graph.nodes if n.op != "placeholder")
+        self.shown = {size.term: size for size in symbols(self.inputs)}
+        self.known: dict[sympy.Expr, fx.Node] = {}
+
+    def __call__(self, formula: sympy.Expr) -> fx.Node:
+        if formula not in self.known:
+            values = {} if formula.is_symbol else {s: self(s) for s in formula.free_symbols}
+            with self.graph.inserting_before(self.first):
+                self.known[formula] = (
+                    self.read(formula) if formula.is_symbol else number(self.graph, formula, values)
+                )
+        return self.known[formula]
+
+    def read(self, symbol: sympy.Symbol) -> fx.Node:
+        place, times = self.shown[symbol].place, self.shown[symbol].times
+        assert place is not None
+        i, dim = place
+        node = self.graph.call_function(aten.sym_size.int, (self.inputs[i], dim))
+        return node if times == 1 else self.graph.call_function(operator.floordiv, (node, times))

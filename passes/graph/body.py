@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .nodes import aten, identifier
+from .nodes import aten, identifier, is_number
 from .values import size_text, size_texts
 
 INPUT_META = frozenset({"val", "stored", "stored_dtype", "format", "trainable"})
@@ -130,10 +130,6 @@ def content(graph: fx.Graph) -> Hashable:
             )
         )
     return tuple(rows)
-
-
-def is_number(node: fx.Node) -> bool:
-    return isinstance(node.meta["val"], torch.SymInt)
 
 
 def has_symbol(inputs: Iterable[fx.Node], number: fx.Node) -> bool:

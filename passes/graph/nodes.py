@@ -21,6 +21,10 @@ from .values import fake_value
 aten = torch.ops.aten
 
 
+def is_number(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], torch.SymInt)
+
+
 def call(
     graph: fx.Graph,
     target: Any,

@@ -20,7 +20,7 @@ from ..graph.nodes import writes
 from .brief_trace import WritesError, brief_trace
 from .example import Example
 from .example_graph import skip_gradients, tuple_output
-from .free_sizes import FreeSize, free_sizes
+from .free_sizes import free_sizes, numbers_told
 from .index_arithmetic import polynomials_expanded
 from .on_gpu import OneWeightAtATime, OnGpu
 from .one_library import one_library
@@ -57,11 +57,10 @@ class CompiledBody(nn.Module):
 
     Other sizes cause another compilation only where the compiler itself relied on them.
 
-    Args:
-        foreign: free sizes that no input of the body shows by itself (only ``[B * S, 8]``); the caller passes
-            them behind the tensors, and behind those the number of the call.
-
     Attributes:
+        inputs: those of which more is read than sizes.
+        free: the free sizes. Those that no input shows by itself (only ``[B * S, 8]``) the caller passes behind the
+            inputs, and behind those the number of the call.
         calls: how often the body is called in one run of the program.
         block: whether it is a block of the model, which may keep only its inputs.
         recomputed: calls with a smaller number keep only their inputs for backward; set before each run, from
@@ -70,20 +69,18 @@ class CompiledBody(nn.Module):
         usual: the same where the body is called often; empty otherwise.
     """
 
-    def __init__(
-        self, body: fx.GraphModule, backend: str, foreign: Sequence[FreeSize] = ()
-    ) -> None:
+    def __init__(self, body: fx.GraphModule, backend: str) -> None:
         super().__init__()
         self.body = body
         self.backend = backend
         self.compiled: dict[Key, list[Variant]] = {}
         self.partitions: dict[Key, Partition] = {}
-        self.inputs = list(body.graph.find_nodes(op="placeholder"))
+        told, depend = numbers_told(body.graph)
+        self.inputs = [n for n in body.graph.find_nodes(op="placeholder") if n not in depend]
         output = next(iter(body.graph.find_nodes(op="output")))
         self.single = isinstance(output.args[0], fx.Node)
-        shown = free_sizes(self.inputs)
-        self.places = [(*size.place, size.times) for size in shown if size.place is not None]
-        self.free = [*shown, *foreign]
+        self.free = free_sizes(self.inputs, told)
+        self.places = [(*size.place, size.times) for size in self.free if size.place is not None]
         self.calls = 1
         self.block = False
         self.recomputed = 0
@@ -151,7 +148,7 @@ class CompiledBody(nn.Module):
 
         How it is split is found out while it is compiled, and kept.
         """
-        gm = tuple_output(self.body, len(self.free))
+        gm = tuple_output(self.body, self.free)
         if not key.needs_grad:
             skip_gradients(gm.graph)
         stored = frozenset(i for i, n in enumerate(self.inputs) if "stored" in n.meta)

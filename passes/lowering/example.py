@@ -13,7 +13,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 
-from .free_sizes import FreeSize, formula_of
+from .free_sizes import FreeSize, formula_of, written
 from .partition import Partition
 
 # Note [Guards of the compiler]
@@ -74,7 +74,7 @@ class Example:
         self.mode.cache_enabled = False  # of symbolic sizes, it takes longer than what it saves
         captured: ShapeEnv = vals[0].fake_mode.shape_env
         self.free: list[torch.SymInt] = []
-        new: dict[sympy.Expr, sympy.Expr] = {}
+        names: list[sympy.Expr] = []
         hints: dict[sympy.Expr, sympy.Integer] = {}
         formulas: dict[sympy.Symbol, sympy.Expr] = {}
         for i, (term, offset, _, _) in enumerate(free):
@@ -94,21 +94,19 @@ class Example:
             self.free.append(
                 cast(torch.SymInt, self.env.create_symintnode(expr, hint=hint, source=source))
             )
-            new[term], hints[term] = expr - offset, sympy.Integer(hint - offset)
+            names.append(expr)
             if isinstance(expr, sympy.Symbol):
-                formulas[expr] = term + offset
+                formulas[expr], hints[expr] = term + offset, sympy.Integer(hint)
 
         computed = any(not size.term.is_symbol for size in free)
 
         def size(old: Any) -> Any:
             if not isinstance(old, torch.SymInt):
                 return old
-            formula = formula_of(old)
-            expr = formula.xreplace(new)
+            expr = written(formula_of(old), free, names)
             if computed:  # (S // 2 + 1) * 8 is written as (S // 2) * 8 + 8
                 expr = sympy.expand(expr)
-            hint = int(formula.xreplace(hints))
-            return self.env.create_symintnode(expr, hint=hint)
+            return self.env.create_symintnode(expr, hint=int(expr.xreplace(hints)))
 
         self.args: list[Any] = []
         with self.mode:

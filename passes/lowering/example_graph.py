@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import fx, nn
 
+from .free_sizes import FreeSize, formula_of, number, numbers_told, written
 from .operators import operator_of
 
 
-def tuple_output(body: fx.GraphModule, sizes: int) -> fx.GraphModule:
+def tuple_output(body: fx.GraphModule, free: Sequence[FreeSize] = ()) -> fx.GraphModule:
     """A copy that returns a tuple and takes the free sizes behind its tensors; the backend changes the copy.
 
     The graph itself reads sizes from its tensors. As inputs of their own they can be saved for backward,
-    whose tensors may have products of them only (``[B * S, 8]``), from which they cannot be told.
+    whose tensors may have products of them only (``[B * S, 8]``), from which they cannot be told. Inputs of which it
+    reads nothing else are left out.
     """
     graph = fx.Graph()
+    told, depend = numbers_told(body.graph)
     mapping: dict[fx.Node, fx.Node] = {}
-    inputs = list(body.graph.find_nodes(op="placeholder"))
-    for node in inputs:
-        mapping[node] = graph.node_copy(node)
-    for i in range(sizes):
-        graph.placeholder(f"size_{i}")
+    for node in body.graph.find_nodes(op="placeholder"):
+        if node not in depend:
+            mapping[node] = graph.node_copy(node)
+    sizes = {sympy.Dummy(): graph.placeholder(f"size_{i}") for i in range(len(free))}
+    for node in told:
+        mapping[node] = number(graph, written(formula_of(node.meta["val"]), free, [*sizes]), sizes)
+    for node in depend:
+        mapping.setdefault(node, node)  # nobody reads it
     value = graph.graph_copy(body.graph, mapping)
     graph.output(value if isinstance(value, tuple) else (value,))
     copy_what_stands_alone(graph)

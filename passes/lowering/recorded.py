@@ -144,8 +144,12 @@ def shared(node: fx.Node, written: bool = False) -> list[fx.Node]:
 
 
 def is_size(node: fx.Node) -> bool:
-    """A size of an input of the program."""
-    return node.op == "call_function" and node.target is torch.ops.aten.sym_size.int
+    """A size of an input of the program, or what is worked out from such."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    return node.target is torch.ops.aten.sym_size.int or (
+        bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
+    )
 
 
 def cut(

@@ -5,23 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import sympy
 import torch
-from qlora_fx.passes.graph.body import Body
-from qlora_fx.passes.lower import read
 from qlora_fx.passes.lowering import compiled_body, warm_up
 from qlora_fx.passes.lowering.compiled_body import CompiledBody, aot_eager
-from qlora_fx.passes.lowering.example import Example, allowed
+from qlora_fx.passes.lowering.example import Example
 from qlora_fx.passes.lowering.example_graph import tuple_output
-from qlora_fx.passes.lowering.free_sizes import FreeSize, formula_of, free_sizes, hidden_symbols
-from qlora_fx.runtime.program import multiple
 from small_models import captured
-from torch._dynamo.source import ConstantSource
 from torch._inductor import config as inductor_config
 from torch._inductor import memory
 from torch._inductor.exc import InvalidCxxCompiler
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
 def run(body: CompiledBody, rows: int) -> torch.Tensor:
@@ -104,70 +96,6 @@ def test_strides_that_a_forward_saves_are_formulas_for_the_backward() -> None:
     assert isinstance(example.env.evaluate_symexpr(f"8*{symbol}"), torch.SymInt)
 
 
-def test_a_size_that_only_a_stride_shows_is_passed_along() -> None:
-    """One place of ``[B, S, 8]``, a view: ``[B, 8]`` with the strides ``(8 S, 1)``."""
-
-    class Rows(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = torch.nn.Linear(8, 8)
-
-        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"y": self.up(x[:, 0])}
-
-    gm = captured(Rows(), {"x": torch.zeros(2, 6, 8)}).gm
-    select = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.select.int)
-    body = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
-    rows = body.graph.placeholder("rows")
-    rows.meta["val"] = select.meta["val"]
-    body.graph.output(rows)
-    x = next(n for n in gm.graph.find_nodes(op="placeholder") if "input" in n.meta)
-    length = x.meta["val"].shape[1].node.expr
-    assert length in hidden_symbols([rows])
-
-
-class Halved(torch.nn.Module):
-    """Rows of half the length, and a block over them: ``S // 2 + 1``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        x = torch.nn.functional.pad(x, (0, 0, 1, 1)).unfold(1, 2, 2).sum(-1)
-        return {"y": self.layers[0](x) / x.shape[1]}
-
-
-def test_a_length_that_the_capture_computed_is_a_size_of_the_bodys_own() -> None:
-    gm = captured(Halved(), {"x": torch.zeros(2, 6, 8)}).gm
-    x = next(n for n in gm.graph.find_nodes(op="placeholder") if "input" in n.meta)
-    batch, length = (size.node.expr for size in x.meta["val"].shape[:2])
-    linear = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default)
-    part = Body([n for n in gm.graph.nodes if n.op == "call_function" and n >= linear], "")
-    part.finish([n for n in gm.graph.nodes if n.name == "div"])
-    inner = CompiledBody(torch.fx.GraphModule(torch.nn.Module(), part.graph), "aot_eager")
-    assert [size.formula.subs({batch: 3, length: 9}) for size in inner.free] == [3, 5]
-    assert hidden_symbols(inner.inputs) == set(), "S itself is not passed"
-    for rows in (5, 1, 12):
-        values = [
-            torch.randn([3, rows, 8] if node.meta["val"].dim() == 3 else node.meta["val"].shape)
-            for node in inner.inputs
-        ]
-        torch.testing.assert_close(inner(*values, 0), inner.body(*values))
-    assert inner.compilations == 1
-    (partition,) = inner.partitions.values()
-    assert partition.flops[0].free_symbols <= {batch, length}, "in the capture's symbols again"
-
-
-def test_where_a_formula_is_not_enough_the_symbols_are_passed() -> None:
-    """``S`` and ``S // 2`` in one body: what they have to do with each other must stay known."""
-    gm = captured(Halved(), {"x": torch.zeros(2, 6, 8)}).gm
-    x = next(n for n in gm.graph.find_nodes(op="placeholder") if "input" in n.meta)
-    halved = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default).args[0]
-    assert [size.term.is_symbol for size in free_sizes([x, halved])] == [True, True]
-    assert [size.term.is_symbol for size in free_sizes([halved])] == [True, False]
-
-
 class Rotated(torch.nn.Module):
     """What passes by a rotary embedding of the whole head is empty; transformers' gpt_neox_japanese views the result."""
 
@@ -186,7 +114,7 @@ def test_a_tensor_is_copied_where_only_empty_ones_stand_beside_it() -> None:
     aten = torch.ops.aten
     assert len(gm.graph.find_nodes(op="call_function", target=aten.cat.default)) == 1
     body = CompiledBody(gm, "inductor")
-    copied = tuple_output(gm, 0).graph
+    copied = tuple_output(gm).graph
     assert not copied.find_nodes(op="call_function", target=aten.cat.default)
     run(body, 4)
     assert body.compilations == 1
@@ -200,7 +128,7 @@ def test_tensors_that_are_not_empty_stay_side_by_side() -> None:
 
     gm = captured(Both()).gm
     cat = torch.ops.aten.cat.default
-    copied = tuple_output(gm, 0).graph
+    copied = tuple_output(gm).graph
     assert len(copied.find_nodes(op="call_function", target=cat)) == 1
 
 
@@ -302,34 +230,6 @@ def test_what_reads_a_buffer_waits_for_what_adds_to_it(monkeypatch: pytest.Monke
     with inductor_config.patch(force_disable_caches=True):
         result = body(*(known[n.meta.get("stored") or n.name] for n in body.inputs), 0)
     torch.testing.assert_close(result, module(**inputs), rtol=1e-4, atol=1e-2)
-
-
-def test_sizes_that_the_data_decide_are_the_inputs_where_the_capture_found_that() -> None:
-    """Qwen-VL's rows of patches are the sum of what each picture has, and a multiple of its tokens."""
-    env = ShapeEnv()
-    source = ConstantSource("n")
-    with FakeTensorMode(shape_env=env):
-        n = env.create_symintnode(env.create_symbol(48, source), hint=48, source=source)
-        a, b, other = (env.create_unbacked_symint() for _ in range(3))
-        torch._check(n == a * b)
-        torch._check(n % a == 0)
-        rows: Any = a * b
-        assert formula_of(rows) == n.node.expr
-        assert formula_of(other) == other.node.expr
-        assert formula_of(n) == n.node.expr
-        assert (allowed(env, a.node.expr), allowed(env, other.node.expr)) == (1, 5)
-
-
-def test_a_size_is_read_from_a_multiple_of_it() -> None:
-    """Of pictures the inputs show patches, 4 of which are a token."""
-    graph = torch.fx.Graph()
-    patches = graph.placeholder("patches")
-    size = FreeSize(sympy.Symbol("tokens"), 0, (0, 1), 4)
-    graph.output(read(graph, [patches], size))
-    assert torch.fx.GraphModule(torch.nn.Module(), graph)(torch.zeros(3, 20)) == 5
-    assert multiple(4 * size.term) == (4, size.term)
-    assert multiple(size.term) == (1, size.term)
-    assert multiple(4 * size.term + 1) == multiple(size.term**2) == (1, None)
 
 
 class Shifted(torch.nn.Module):
