@@ -99,6 +99,7 @@ __all__ = [
     "Transpose",
     "WeightConverter",
     "WeightRenaming",
+    "as_tower",
     "attention_implementation",
     "broadcast_indices",
     "build_on_meta",
@@ -335,6 +336,15 @@ def counts_of_grid(tower: Any, grid: torch.Tensor) -> dict[str, torch.Tensor]:
     values: dict[str, Any] = {"grid_thw": grid}
     precompute_export_inputs(tower, values)
     return {k: t for k, t in values.items() if k != "grid_thw" and isinstance(t, torch.Tensor)}
+
+
+def as_tower(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A vision tower's forward with what transformers puts around those: defaults of its config, hidden states collected."""
+    from transformers.utils.generic import merge_with_config_defaults
+    from transformers.utils.output_capturing import capture_outputs
+
+    wrapped: Callable[..., Any] = merge_with_config_defaults(capture_outputs(forward))
+    return wrapped
 
 
 def export_patches() -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -203,4 +203,12 @@ def automatic_dims(
 
 def is_about_dims(error: Exception) -> bool:
     text = str(error)
-    return "Constraints violated" in text or "dynamic_shapes" in text or "specialized" in text
+    return any(words in text for words in ABOUT_DIMS)
+
+
+ABOUT_DIMS = (
+    "Constraints violated",
+    "dynamic_shapes",
+    "specialized",
+    "Cannot create Dim",  # torch 2.13 cannot say which constraint of S // 8 was violated
+)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import CaptureError
 from ..runtime.recurrence import LIKE, as_operator
 from ..transformers_internals import broadcast_indices, export_patches, masks_expanded_by
-from .pictures import any_number_of_pictures
+from .pictures_at_once import any_number_of_pictures
 from .repeated_blocks import walked_once
 
 Patches = Callable[[nn.Module], contextlib.AbstractContextManager[None]]

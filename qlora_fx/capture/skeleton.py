@@ -48,7 +48,7 @@ from .export_shortcuts import LongFormulaError
 from .flat_graph import Flattener
 from .holders import holders, transposed_stacks
 from .known_arguments import KnownArguments
-from .pictures import PictureCounts
+from .padded_pictures import picture_counts
 from .positions import check_positions, longest_rows
 from .repeated_blocks import walked_once
 from .written_out import NotAlone
@@ -119,7 +119,7 @@ class Skeleton:
         self.dtypes = {name: t.dtype for name, t in tensors.items()}
         self.parameters = {self.keys[name] for name, _ in model.named_parameters()}
         self.known_arguments = KnownArguments(self.model, self.signature)
-        self.pictures = PictureCounts(self.model)
+        self.pictures = picture_counts(self.model)
         self.vocabulary = vocabulary_size(self.model)
         self.encoder_decoder = is_encoder_decoder(self.model)
         self.longest = longest_rows(self.model)
@@ -138,7 +138,7 @@ class Skeleton:
         other.model.__class__ = type(cls.__name__, (cls,), {"forward": forward})
         other.signature = inspect.signature(module.forward)
         other.known_arguments = KnownArguments(module, other.signature)
-        other.pictures = PictureCounts(module)
+        other.pictures = picture_counts(module)
         other.encoder_decoder &= "decoder_input_ids" in other.signature.parameters
         return other
 

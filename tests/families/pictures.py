@@ -110,9 +110,43 @@ def image_rows(rows: int, tokens: int) -> Tensors:
     return placeholders(rows, tokens) | {"image_patches": floats(rows, 4, 3 * 4 * 4)}
 
 
-def with_sizes(rows: int, tokens: int) -> Tensors:
-    sizes = torch.tensor([[30, 30]]).repeat(rows, 1)
-    return image_text(3, 30, 30)(rows, tokens) | {"image_sizes": sizes}
+FRAMES = ((2, 2), (1, 3), (3, 1))
+"""Rows and columns of tokens of a picture."""
+
+
+def with_frames(
+    rows: int,
+    tokens: int,
+    *pictures: tuple[int, tuple[int, int]],
+    side: int = 30,
+    seen: bool = True,
+) -> Tensors:
+    """Text with pictures of several sizes in frames of one, as Pixtral's processor returns them.
+
+    Args:
+        pictures: the row of the text, and rows and columns of tokens.
+        side: of a token, in pixels.
+        seen: ``image_sizes`` say how much of a frame is its picture; otherwise all of it is.
+    """
+    inputs = text(rows, tokens)
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    frame = [max(size[i] for _, size in pictures) for i in range(2)]
+    free = [1] * rows
+    for row, size in pictures:
+        begin = free[row]
+        end = begin + math.prod(size if seen else frame)
+        free[row] = end + 1
+        ids[row, begin:end], labels[row, begin:end] = IMAGE, -100
+    inputs["pixel_values"] = floats(len(pictures), 3, *(side * n for n in frame))
+    if seen:
+        inputs["image_sizes"] = side * torch.tensor([size for _, size in pictures])
+    return inputs
+
+
+def frames(rows: int, tokens: int) -> Tensors:
+    """A picture per row and one more in the first."""
+    others = ((row, FRAMES[row % len(FRAMES)]) for row in range(1, rows))
+    return with_frames(rows, tokens, (0, FRAMES[0]), (0, (1, 2)), *others)
 
 
 def regions(rows: int, tokens: int) -> Tensors:

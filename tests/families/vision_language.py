@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .batches import IMAGE, VOCABULARY
 from .build import Family, composite
-from .pictures import image_rows, image_text, prefixed, questioned, typed, with_sizes
+from .pictures import frames, image_rows, image_text, prefixed, questioned, typed
 from .settings import (
     ALTERNATING,
     CLIP_VISION,
@@ -205,11 +205,11 @@ VISION_LANGUAGE = (
     composite(
         "mistral3",
         "Mistral3ForConditionalGeneration",
-        with_sizes,
+        frames,
         text_config=DECODER | HEAD | {"model_type": "mistral"},
         vision_config=TOWER | HEAD | {"hidden_size": 64, "model_type": "pixtral"},
         image_token_index=IMAGE,
-        spatial_merge_size=1,
+        spatial_merge_size=2,
         vision_feature_layer=-1,
     ),
     composite(
