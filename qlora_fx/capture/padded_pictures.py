@@ -1,4 +1,4 @@
-"""Pictures of several sizes in frames of one: Pixtral's, in Mistral 3 and LLaVA.
+"""Pictures of several sizes in frames of one: Pixtral's, in Mistral 3 and Large 4, LLaVA and LightOnOCR.
 
 ``pixel_values [pictures, channels, height, width]`` are filled up to the largest, and ``image_sizes [pictures, 2]`` say how
 much of a frame is its picture. Models loop over those numbers, which no graph can follow. So before the graph
@@ -19,19 +19,24 @@ from ..errors import InputError
 from ..transformers_internals import as_tower
 from .pictures import TABLE, PictureCounts, check_placeholders, takes
 
-TOWER, MERGER = "PixtralVisionModel", "Mistral3PatchMerger"
-PADDED = frozenset({"Mistral3Model"})
+TOWER = "PixtralVisionModel"
+MERGERS = ("Mistral3PatchMerger", "MistralLarge4PatchMerger", "LightOnOcrPatchMerger")
+PADDED = frozenset({"Mistral3Model", "MistralLarge4Model", "LightOnOcrModel"})
 """Cut the features of all pictures apart, only to join them."""
 
 
 def picture_counts(model: nn.Module) -> PictureCounts | PaddedPictures:
     """What counts the pictures of a call of the model."""
-    padded = named(model, TOWER) is not None and takes(model, TABLE)
+    padded = tower_of(model) is not None and takes(model, TABLE)
     return PaddedPictures(model) if padded else PictureCounts(model)
 
 
-def named(model: nn.Module, name: str) -> Any:
-    return next((m for m in model.modules() if type(m).__name__ == name), None)
+def tower_of(model: nn.Module) -> Any:
+    return next((m for m in model.modules() if type(m).__name__ == TOWER), None)
+
+
+def merger_of(model: nn.Module) -> Any:
+    return next((m for m in model.modules() if type(m).__name__ in MERGERS), None)
 
 
 class PaddedPictures:
@@ -46,8 +51,8 @@ class PaddedPictures:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        merger = named(model, MERGER)
-        self.patch_size: int = named(model, TOWER).patch_size
+        merger = merger_of(model)
+        self.patch_size: int = tower_of(model).patch_size
         self.side: int = 1 if merger is None else merger.spatial_merge_size
         self.patches_per_token = self.side**2
         token = getattr(getattr(model, "config", None), "image_token_id", None)
@@ -109,7 +114,7 @@ class PaddedPictures:
 @contextlib.contextmanager
 def all_frames_at_once(model: nn.Module) -> Iterator[None]:
     """Let the tower and what merges its patches take the table in place of ``image_sizes``."""
-    tower, merger = named(model, TOWER), named(model, MERGER)
+    tower, merger = tower_of(model), merger_of(model)
     with contextlib.ExitStack() as stack:
         if tower is not None:
             stack.enter_context(mock.patch.object(type(tower), "forward", as_tower(of_all_frames)))

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError
 from .padded_pictures import PADDED, all_frames_at_once
-from .pictures import takes
+from .pictures import is_grid, takes
 
 
 @contextlib.contextmanager
@@ -167,11 +167,13 @@ class AllAtOnce(TorchFunctionMode):
         if (
             func in (torch.split, torch.Tensor.split)
             and len(args) == 2
-            and type(args[1]) is Lengths
+            and (type(args[1]) is Lengths or args[1] == [])
         ):
             if self.split:
                 return (args[0],)
             return Whole(args[0], kwargs.get("dim", 0))
+        if func is torch.Tensor.unbind and args[1:] == (0,) and is_table(args[0]):
+            return ()  # LightOnOCR lists sizes to split by
         if self.listed and func in LISTING and args[0].dim() == 3 and of_any_length(args[0]):
             return 1 if func is torch.Tensor.__len__ else (args[0].flatten(0, 1),)
         if func is torch.cat and type(args[0]) is Whole:
@@ -196,6 +198,11 @@ LISTING = (torch.Tensor.__len__, torch.Tensor.unbind)
 
 def of_any_length(tensor: torch.Tensor) -> bool:
     return isinstance(tensor.shape[0], torch.SymInt)
+
+
+def is_table(tensor: torch.Tensor) -> bool:
+    """True for patches of pictures in frames (padded_pictures.py)."""
+    return is_grid(tensor) and of_any_length(tensor)
 
 
 class Unlooked(tuple[Any, ...]):

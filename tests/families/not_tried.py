@@ -12,7 +12,7 @@ REASONS: dict[str, str] = {
         metaclip_2_vision_model parakeet_encoder pixtral qwen2_5_vl_text qwen2_5_vl_vision
         qwen2_vl_text qwen2_vl_vision qwen3_vl_moe_text qwen3_vl_moe_vision qwen3_vl_text
         qwen3_vl_vision siglip2_text_model siglip_text_model smolvlm_vision
-        glm4v_moe_text glm4v_moe_vision glm4v_text glm4v_vision glm_ocr_text glm_ocr_vision
+        mistral_large4_text glm4v_moe_text glm4v_moe_vision glm4v_text glm4v_vision glm_ocr_text glm_ocr_vision
         qwen3_5_moe_vision qwen3_5_vision t5_gemma_module t5gemma2_decoder t5gemma2_encoder t5gemma2_text
     """,
     "its model class is that of a type in the table": """
@@ -48,7 +48,7 @@ REASONS: dict[str, str] = {
         janus_vqgan kimi_k25_vision kosmos_2_5_text_model kosmos_2_5_vision_model
         kosmos_2_text_model kosmos_2_vision_model lfm3_vl_vision llama4_vision_model
         lw_detr_vit maskformer-swin minicpm_ocr_vision minicpmv4_6_vision
-        minicpmv4_7_vision minimax_m3_vl_vision mistral_large4_text mllama_vision_model
+        minicpmv4_7_vision minimax_m3_vl_vision mllama_vision_model
         molmo2_adapter molmo2_text molmo2_vision moonshine_streaming_encoder moshi_depth
         moss_transcribe_diarize_audio muse_glimmer_text muse_glimmer_vision
         muse_spark_audio muse_spark_text muse_spark_vision musicgen_melody_decoder
@@ -89,8 +89,8 @@ REASONS: dict[str, str] = {
         glm46v glm5_next glm_image glmasr glmga granite4_vision
         granite_docling granite_speech granite_speech_plus groupvit hunyuan_vl
         hyperclovax_vision_v2 idefics instructblipvideo janus kimi_k25 kosmos-2 kosmos-2.5
-        kyutai_speech_to_text lighton_ocr llava_next llava_next_video llava_onevision
-        lxmert minicpm_ocr minicpmv4_6 minicpmv4_7 mistral_large4 modernvbert molmo2
+        kyutai_speech_to_text llava_next llava_next_video llava_onevision
+        lxmert minicpm_ocr minicpmv4_6 minicpmv4_7 modernvbert molmo2
         moss_transcribe_diarize muse_glimmer muse_spark musicflamingo nemo_speechlm ovis2
         paddleocr_vl pe_audio pe_audio_video pe_video phi4_multimodal pi0 pix2struct
         pp_formulanet qianfan_ocr qwen2_5_omni qwen2_audio qwen3_asr qwen3_omni_moe

@@ -9,11 +9,16 @@ from .settings import (
     ALTERNATING,
     CLIP_VISION,
     DECODER,
+    DENSE_THEN_SPARSE,
     DROP,
     HEAD,
+    INDEX,
     LLAMA,
     LONG,
+    LOW_RANK,
+    MOE,
     OPT,
+    ROUTED,
     SIGLIP_VISION,
     SIZES,
     TOKENS,
@@ -211,6 +216,38 @@ VISION_LANGUAGE = (
         image_token_index=IMAGE,
         spatial_merge_size=2,
         vision_feature_layer=-1,
+    ),
+    composite(
+        "mistral_large4",
+        "MistralLarge4ForConditionalGeneration",
+        frames,
+        text_config=MOE
+        | LOW_RANK
+        | ROUTED
+        | DENSE_THEN_SPARSE
+        | INDEX
+        | {
+            "model_type": "mistral_large4_text",
+            "attention_bias": True,
+            "num_hidden_layers": 3,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "max_position_embeddings": 2**20,
+            "no_rope_layers": [1, 0, 0],
+            "kv_source_layers": [0, 1, 1],
+        },
+        vision_config=TOWER | HEAD | {"hidden_size": 64, "model_type": "pixtral"},
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    ),
+    composite(
+        "lighton_ocr",
+        "LightOnOcrForConditionalGeneration",
+        frames,
+        text_config=DECODER | HEAD | {"model_type": "qwen3"},
+        vision_config=TOWER | HEAD | {"hidden_size": 64, "model_type": "pixtral"},
+        image_token_id=IMAGE,
+        spatial_merge_size=2,
     ),
     composite(
         "smolvlm",
