@@ -121,11 +121,17 @@ def take_encoder_states(values: dict[str, Any]) -> None:
     values[ENCODED] = parts[0]
 
 
+class EncoderOutput(BaseModelOutput):  # type: ignore[misc]
+    """Hidden states alone: NLLB-MoE's decoder also hands on what the encoder's routers said."""
+
+    router_logits = None
+
+
 def with_encoder_output(arguments: dict[str, Any]) -> dict[str, Any]:
     """What the model is called with while it is traced: the encoder's hidden states in an output of it."""
     if ENCODED not in arguments:
         return arguments
-    return arguments | {ENCODED: BaseModelOutput(last_hidden_state=arguments[ENCODED])}
+    return arguments | {ENCODED: EncoderOutput(last_hidden_state=arguments[ENCODED])}
 
 
 def without_flash_arguments(values: dict[str, Any], config: Any) -> None:

@@ -51,9 +51,13 @@ def caches(model: Any) -> bool:
         return False
     able = getattr(model, "_supports_default_dynamic_cache", None)
     named = ARGUMENT in inspect.signature(type(model).forward).parameters
-    if not named or able is None or not able():
+    if not named or able is None or not able() or type(model).__name__ in OF_PICTURES:
         return False
     return all(fits(layer) for layer in DynamicCache(config=config.get_text_config()).layers)
+
+
+OF_PICTURES = frozenset({"MllamaForConditionalGeneration"})
+"""Models in whose cache some layers have the keys and values of pictures instead."""
 
 
 def fits(layer: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.export import Dim
 
 from .arguments import ENCODED
 from .cache import is_cross, is_past, past_tokens
-from .pictures import MODALITIES, grid_of, modality_of, sizes_of_pictures
+from .pictures import MODALITIES, TABLE, grid_of, modality_of, sizes_of_pictures
 
 TEXT = ("input_ids", "inputs_embeds")
 DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "labels")
@@ -23,18 +24,23 @@ def resized(
 ) -> dict[str, Any]:
     """Shapes to trace with: sizes 0 and 1 of free dimensions become 2, which export can keep dynamic.
 
-    With a cache, the tokens in it get a number that no other size has.
+    Or more, if another size is 2: export takes equal ones, such as tiles of a picture and tokens, for the same. With a cache, the tokens in it get a number that no other size has.
 
     Args:
         encoder_decoder: the model is an encoder-decoder, whose target has a length of its own.
         patches_per_token: of pictures.
     """
     free = free_dims(inputs, encoder_decoder, patches_per_token)
-    sizes = {
-        role: max(inputs[name].shape[i], 2)
-        for name, dims in free.items()
-        for i, role in dims.items()
+    tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    others = {
+        size
+        for k, v in tensors.items()
+        for i, size in enumerate(v.shape)
+        if i not in free.get(k, {})
     }
+    few = next(n for n in itertools.count(2) if n not in others)
+    found = {role: tensors[k].shape[i] for k, dims in free.items() for i, role in dims.items()}
+    sizes = {role: size if size > 1 else few for role, size in found.items()}
     new = sizes.get("target", sizes.get("sequence"))
     for modality in MODALITIES:
         if f"{modality}_patches" in sizes:
@@ -72,6 +78,7 @@ def free_dims(
         return {}
     batch = first.shape[0]
     past, new = past_tokens(tensors), main if target is None else target
+    pictures = tensors.get("pixel_values")
     found: dict[str, dict[int, str]] = {}
     for name, tensor in tensors.items():
         if is_past(name):
@@ -88,12 +95,19 @@ def free_dims(
         for i, size in enumerate(tensor.shape):
             if i == 0 and main is not None and name in IMAGES:
                 dims[i] = name  # a row may have none, or several
+            elif (
+                i == 0
+                and pictures is not None
+                and name.startswith("image_")
+                and size == len(pictures)
+            ):
+                dims[i] = "pixel_values"
             elif i == int(axes) and size == batch:
                 dims[i] = "batch"
             elif is_embedded(name) and i == 2:
                 continue
             elif i > 0 and length is not None and length.dim() > 1 and size == length.shape[1]:
-                if name in IMAGES:
+                if name in IMAGES or name in PLACES:
                     continue
                 dims[i] = "target" if decoder else "sequence"
             elif past and new is not None and size == past + new.shape[1]:
@@ -113,6 +127,8 @@ def is_embedded(name: str) -> bool:
 
 IMAGES = ("pixel_values", "input_features", "input_values")
 """Have sizes of their own, which may equal a text length by chance."""
+PLACES = ("image_position_ids", "video_position_ids", TABLE)
+"""Say where in its picture a patch is; a generation passes them with each token, without pictures."""
 
 
 def example(value: Any) -> Any:

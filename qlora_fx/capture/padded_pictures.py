@@ -21,8 +21,6 @@ from .pictures import TABLE, PictureCounts, check_placeholders, takes
 
 TOWER = "PixtralVisionModel"
 MERGERS = ("Mistral3PatchMerger", "MistralLarge4PatchMerger", "LightOnOcrPatchMerger")
-PADDED = frozenset({"Mistral3Model", "MistralLarge4Model", "LightOnOcrModel"})
-"""Cut the features of all pictures apart, only to join them."""
 
 
 def picture_counts(model: nn.Module) -> PictureCounts | PaddedPictures:

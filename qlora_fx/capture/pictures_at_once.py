@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError
-from .padded_pictures import PADDED, all_frames_at_once
+from .padded_pictures import all_frames_at_once
 from .pictures import is_grid, takes
 
 
@@ -48,7 +48,7 @@ def any_number_of_pictures(model: nn.Module) -> Iterator[None]:
             stack.enter_context(mock.patch.object(cls, "_deepstack_process", added_at))
         classes = {type(m).__name__ for m in model.modules()}
         stack.enter_context(all_frames_at_once(model))
-        if packed or classes & (SPLIT | LISTED | PADDED):
+        if packed or classes & (SPLIT | LISTED | CUT):
             stack.enter_context(AllAtOnce(classes))
             for kind in (FakeTensor, FunctionalTensor):
                 lengths = lengths_of_any_number(kind.tolist)
@@ -145,6 +145,10 @@ SPLIT = frozenset({"Idefics2Model", "Idefics3Model"})
 """Go through features that ``split`` gave, only to reshape and join them."""
 LISTED = frozenset({"LlavaModel"})
 """Make a list of features ``[pictures, tokens, hidden]``, only to join it."""
+
+
+CUT = frozenset({"Gemma4Model", "Mistral3Model", "MistralLarge4Model", "LightOnOcrModel"})
+"""Cut features of all pictures apart, only to join them."""
 
 
 class AllAtOnce(TorchFunctionMode):

@@ -69,7 +69,8 @@ class Oracle:
         adapter: bool = True,
     ) -> None:
         self.dtype = dtype
-        self.model: Any = copy.deepcopy(model).to(dtype).requires_grad_(False)
+        self.model: Any = copy.deepcopy(model)._apply(self.cast)  # type: ignore[no-untyped-call]
+        self.model.requires_grad_(False)
         for module in self.model.modules():  # the plain loop over experts
             config: Any = getattr(module, "config", None)
             if getattr(config, "_experts_implementation", None) is not None:
@@ -98,6 +99,12 @@ class Oracle:
         self.stacks = transposed_stacks(model)
         self.kinds = holders(model)
         self.conv1d = {n for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
+
+    def cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As ``Module.to(dtype)``, which takes the imaginary part from complex tensors (rotary tables of Llama 4's pictures)."""
+        if tensor.is_complex():
+            return tensor.to(self.dtype.to_complex())
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def add_beside(self, site: Site) -> None:
         """Add the adapter's product to the module's output instead of its weight."""

@@ -51,6 +51,7 @@ NO_PEFT: dict[str, str] = {
     "wavlm": UNHEARD,
     "funnel": "as xlnet (r_kernel)",
     "laguna": "PEFT 0.21 does not load its own adapters of shared_experts: its renaming of shared_expert matches them",
+    "mistral_large4": "as laguna: PEFT 0.21 does not load its own adapters of shared_experts",
     "dbrx": "PEFT's wrapper hides parameters that the experts read by name",
 }
 """The saved adapter is not compared in PEFT."""

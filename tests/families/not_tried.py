@@ -19,8 +19,8 @@ REASONS: dict[str, str] = {
         gpt-sw3 internlm3 iquestcoder mlcd nougat pp_chart2table
     """,
     "its decoder of text is in the table": """
-        cohere_compass dots3_note emu3 gemma3n gemma4 gemma4_unified inkling2
-        inkling_mm_model lfm2_vl lfm3_vl llama4 minimax_m3_vl mllama musicgen
+        cohere_compass dots3_note emu3 gemma3n gemma4_unified inkling2
+        inkling_mm_model lfm2_vl lfm3_vl minimax_m3_vl musicgen
         nemotron_h_omni qwen4_exp shieldgemma2
     """,
     "a part of a type that is not in the table": """

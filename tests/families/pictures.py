@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -110,6 +111,36 @@ def image_rows(rows: int, tokens: int) -> Tensors:
     return placeholders(rows, tokens) | {"image_patches": floats(rows, 4, 3 * 4 * 4)}
 
 
+def take_places(inputs: Tensors, pictures: Iterable[tuple[int, int, int]]) -> None:
+    """Put placeholders into a text: row, tokens and id of each picture. There is no loss on them, and one token between two."""
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    free = [1] * len(ids)
+    for row, tokens, placeholder in pictures:
+        begin, end = free[row], free[row] + tokens
+        free[row] = end + 1
+        ids[row, begin:end], labels[row, begin:end] = placeholder, -100
+
+
+def tiles(rows: int, tokens: int) -> Tensors:
+    """Pictures in tiles of 16 patches, 4 of which become a token: two tiles in the first row."""
+    inputs = text(rows, tokens)
+    take_places(inputs, ((row, 4, IMAGE) for row in (0, *range(rows))))
+    return inputs | {"pixel_values": floats(rows + 1, 3, 32, 32)}
+
+
+def attended_tiles(rows: int, tokens: int) -> Tensors:
+    """A picture per row, of two tiles in the first row and of one in others, that the text attends to."""
+    inputs = text(rows, tokens)
+    inputs["input_ids"][:, 0] = IMAGE
+    there = torch.tensor([[1, 1]] + [[1, 0]] * (rows - 1))
+    return inputs | {
+        "pixel_values": floats(rows, 1, 2, 3, 32, 32),
+        "aspect_ratio_ids": there.sum(1, keepdim=True),
+        "aspect_ratio_mask": there[:, None],
+        "cross_attention_mask": there[:, None, None].expand(rows, tokens, 1, 2),
+    }
+
+
 FRAMES = ((2, 2), (1, 3), (3, 1))
 """Rows and columns of tokens of a picture."""
 
@@ -129,17 +160,15 @@ def with_frames(
         seen: ``image_sizes`` say how much of a frame is its picture; otherwise all of it is.
     """
     inputs = text(rows, tokens)
-    ids, labels = inputs["input_ids"], inputs["labels"]
     frame = [max(size[i] for _, size in pictures) for i in range(2)]
-    free = [1] * rows
-    for row, size in pictures:
-        begin = free[row]
-        end = begin + math.prod(size if seen else frame)
-        free[row] = end + 1
-        ids[row, begin:end], labels[row, begin:end] = IMAGE, -100
+    sizes = [size if seen else frame for _, size in pictures]
+    take_places(
+        inputs,
+        ((row, math.prod(size), IMAGE) for (row, _), size in zip(pictures, sizes, strict=True)),
+    )
     inputs["pixel_values"] = floats(len(pictures), 3, *(side * n for n in frame))
     if seen:
-        inputs["image_sizes"] = side * torch.tensor([size for _, size in pictures])
+        inputs["image_sizes"] = side * torch.tensor(sizes)
     return inputs
 
 
@@ -168,19 +197,15 @@ GRIDS = ((1, 4, 4), (1, 6, 4), (1, 2, 8))
 def with_pictures(rows: int, tokens: int, *pictures: tuple[int, tuple[int, int, int]]) -> Tensors:
     """Text with pictures, given as ``(row, (frames, rows, columns of patches))``, as Qwen2-VL's processor returns them.
 
-    One of several frames is a video. There is no loss on their tokens, and one token between two of them.
+    One of several frames is a video.
     """
     inputs = text(rows, tokens)
-    ids, labels = inputs["input_ids"], inputs["labels"]
-    types = torch.zeros_like(ids)
-    free = [1] * rows
-    for row, grid in pictures:
-        begin, end = free[row], free[row] + math.prod(grid) // 4
-        free[row] = end + 1
-        kind = 2 if grid[0] > 1 else 1
-        ids[row, begin:end], labels[row, begin:end] = (IMAGE, VIDEO)[kind - 1], -100
-        types[row, begin:end] = kind
-    inputs["mm_token_type_ids"] = types
+    take_places(
+        inputs,
+        ((row, math.prod(grid) // 4, VIDEO if grid[0] > 1 else IMAGE) for row, grid in pictures),
+    )
+    ids = inputs["input_ids"]
+    inputs["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     for name, patches, grids in (
         ("image", "pixel_values", [g for _, g in pictures if g[0] == 1]),
         ("video", "pixel_values_videos", [g for _, g in pictures if g[0] > 1]),
@@ -195,3 +220,30 @@ def patches(rows: int, tokens: int) -> Tensors:
     """A picture per row and one more in the first, of several sizes."""
     others = ((row, GRIDS[row % len(GRIDS)]) for row in range(1, rows))
     return with_pictures(rows, tokens, (0, GRIDS[0]), (0, (1, 2, 4)), *others)
+
+
+def with_slots(
+    rows: int, tokens: int, *pictures: tuple[int, tuple[int, int]], slots: int = 16
+) -> Tensors:
+    """Text with pictures of ``(row, (rows, columns of patches))``, each filled up to ``slots`` patches, as Gemma 4's processor
+    returns them: 4 patches become a token."""
+    inputs = text(rows, tokens)
+    take_places(inputs, ((row, math.prod(size) // 4, IMAGE) for row, size in pictures))
+    positions = torch.full((len(pictures), slots, 2), -1)
+    for place, (_, (height, width)) in zip(positions, pictures, strict=True):
+        grid = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        place[: len(grid)] = grid.flip(1)  # x, y
+    return inputs | {
+        "mm_token_type_ids": (inputs["input_ids"] == IMAGE).long(),
+        "pixel_values": floats(len(pictures), slots, 3 * 4 * 4),
+        "image_position_ids": positions,
+    }
+
+
+def slots(rows: int, tokens: int) -> Tensors:
+    """A picture per row and one more in the first, of several sizes."""
+    others = ((row, SLOTS[row % len(SLOTS)]) for row in range(1, rows))
+    return with_slots(rows, tokens, (0, SLOTS[0]), (0, (2, 4)), *others)
+
+
+SLOTS = ((4, 4), (2, 8), (2, 2))

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from .batches import IMAGE, VOCABULARY
 from .build import Family, composite
-from .pictures import frames, image_rows, image_text, prefixed, questioned, typed
+from .pictures import (
+    attended_tiles,
+    frames,
+    image_rows,
+    image_text,
+    prefixed,
+    questioned,
+    slots,
+    tiles,
+    typed,
+)
 from .settings import (
     ALTERNATING,
     CLIP_VISION,
@@ -147,6 +157,32 @@ VISION_LANGUAGE = (
         image_token_index=IMAGE,
     ),
     composite(
+        "gemma4",
+        "Gemma4ForConditionalGeneration",
+        slots,
+        text_config=DECODER
+        | HEAD
+        | ALTERNATING
+        | {
+            "attention_bias": True,
+            "per_layer_config": {},
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "use_bidirectional_attention": "vision",
+        },
+        vision_config=SIZES
+        | WIDE
+        | {
+            "num_key_value_heads": 4,
+            "head_dim": 12,
+            "patch_size": 4,
+            "position_embedding_size": 64,
+            "pooling_kernel_size": 2,
+        },
+        audio_config=None,
+        image_token_id=IMAGE,
+    ),
+    composite(
         "got_ocr2",
         "GotOcr2ForConditionalGeneration",
         image_text(3, 64, 64),
@@ -216,6 +252,50 @@ VISION_LANGUAGE = (
         image_token_index=IMAGE,
         spatial_merge_size=2,
         vision_feature_layer=-1,
+    ),
+    composite(
+        "llama4",
+        "Llama4ForConditionalGeneration",
+        tiles,
+        text_config=MOE
+        | HEAD
+        | {
+            "num_local_experts": 4,
+            "intermediate_size": 40,
+            "intermediate_size_mlp": 80,
+            "interleave_moe_layer_step": 2,
+            "router_jitter_noise": 0.0,
+        },
+        vision_config=SIZES
+        | {
+            "intermediate_size": 192,
+            "image_size": 32,
+            "patch_size": 8,
+            "projector_input_dim": 48,
+            "projector_output_dim": 48,
+            "vision_output_dim": 48,
+        },
+        image_token_index=IMAGE,
+    ),
+    composite(
+        "mllama",
+        "MllamaForConditionalGeneration",
+        attended_tiles,
+        text_config=DECODER | {"cross_attention_layers": [1], "pad_token_id": 0},
+        vision_config={
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+            "vision_output_dim": 96,
+            "intermediate_layers_indices": [1],
+            "max_num_tiles": 2,
+            "supported_aspect_ratios": [[1, 1], [1, 2]],
+        },
+        image_token_index=IMAGE,
     ),
     composite(
         "mistral_large4",

@@ -15,6 +15,8 @@ from default_path import SPECIAL
 from families import FAMILIES, build
 from oracle import Float64, ours, random_adapter, truth
 from peft import LoraConfig
+from qlora_fx.capture.arguments import ENCODED, with_encoder_output
+from qlora_fx.capture.cache import caches
 from qlora_fx.errors import InputError
 from qlora_fx.testing import randomize_adapter
 from torch import Tensor
@@ -35,6 +37,21 @@ ALONE: dict[str, Any] = {
     "eos_token_id": None,
     "max_new_tokens": 9,
 }
+
+
+def test_an_encoders_states_alone_are_an_output_of_any_encoder() -> None:
+    """NLLB-MoE's decoder asks for what the encoder's routers said."""
+    states = torch.zeros(1, 2, 3)
+    output = with_encoder_output({ENCODED: states})[ENCODED]
+    assert output.last_hidden_state is states
+    assert output.router_logits is None
+
+
+def test_a_cache_that_holds_pictures_in_some_layers_is_not_taken() -> None:
+    """Llama 3.2 with pictures generates without one."""
+    by_type = {family.model_type: family for family in FAMILIES}
+    assert not caches(build(by_type["mllama"]))
+    assert caches(build(by_type["mllama_text_model"]))
 
 
 def t5() -> T5ForConditionalGeneration:

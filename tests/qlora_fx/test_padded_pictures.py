@@ -1,4 +1,4 @@
-"""Pictures of several sizes in frames of one: one capture for any number of any size."""
+"""Pictures of several sizes, filled up to one: one capture for any number of any size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import FAMILIES, build
 from families.batches import IMAGE
-from families.pictures import frames, with_frames
+from families.pictures import frames, slots, with_frames, with_slots
 from families.settings import DECODER, HEAD, TOWER
 from peft import LoraConfig
 from qlora_fx.capture.padded_pictures import PaddedPictures
@@ -46,6 +46,7 @@ def test_one_capture_takes_frames_of_any_number_and_size() -> None:
         assert body.compilations <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_llava_with_the_same_tower(attention: str) -> None:
     """Pixtral 12B: a patch is a token. Without ``image_sizes`` frames are full."""
@@ -67,6 +68,20 @@ def test_llava_with_the_same_tower(attention: str) -> None:
         assert report.passed, str(report)
     whole = full | {"image_sizes": torch.tensor([[30, 45], [30, 45]])}
     assert torch.equal(qmodel(**full).loss, qmodel(**whole).loss)
+    assert len(list(qmodel.programs)) == 1
+
+
+@pytest.mark.slow
+def test_one_capture_takes_pictures_in_any_number_of_slots() -> None:
+    """Gemma 4: how many tokens pictures become is decided by where their patches are."""
+    model = build(BY_TYPE["gemma4"]).train()
+    first = slots(3, 21)
+    qmodel = transformed(model, example_inputs=first)
+    more = (0, (4, 4)), (1, (2, 2)), (1, (4, 4)), (2, (2, 8))
+    for inputs in (first, with_slots(2, 25, (1, (2, 2))), with_slots(3, 41, *more)):
+        report = compare(model, qmodel, inputs, all_outputs=False)
+        assert report.passed, str(report)
+        assert min(line.norm for line in report.sites) > 0
     assert len(list(qmodel.programs)) == 1
 
 

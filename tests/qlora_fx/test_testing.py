@@ -14,7 +14,8 @@ from qlora_fx.passes.graph.nodes import aten
 from qlora_fx.passes.lowering.compiled_body import CompiledBody
 from qlora_fx.testing.check import Float64, Oracle, check, compare
 from small_models import batch, tiny_gpt2, tiny_llama
-from torch import fx
+from torch import fx, nn
+from transformers import PretrainedConfig
 
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 
@@ -30,6 +31,27 @@ def test_check_prints_a_verdict_and_the_worst_sites(capsys: pytest.CaptureFixtur
         assert f"{type(model).__name__}: passed" in printed
         assert "output logits:" in printed
         assert "lora_A" in printed
+
+
+class Rotated(nn.Module):
+    """By a table of complex numbers, as Llama 4 turns the patches of pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = PretrainedConfig()
+        self.up, self.down = nn.Linear(12, 8), nn.Linear(8, 12)
+        self.turns = nn.Buffer(torch.polar(torch.ones(4), torch.arange(4.0)), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        pairs = torch.view_as_complex(self.up(x).unflatten(-1, (4, 2)))
+        return {"y": self.down(torch.view_as_real(pairs * self.turns).flatten(-2))}
+
+
+def test_tables_of_complex_numbers_keep_both_parts() -> None:
+    """``Module.to(torch.float64)`` drops the imaginary one: the truth was wrong, not the model."""
+    batch = {"x": torch.randn(2, 5, 12)}
+    report = check(Rotated(), batch, LoraConfig(**LORA), backend="eager", quiet=True)
+    assert report.passed, str(report)
 
 
 def halve_a_scale(gm: fx.GraphModule) -> None:
