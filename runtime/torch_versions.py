@@ -63,6 +63,33 @@ def writes_in_order() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def averages_at_the_edge() -> Iterator[None]:
+    """Keep Inductor from dividing gradients of average pooling by a whole window where the last one is cut off.
+
+    Up to 2.14 at least it does so with ``ceil_mode=True``, without an error (github.com/pytorch/pytorch/issues/198119). PyTorch's own
+    kernel is called instead. Gradients of Funnel, which pools its tokens, were wrong by 6 %.
+    """
+    from torch._inductor import lowering
+
+    def instead(lowered: Any, kernel: Any) -> Any:
+        def backward(*args: Any) -> Any:
+            ceil_mode, count_include_pad, *divisor = args[5:]
+            cut_off = ceil_mode and count_include_pad and divisor in ([], [None])
+            return (kernel if cut_off else lowered)(*args)
+
+        return backward
+
+    aten, known = torch.ops.aten, lowering.lowerings
+    kernels = {
+        aten.avg_pool2d_backward.default: lowering.fallback_avg_pool2d_backward,
+        aten.avg_pool3d_backward.default: lowering.fallback_avg_pool3d_backward,
+    }
+    changed = {op: instead(known[op], kernel) for op, kernel in kernels.items()}
+    with mock.patch.dict(known, changed):
+        yield
+
+
 def below_autograd() -> Any:
     """While it holds operators are dispatched past autograd, which is Python for operators of ours."""
     return torch._C._AutoDispatchBelowAutograd()

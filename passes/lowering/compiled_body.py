@@ -15,7 +15,12 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError
 from torch._inductor.virtualized import V
 
-from ...runtime.torch_versions import below_autograd, no_tiled_outer_loops, writes_in_order
+from ...runtime.torch_versions import (
+    averages_at_the_edge,
+    below_autograd,
+    no_tiled_outer_loops,
+    writes_in_order,
+)
 from ..graph.nodes import writes
 from .brief_trace import WritesError, brief_trace
 from .example import Example
@@ -135,6 +140,7 @@ class CompiledBody(nn.Module):
                     V.set_choices_handler(OneWeightAtATime()),
                     no_tiled_outer_loops(),
                     writes_in_order(),
+                    averages_at_the_edge(),
                     one_library(),
                     polynomials_expanded(),
                 ):

@@ -189,6 +189,34 @@ def test_vectorized_outer_loops_do_not_mix_rows() -> None:
     torch.testing.assert_close(result, module(**inputs), rtol=1e-4, atol=1e-2)
 
 
+class Pooled(torch.nn.Module):
+    """As Funnel halves its tokens: of 21 the last window has one."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.randn(4, generator=torch.Generator().manual_seed(0)))
+        self.pool = (torch.nn.functional.avg_pool2d, torch.nn.functional.avg_pool3d)[dims - 2]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.pool(x * self.scale, 2, ceil_mode=True)
+        return result * result
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_gradient_of_a_window_that_is_cut_off_is_divided_by_what_is_in_it(dims: int) -> None:
+    """github.com/pytorch/pytorch/issues/198119."""
+    module = Pooled(dims)
+    x = torch.randn(2, *[5] * (dims - 1), 21, 4, generator=torch.Generator().manual_seed(1))
+    body = CompiledBody(captured(module, {"x": x}).gm, "inductor")
+    gradients = []
+    for run in (
+        module,
+        lambda x: body(*(module.scale if "stored" in n.meta else x for n in body.inputs), 0)[0],
+    ):
+        gradients.append(torch.autograd.grad(run(x).sum(), module.scale))
+    torch.testing.assert_close(*gradients)
+
+
 class AddedTo(torch.nn.Module):
     """As experts add to their tokens' states, which a norm reads (A.X K2)."""
 
