@@ -84,6 +84,8 @@ SIGNATURES = {
     "error_msgs=, conversion_errors=, skipped_pp_keys=",
     "transformers.exporters.utils:apply_patches": "backend",
     "transformers.exporters.utils:precompute_export_inputs": "model, inputs",
+    "transformers.utils.generic:merge_with_config_defaults": "func",
+    "transformers.utils.output_capturing:capture_outputs": "func",
     f"{MODEL}.get_init_context": "dtype, is_quantized, _is_ds_init_called, allow_all_kernels",
     f"{MODEL}._from_config": "config",
     f"{MODEL}._get_dtype_plan": "self, dtype",

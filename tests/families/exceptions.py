@@ -82,7 +82,9 @@ SAID: dict[str, tuple[str, ...]] = {
         "Inductor cannot compile between",
     ),  # features of each picture, of sizes the data decide
     "zamba": ("unrecognised product",),
-    "mllama": ("Inductor cannot compile prologue",),  # its tiles are padded to a multiple of 8 patches
+    "mllama": (
+        "Inductor cannot compile prologue",
+    ),  # its tiles are padded to a multiple of 8 patches
     # c^2 / c for the rows c of a second block, which torch 2.13 does not divide
     "minimax": ("Exponent must be non-negative",),
 }
