@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -120,8 +120,14 @@ def replaced(formula: sympy.Expr, term: sympy.Expr, by: sympy.Expr) -> sympy.Exp
 
 
 def sizes_only(inputs: Iterable[fx.Node]) -> set[fx.Node]:
-    """Inputs of which nothing is read but sizes."""
-    return {n for n in inputs if n.users and all(u.target is aten.sym_size.int for u in n.users)}
+    """Inputs of which nothing is read but sizes, which the program's inputs show: not those that the data decide."""
+    return {
+        n
+        for n in inputs
+        if n.users
+        and all(u.target is aten.sym_size.int for u in n.users)
+        and not any(free_unbacked_symbols(formula) for _, formula in shown([n]))
+    }
 
 
 def numbers_told(graph: fx.Graph) -> tuple[list[fx.Node], set[fx.Node]]:
@@ -134,12 +140,12 @@ def numbers_told(graph: fx.Graph) -> tuple[list[fx.Node], set[fx.Node]]:
     return used, depend
 
 
-def number(graph: fx.Graph, formula: sympy.Expr, values: dict[sympy.Symbol, fx.Node]) -> fx.Node:
-    """Nodes that work a formula out."""
+def number(graph: fx.Graph, formula: sympy.Expr, values: dict[sympy.Symbol, fx.Node]) -> Any:
+    """The node that works a formula out; of one without symbols, its value."""
     tracer = fx.proxy.GraphAppendingTracer(graph)
     proxies = {symbol: fx.Proxy(node, tracer) for symbol, node in values.items()}
-    value: fx.Proxy = sympy_interp(PythonReferenceAnalysis, proxies, formula)
-    return value.node
+    value = sympy_interp(PythonReferenceAnalysis, proxies, formula)
+    return value.node if isinstance(value, fx.Proxy) else value
 
 
 def symbols(inputs: Sequence[fx.Node]) -> list[FreeSize]:

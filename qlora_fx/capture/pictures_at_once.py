@@ -171,7 +171,7 @@ class AllAtOnce(TorchFunctionMode):
         if (
             func in (torch.split, torch.Tensor.split)
             and len(args) == 2
-            and (type(args[1]) is Lengths or args[1] == [])
+            and (type(args[1]) is Lengths or (isinstance(args[1], list) and not args[1]))
         ):
             if self.split:
                 return (args[0],)

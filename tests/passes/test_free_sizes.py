@@ -12,7 +12,14 @@ from qlora_fx.passes.graph.body import Body
 from qlora_fx.passes.lower import Sizes, lower
 from qlora_fx.passes.lowering.compiled_body import CompiledBody
 from qlora_fx.passes.lowering.example import allowed
-from qlora_fx.passes.lowering.free_sizes import FreeSize, computed, formula_of, free_sizes, written
+from qlora_fx.passes.lowering.free_sizes import (
+    FreeSize,
+    computed,
+    formula_of,
+    free_sizes,
+    sizes_only,
+    written,
+)
 from qlora_fx.passes.outline import outline
 from qlora_fx.runtime.program import multiple
 from small_models import captured
@@ -173,6 +180,20 @@ def test_a_product_in_terms_of_a_product() -> None:
     )
     alone = 32 * (HEIGHT + 1)
     assert written(alone, [FreeSize(patches, 0, None)], [n]) == alone
+
+
+def test_an_input_whose_size_the_data_decide_is_taken_to_read_it() -> None:
+    """Nobody else could tell that size."""
+    env = ShapeEnv()
+    graph = torch.fx.Graph()
+    source = ConstantSource("n")
+    with FakeTensorMode(shape_env=env):
+        n = env.create_symintnode(env.create_symbol(5, source), hint=5, source=source)
+        for name, size in (("decided", env.create_unbacked_symint()), ("shown", n)):
+            node = graph.placeholder(name)
+            node.meta["val"] = torch.empty(size, 8)
+            graph.call_function(torch.ops.aten.sym_size.int, (node, 0))
+    assert [node.name for node in sizes_only(graph.find_nodes(op="placeholder"))] == ["shown"]
 
 
 class Reduced(nn.Module):
