@@ -20,6 +20,7 @@ from qlora_fx.passes.lowering.free_sizes import (
     sizes_only,
     written,
 )
+from qlora_fx.passes.lowering.recorded import parts
 from qlora_fx.passes.outline import outline
 from qlora_fx.runtime.program import multiple
 from small_models import captured
@@ -240,6 +241,7 @@ def test_blocks_are_told_the_sides_of_a_picture_and_do_not_take_it(config: Confi
         assert not any(node.name == "pixel_values" for node in body.inputs)
         assert [size.place is None for size in body.free] == [False, True, True]
         assert not any(size.term.is_symbol for size in body.free[1:])
+    assert any(recorded for recorded, _ in parts(program)), "CUDA graphs take what they are told"
     weights = dict(model.named_parameters())
     reads = list(capture.gm.graph.find_nodes(op="placeholder"))
     for shape in ((2, 3, 32, 40), (3, 3, 21, 36), (1, 3, 64, 17)):
