@@ -179,3 +179,11 @@ OPT = (
 BERT = ENCODER | {"model_type": "bert"}
 CLIP_VISION = TOWER | {"model_type": "clip_vision_model"}
 SIGLIP_VISION = TOWER | {"vision_use_head": False, "model_type": "siglip_vision_model"}
+PIXTRAL_VISION = TOWER | HEAD | {"hidden_size": 64, "model_type": "pixtral"}
+LLAMA4: Settings = {
+    "num_local_experts": 4,
+    "intermediate_size": 40,
+    "intermediate_size_mlp": 80,
+    "interleave_moe_layer_step": 2,
+    "router_jitter_noise": 0.0,
+}

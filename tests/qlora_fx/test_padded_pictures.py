@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES, build
 from families.batches import IMAGE
 from families.pictures import frames, slots, with_frames, with_slots
-from families.settings import DECODER, HEAD, TOWER
+from families.settings import DECODER, HEAD, PIXTRAL_VISION
 from peft import LoraConfig
 from qlora_fx.capture.padded_pictures import PaddedPictures
 from qlora_fx.testing.check import compare, randomize_adapter
@@ -52,7 +52,7 @@ def test_llava_with_the_same_tower(attention: str) -> None:
     """Pixtral 12B: a patch is a token. Without ``image_sizes`` frames are full."""
     config = LlavaConfig(
         text_config=DECODER | HEAD | {"model_type": "mistral"},
-        vision_config=TOWER | HEAD | {"hidden_size": 64, "model_type": "pixtral"},
+        vision_config=PIXTRAL_VISION,
         image_token_index=IMAGE,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
