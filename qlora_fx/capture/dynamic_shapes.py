@@ -35,6 +35,7 @@ def resized(
     others = {
         size
         for k, v in tensors.items()
+        if not is_past(k)  # whose other sizes are the model's
         for i, size in enumerate(v.shape)
         if i not in free.get(k, {})
     }
