@@ -85,14 +85,13 @@ def lower(gm: fx.GraphModule, *, backend: str = "inductor") -> fx.GraphModule:
         compiled = CompiledBody(body, backend)
         root.add_module(name, compiled)
         inputs = list(body.graph.find_nodes(op="placeholder"))
+        kept = [i for i, node in enumerate(inputs) if node in compiled.inputs]
         calls = list(outer.find_nodes(op="call_module", target=name))
         compiled.calls = len(calls)
         compiled.block = bool(calls[0].meta.get("module"))
         passed = [sizes(size.formula) for size in compiled.free if size.place is None]
-        for i, node in enumerate(calls):
-            pairs = zip(node.args, inputs, strict=True)
-            tensors = [arg for arg, read in pairs if read in compiled.inputs]
-            node.args = (*tensors, *passed, i)
+        for number_of_call, node in enumerate(calls):
+            node.args = (*(node.args[i] for i in kept), *passed, number_of_call)
     mark_usual(outer, root)
     return fx.GraphModule(root, outer, type(gm).__name__)
 

@@ -96,12 +96,7 @@ def free_dims(
         for i, size in enumerate(tensor.shape):
             if i == 0 and main is not None and name in IMAGES:
                 dims[i] = name  # a row may have none, or several
-            elif (
-                i == 0
-                and pictures is not None
-                and name.startswith("image_")
-                and size == len(pictures)
-            ):
+            elif i == 0 and name in PLACES and pictures is not None and size == len(pictures):
                 dims[i] = "pixel_values"
             elif i == int(axes) and size == batch:
                 dims[i] = "batch"
@@ -129,7 +124,7 @@ def is_embedded(name: str) -> bool:
 IMAGES = ("pixel_values", "input_features", "input_values")
 """Have sizes of their own, which may equal a text length by chance."""
 PLACES = ("image_position_ids", "video_position_ids", TABLE)
-"""Say where in its picture a patch is; a generation passes them with each token, without pictures."""
+"""Say of each picture where its patches are; a generation passes them with each token, without pictures."""
 
 
 def example(value: Any) -> Any:

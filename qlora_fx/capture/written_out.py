@@ -93,7 +93,7 @@ class Recording:
             if not free_unbacked_symbols(node.meta["val"]) <= known:
                 raise NotAlone(f"{node.name} has sizes that depend on data")
             for read in node.all_input_nodes:
-                if read not in own and not is_number(read) and depends_on_weights(read):
+                if read not in own and not is_scalar(read) and depends_on_weights(read):
                     raise NotAlone(f"{node.name} reads {read.name}, which is not the block's own")
         prefix = f"{self.path}."
         return {
@@ -129,7 +129,7 @@ class Recording:
 
         with self.graph.inserting_before(again):
             for node in self.nodes:
-                if is_number(node):
+                if is_scalar(node):
                     continue  # sizes are those of all blocks of the kind
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), of)
                 name = rename.name(node.name)
@@ -183,7 +183,7 @@ def is_in(name: str, of: str, separator: str) -> bool:
     return name == of or name.startswith(f"{of}{separator}")
 
 
-def is_number(node: fx.Node) -> bool:
+def is_scalar(node: fx.Node) -> bool:
     return isinstance(node.meta["val"], (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
