@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..runtime.gpu import numbered
-from ..runtime.program import holds
+from ..runtime.program import holds, size_of
 from ..transformers_internals import experts_implementation, set_experts_implementation
 from .arguments import Call, bind_call, is_encoder_decoder, vocabulary_size
 from .cache import is_past
@@ -69,6 +69,16 @@ class Capture:
     out_spec: pytree.TreeSpec
     guards: list[str] = field(default_factory=list)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def fits(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a call of these arguments has the sizes that the graph is written for."""
+        for node in self.gm.graph.find_nodes(op="placeholder"):
+            if "input" in node.meta:
+                wanted = map(size_of, node.meta["val"].shape)
+                pairs = zip(inputs[node.meta["input"]].shape, wanted, strict=True)
+                if any(isinstance(want, int) and size != want for size, want in pairs):
+                    return False
+        return all(holds(guard, inputs) for guard in self.guards)
 
 
 UNTRACEABLE_EXPERTS = ("eager", "deepgemm", "sonicmoe")
@@ -202,14 +212,31 @@ class Skeleton:
             CaptureError: naming the line of the model that stopped the trace.
         """
         errors: list[Exception] = []
-        choices = (False, True) if has_pictures(inputs) else (False,)
-        for fixed in choices:
-            capture = self.tried(inputs, training, dtype, fixed, errors)
-            # Of any size, formulas may tell one picture from several.
-            if capture and (fixed == choices[-1] or all(holds(g, inputs) for g in capture.guards)):
+        found = None
+        for examples, fixed in self.examples(inputs):
+            capture = self.tried(examples, training, dtype, fixed, errors)
+            if capture and capture.fits(inputs):
                 return capture
-        # The first error is about the model as it is; the last may be about a patch.
-        raise capture_error(self.model, errors[0], inputs) from errors[0]
+            found = capture or found
+        if found is None:
+            # The first error is about the model as it is; the last may be about a patch.
+            raise capture_error(self.model, errors[0], inputs) from errors[0]
+        return found
+
+    def examples(self, inputs: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], bool]]:
+        """Arguments to trace with, and whether pictures keep their sizes: each for where what was traced before does not fit.
+
+        Of pictures of any size, formulas may tell one from several. Of free sizes, code may depend on how many rows there
+        are, and where that is one it is traced with one.
+        """
+        free = resized(inputs, self.encoder_decoder, self.pictures.patches_per_token)
+        yield free, False
+        pictures = has_pictures(inputs)
+        if pictures:
+            yield free, True
+        tensors = [(t, free[k]) for k, t in inputs.items() if isinstance(t, torch.Tensor)]
+        if any(t.shape != other.shape for t, other in tensors):
+            yield inputs, pictures
 
     def tried(
         self,
@@ -258,7 +285,7 @@ class Skeleton:
         with torch.inference_mode(False), torch.enable_grad():
             model = self.fake(mode, dtype).train(training)
             with mode:
-                examples = {k: example(v) for k, v in resized(inputs, *told).items()}
+                examples = {k: example(v) for k, v in inputs.items()}
             spec = dims(examples, *told)
             with mode, uncached, quiet(), always(model), patches(model):
                 return export(model, examples, spec, has_free_pictures(examples, spec))

@@ -6,6 +6,7 @@ import copy
 import gc
 import warnings
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import qlora_fx
@@ -15,6 +16,7 @@ from qlora_fx import ConfigError, InputError, ModelError
 from oracle import Float64, ours, random_adapter, relative_error, step, truth
 from peft import LoraConfig
 from qlora_fx.passes.lowering.compiled_body import CompiledBody
+from qlora_fx.testing.check import compare, randomize_adapter
 from slow import only_slow_but
 from small_models import VOCABULARY, batch, tiny_gpt2, tiny_llama
 from torch import nn
@@ -500,6 +502,28 @@ def test_a_model_that_looks_at_the_shape_is_captured_again_and_says_so() -> None
             assert bool(said) == again
             assert all(w.filename == __file__ for w in said), "it names the line of the call"
             assert relative_error(logits, true_logits(make(), {}, inputs)) < 2e-6, (rows, tokens)
+
+
+class RowByRow(LlamaForCausalLM):
+    def forward(  # type: ignore[override]
+        self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None
+    ) -> Any:
+        out = super().forward(input_ids, attention_mask, labels=labels)
+        out.logits = torch.stack([2 * row for row in out.logits])
+        return out
+
+
+def test_a_model_that_goes_through_its_rows_takes_any_number_of_them_also_one() -> None:
+    model = RowByRow(tiny_llama(1).config)
+    options: dict[str, Any] = {"compute_dtype": torch.float32, "backend": "eager"}
+    qmodel = qlora_fx.transform(copy.deepcopy(model), LoraConfig(**LORA), **options)
+    randomize_adapter(qmodel)
+    for rows, again in ((1, True), (3, True), (1, False)):
+        said = pytest.warns(UserWarning, match="capturing RowByRow again")
+        with said if again else nullcontext():
+            report = compare(model, qmodel, batch(rows, 9))
+        assert report.passed, str(report)
+    assert sum(1 for _ in qmodel.programs) == 3  # the default's, of two rows
 
 
 def test_autocast_around_a_call_changes_nothing(adapted: Any) -> None:
