@@ -101,10 +101,12 @@ def bind_call(
 
 
 ENCODED = "encoder_outputs"
+ENCODED_MASK = "encoder_outputs_mask"
+"""Which of the encoder's states are of something, where it says so itself: a speech encoder has fewer than its input."""
 
 
 def take_encoder_states(values: dict[str, Any]) -> None:
-    """Let ``encoder_outputs`` be its hidden states alone.
+    """Let ``encoder_outputs`` be its hidden states, beside ``ENCODED_MASK``.
 
     Raises:
         InputError: it is neither a tuple nor transformers' ``BaseModelOutput``.
@@ -119,11 +121,15 @@ def take_encoder_states(values: dict[str, Any]) -> None:
             "hidden states [batch, sequence, hidden]"
         )
     values[ENCODED] = parts[0]
+    mask = getattr(given, "attention_mask", None)
+    if mask is not None:
+        values[ENCODED_MASK] = mask
 
 
 class EncoderOutput(BaseModelOutput):  # type: ignore[misc]
-    """Hidden states alone: NLLB-MoE's decoder also hands on what the encoder's routers said."""
+    """Hidden states and their mask: NLLB-MoE's decoder also hands on what the encoder's routers said."""
 
+    attention_mask: torch.Tensor | None = None
     router_logits = None
 
 
@@ -131,7 +137,9 @@ def with_encoder_output(arguments: dict[str, Any]) -> dict[str, Any]:
     """What the model is called with while it is traced: the encoder's hidden states in an output of it."""
     if ENCODED not in arguments:
         return arguments
-    return arguments | {ENCODED: EncoderOutput(last_hidden_state=arguments[ENCODED])}
+    output = EncoderOutput(last_hidden_state=arguments[ENCODED])
+    output.attention_mask = arguments.get(ENCODED_MASK)
+    return {k: v for k, v in arguments.items() if k != ENCODED_MASK} | {ENCODED: output}
 
 
 def without_flash_arguments(values: dict[str, Any], config: Any) -> None:

@@ -47,6 +47,34 @@ def test_an_encoders_states_alone_are_an_output_of_any_encoder() -> None:
     assert output.router_logits is None
 
 
+def test_states_that_an_encoder_masks_stay_masked_for_further_tokens() -> None:
+    """Moonshine's states are fewer than what its mask of waves tells of."""
+    family = next(f for f in FAMILIES if f.model_type == "moonshine")
+    model = build(family).float()
+    adapter = random_adapter(model, 4, scale=0.1, keep=("proj_out",))
+    waves = family.batch(2, 9)
+    labels = {"labels": waves.pop("labels")}
+    waves["attention_mask"] = torch.ones(2, waves["input_values"].shape[1], dtype=torch.long)
+    waves["attention_mask"][1, 2000:] = 0
+    told: dict[str, Any] = {"backend": "eager", "example_inputs": waves | labels}
+    qmodel, _ = ours(copy.deepcopy(model), adapter, LoraConfig(**LORA), **told)
+    ids = torch.full((2, 2), 7)
+    dense, _ = truth(model, adapter, 2.0, keep=("proj_out",))
+    found = []
+    for one in (qmodel.eval(), dense.eval()):
+        wide = torch.float64 if one is dense else torch.float32
+        taken = waves | {"input_values": waves["input_values"].to(wide)}
+        with torch.no_grad(), Float64() if one is dense else nullcontext():
+            states = one.get_encoder()(**taken)
+            given = {"encoder_outputs": states, "decoder_input_ids": ids}
+            found += [one(**given).logits, one(**taken, decoder_input_ids=ids).logits]
+            states.attention_mask = None
+            unmasked = one(**given).logits
+    for logits in found[:-1]:
+        torch.testing.assert_close(logits.double(), found[-1], rtol=0, atol=1e-5)
+    assert (unmasked - found[-1])[1].abs().max() > 1e-3
+
+
 def test_a_cache_that_holds_pictures_in_some_layers_is_not_taken() -> None:
     """Llama 3.2 with pictures generates without one."""
     by_type = {family.model_type: family for family in FAMILIES}
