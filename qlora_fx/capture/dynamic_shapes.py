@@ -121,7 +121,7 @@ def is_embedded(name: str) -> bool:
     return name.endswith("inputs_embeds") or name == ENCODED
 
 
-IMAGES = ("pixel_values", "input_features", "input_values")
+IMAGES = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
 """Have sizes of their own, which may equal a text length by chance."""
 PLACES = ("image_position_ids", "video_position_ids", TABLE)
 """Say of each picture where its patches are; a generation passes them with each token, without pictures."""

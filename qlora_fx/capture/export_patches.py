@@ -128,12 +128,17 @@ def masks_by_broadcasting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def numbers_as_nodes() -> Iterator[None]:
-    """``torch.tensor(0.5)`` in a forward is a number: export would lift it as a constant without a value."""
+    """``torch.tensor(0.5)`` in a forward is a number: export would lift it as a constant without a value.
+
+    A list of sizes would be written out as they are in the call.
+    """
     original = torch.tensor
 
     def tensor(data: Any, **options: Any) -> torch.Tensor:
         if isinstance(data, (bool, int, float)):
             return torch.full((), data, **options)
+        if isinstance(data, list) and any(isinstance(size, torch.SymInt) for size in data):
+            return torch.stack([torch.full((), size, **options) for size in data])
         return original(data, **options)
 
     torch.tensor = tensor  # type: ignore[assignment]

@@ -18,13 +18,16 @@ from torch import nn
 from ..errors import InputError
 from ..transformers_internals import as_tower
 from .pictures import TABLE, PictureCounts, check_placeholders, takes
+from .tiled_pictures import TiledPictures, packer_of
 
 TOWER = "PixtralVisionModel"
 MERGERS = ("Mistral3PatchMerger", "MistralLarge4PatchMerger", "LightOnOcrPatchMerger")
 
 
-def picture_counts(model: nn.Module) -> PictureCounts | PaddedPictures:
+def picture_counts(model: nn.Module) -> PictureCounts | PaddedPictures | TiledPictures:
     """What counts the pictures of a call of the model."""
+    if packer_of(model) is not None:
+        return TiledPictures(model)
     padded = tower_of(model) is not None and takes(model, TABLE)
     return PaddedPictures(model) if padded else PictureCounts(model)
 

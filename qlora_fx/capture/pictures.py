@@ -25,8 +25,10 @@ MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 TABLE = "image_sizes"
-"""Where a model's pictures are filled up to frames of one size: picture, row and column of each patch ``[patches, 3]``
-(padded_pictures.py)."""
+"""Where it says how large pictures are within frames of one size, a table takes its place: picture, row and column of
+each patch ``[patches, 3]`` (padded_pictures.py), or what each token is mixed of (tiled_pictures.py)."""
+WIDTHS = (1, 3, 8)
+"""Columns of such tables; sizes have two."""
 
 
 def grid_of(modality: str) -> str:
@@ -35,7 +37,7 @@ def grid_of(modality: str) -> str:
 
 def modality_of(name: str, values: Mapping[str, Any]) -> str | None:
     """``image`` or ``video`` for an argument whose sizes are those of pictures, not batch and sequence."""
-    if name == TABLE and is_grid(values[name]):
+    if name == TABLE and is_table(values[name]):
         return "image"
     for modality, patches in MODALITIES.items():
         of_it = name == patches or name.startswith(f"{modality}_")
@@ -141,6 +143,10 @@ def takes(module: nn.Module, name: str) -> bool:
 
 def is_grid(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape[1] == 3
+
+
+def is_table(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape[1] in WIDTHS
 
 
 def check_placeholders(values: Mapping[str, Any], placeholders: Set[int], tokens: int) -> None:

@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError
 from .padded_pictures import all_frames_at_once
-from .pictures import is_grid, takes
+from .pictures import is_table, takes
+from .tiled_pictures import PACKERS, all_tiles_at_once
 
 
 @contextlib.contextmanager
@@ -48,6 +49,7 @@ def any_number_of_pictures(model: nn.Module) -> Iterator[None]:
             stack.enter_context(mock.patch.object(cls, "_deepstack_process", added_at))
         classes = {type(m).__name__ for m in model.modules()}
         stack.enter_context(all_frames_at_once(model))
+        stack.enter_context(all_tiles_at_once(model))
         if packed or classes & (SPLIT | LISTED | CUT):
             stack.enter_context(AllAtOnce(classes))
             for kind in (FakeTensor, FunctionalTensor):
@@ -143,11 +145,11 @@ ADDED = frozenset({"Qwen3VLTextModel", "Qwen3VLMoeTextModel"})
 """Add features of pictures to hidden states in deeper layers."""
 SPLIT = frozenset({"Idefics2Model", "Idefics3Model"})
 """Go through features that ``split`` gave, only to reshape and join them."""
-LISTED = frozenset({"LlavaModel"})
+LISTED = frozenset({"LlavaModel", "LlavaNextVideoModel"})
 """Make a list of features ``[pictures, tokens, hidden]``, only to join it."""
 
 
-CUT = frozenset({"Gemma4Model", "Mistral3Model", "MistralLarge4Model", "LightOnOcrModel"})
+CUT = PACKERS | {"Gemma4Model", "Mistral3Model", "MistralLarge4Model", "LightOnOcrModel"}
 """Cut features of all pictures apart, only to join them."""
 
 
@@ -176,8 +178,11 @@ class AllAtOnce(TorchFunctionMode):
             if self.split:
                 return (args[0],)
             return Whole(args[0], kwargs.get("dim", 0))
-        if func is torch.Tensor.unbind and args[1:] == (0,) and is_table(args[0]):
-            return ()  # LightOnOCR lists sizes to split by
+        if is_table_of_any_length(args[0] if args else None):
+            if func is torch.Tensor.unbind and args[1:] == (0,):
+                return ()  # sizes that features are split by are made of them
+            if func is torch.Tensor.__len__:
+                return 0
         if self.listed and func in LISTING and args[0].dim() == 3 and of_any_length(args[0]):
             return 1 if func is torch.Tensor.__len__ else (args[0].flatten(0, 1),)
         if func is torch.cat and type(args[0]) is Whole:
@@ -204,9 +209,15 @@ def of_any_length(tensor: torch.Tensor) -> bool:
     return isinstance(tensor.shape[0], torch.SymInt)
 
 
-def is_table(tensor: torch.Tensor) -> bool:
-    """True for patches of pictures in frames (padded_pictures.py)."""
-    return is_grid(tensor) and of_any_length(tensor)
+def is_table_of_any_length(value: Any) -> bool:
+    """True for what takes the place of pictures' sizes (pictures.py)."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() == 2
+        and of_any_length(value)
+        and isinstance(value.shape[1], int)
+        and is_table(value)
+    )
 
 
 class Unlooked(tuple[Any, ...]):

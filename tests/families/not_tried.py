@@ -89,8 +89,7 @@ REASONS: dict[str, str] = {
         glm46v glm5_next glm_image glmasr glmga granite4_vision
         granite_docling granite_speech granite_speech_plus groupvit hunyuan_vl
         hyperclovax_vision_v2 idefics instructblipvideo janus kimi_k25 kosmos-2 kosmos-2.5
-        kyutai_speech_to_text llava_next llava_next_video llava_onevision
-        lxmert minicpm_ocr minicpmv4_6 minicpmv4_7 modernvbert molmo2
+        kyutai_speech_to_text lxmert minicpm_ocr minicpmv4_6 minicpmv4_7 modernvbert molmo2
         moss_transcribe_diarize muse_glimmer muse_spark musicflamingo nemo_speechlm ovis2
         paddleocr_vl pe_audio pe_audio_video pe_video phi4_multimodal pi0 pix2struct
         pp_formulanet qianfan_ocr qwen2_5_omni qwen2_audio qwen3_asr qwen3_omni_moe

@@ -178,6 +178,39 @@ def frames(rows: int, tokens: int) -> Tensors:
     return with_frames(rows, tokens, (0, FRAMES[0]), (0, (1, 2)), *others)
 
 
+def with_tiles(
+    rows: int,
+    tokens: int,
+    *pictures: tuple[int, tuple[int, int], int, int],
+    together: bool = False,
+) -> Tensors:
+    """Text with pictures in tiles of 30 x 30 pixels, as LLaVA-NeXT's processor returns them, filled up to as many.
+
+    Args:
+        pictures: the row of the text, height and width in pixels, and how many tiles and tokens of the text it becomes.
+        together: say how many pictures a row has, as LLaVA-OneVision's processor does: several are not cut.
+    """
+    inputs = text(rows, tokens)
+    take_places(inputs, ((row, count, IMAGE) for row, _, _, count in pictures))
+    inputs["pixel_values"] = floats(len(pictures), max(n for *_, n, _ in pictures), 3, 30, 30)
+    inputs["image_sizes"] = torch.tensor([size for _, size, _, _ in pictures])
+    if together:
+        numbers = torch.tensor([row for row, *_ in pictures]).bincount(minlength=rows)
+        inputs["batch_num_images"] = numbers[numbers > 0]
+    return inputs
+
+
+TILED = (((30, 60), 3, 14), ((31, 30), 3, 10), ((60, 30), 3, 16))
+"""Height, width, tiles, tokens: two rows of patches in two tiles and the whole, the same cut to half, and lying."""
+TILES: dict[str, list[list[int]]] = {"image_grid_pinpoints": [[30, 60], [60, 30], [60, 60]]}
+"""Sizes that pictures are filled up to."""
+
+
+def pictures_in_tiles(rows: int, tokens: int) -> Tensors:
+    """A picture per row, of several sizes."""
+    return with_tiles(rows, tokens, *((row, *TILED[row % len(TILED)]) for row in range(rows)))
+
+
 def regions(rows: int, tokens: int) -> Tensors:
     """Text, then 4 regions of an image as vectors."""
     inputs = text(rows, tokens)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from .batches import IMAGE, VOCABULARY
 from .build import Family, composite
 from .pictures import (
+    TILES,
     attended_tiles,
     frames,
     image_rows,
     image_text,
+    pictures_in_tiles,
     prefixed,
     questioned,
     slots,
@@ -254,6 +256,33 @@ VISION_LANGUAGE = (
         image_token_index=IMAGE,
         spatial_merge_size=2,
         vision_feature_layer=-1,
+    ),
+    *(
+        composite(
+            model_type,
+            model,
+            pictures_in_tiles,
+            text_config=LLAMA | {"model_type": "llama"},
+            vision_config=CLIP_VISION,
+            image_token_index=IMAGE,
+            vision_feature_layer=-1,
+            **TILES,
+        )
+        for model_type, model in (
+            ("llava_next", "LlavaNextForConditionalGeneration"),
+            ("llava_next_video", "LlavaNextVideoForConditionalGeneration"),
+        )
+    ),
+    composite(
+        "llava_onevision",
+        "LlavaOnevisionForConditionalGeneration",
+        pictures_in_tiles,
+        text_config=LLAMA | {"model_type": "qwen2"},
+        vision_config=SIGLIP_VISION,
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_aspect_ratio="anyres_max_2",  # larger pictures shrink
+        **TILES,
     ),
     composite(
         "llama4",
