@@ -98,10 +98,16 @@ def computed(formula: sympy.Expr, place: tuple[int, int] | None) -> FreeSize | N
 def written(
     formula: sympy.Expr, sizes: Sequence[FreeSize], names: Sequence[sympy.Expr]
 ) -> sympy.Expr:
-    """A formula with names in it for sizes, also inside of products and of quotients of quotients."""
+    """A formula with names in it for sizes, also inside of products and of quotients of quotients.
+
+    All at once: a name may be what another size is called in the formula, for each ShapeEnv begins to count anew.
+    """
+    found: dict[sympy.Expr, sympy.Expr] = {}
     for size, name in zip(sizes, names, strict=True):
-        formula = replaced(formula, size.term, name - size.offset)
-    return formula
+        for_now = sympy.Dummy(integer=True)
+        found[for_now] = name - size.offset
+        formula = replaced(formula, size.term, for_now)
+    return formula.xreplace(found)
 
 
 def replaced(formula: sympy.Expr, term: sympy.Expr, by: sympy.Expr) -> sympy.Expr:

@@ -183,6 +183,12 @@ def test_a_product_in_terms_of_a_product() -> None:
     assert written(alone, [FreeSize(patches, 0, None)], [n]) == alone
 
 
+def test_names_are_told_from_the_sizes_that_they_are_for() -> None:
+    """Each ShapeEnv counts anew: a size's name may be what another is called in the formula."""
+    sizes = [FreeSize(S, 0, None), FreeSize(T, 0, None)]
+    assert written(S + 2 * T, sizes, [T, S]) == T + 2 * S
+
+
 def test_an_input_whose_size_the_data_decide_is_taken_to_read_it() -> None:
     """Nobody else could tell that size."""
     env = ShapeEnv()
