@@ -16,6 +16,7 @@ from .graph.weights import matrix_view
 from .linears.einsum import contract, spelling
 from .linears.experts import batched, grouped
 from .linears.spellings import recognise
+from .masked_rows import note_counts
 
 ASSERTIONS = frozenset(
     {
@@ -53,6 +54,7 @@ def normalize(gm: fx.GraphModule, *, config: Config) -> PassResult:
         if node.op != "call_function":
             continue
         if node.target in ASSERTIONS:
+            note_counts(node)
             graph.erase_node(node)
             modified = True
         elif is_noop(node):

@@ -8,7 +8,7 @@ from it such as ``....weight.absmax``). User inputs are placeholders with ``meta
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 import torch
@@ -220,9 +220,9 @@ def weight_like(placeholder: fx.Node | None) -> bool:
 CASTS = frozenset({aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device})
 
 
-def uncast(node: Any) -> fx.Node:
-    """What a value was before it was cast."""
-    while node.op == "call_function" and node.target in CASTS:
+def uncast(node: Any, through: Set[Any] = CASTS) -> fx.Node:
+    """What a value was before it was cast, or went ``through`` other operators."""
+    while node.op == "call_function" and node.target in through:
         node = node.args[0]
     found: fx.Node = node
     return found

@@ -23,6 +23,7 @@ from qlora_fx.passes.siblings import siblings
 from qlora_fx.testing.check import relative_error
 from small_models import batch, excerpt, graph, tiny_llama
 from torch import fx, nn
+from transformers.utils.import_utils import torch_compilable_check
 
 X = {"x": torch.zeros(2, 3, 8)}
 
@@ -74,11 +75,20 @@ class Pictures(nn.Module):
 
     def forward(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         x = self.q(x)
-        mask = (x[..., 0] > 0)[..., None]
+        first = x[..., 0]
+        mask = (first > 0)[..., None]
         if self.spelling == "expanded":
             mask = mask.expand_as(x)
         if self.spelling == "per element":
             mask = x > 0
+        if self.spelling == "counted":
+            torch_compilable_check(mask.sum() * 8 == features.numel(), "not as many")
+        if self.spelling == "counted anew":
+            torch_compilable_check((first > 0).sum() == len(features), "not as many")
+        if self.spelling == "picked":
+            mask = mask.expand_as(x)
+            features = features[features[:, 0] == 0]
+            torch_compilable_check(x[mask].numel() == features.numel(), "not as many")
         return x.masked_scatter(mask, self.v(features))
 
 
@@ -209,7 +219,21 @@ def test_features_are_put_in_the_places_of_their_placeholders(
     assert_expected_inline(
         excerpt(gm, "masked_rows", "return"),
         """\
-%masked_scatter_rows: f32[B, S, 8] = qlora_fx.masked_rows(%q_adapted, %masked_scatter_mask, %v_adapted)
+%masked_scatter_rows: f32[B, S, 8] = qlora_fx.masked_rows(%q_adapted, %masked_scatter_mask, %v_adapted, False)
+return (%masked_scatter_rows)
+""",
+    )
+
+
+@pytest.mark.parametrize("spelling", ["counted", "counted anew", "picked"])
+def test_where_a_model_asserts_that_there_are_as_many_as_features_so_does_the_operator(
+    config: Config, spelling: str
+) -> None:
+    gm = applied(masked_rows, Pictures(spelling), FEATURES, config)
+    assert_expected_inline(
+        excerpt(gm, "masked_rows", "return"),
+        """\
+%masked_scatter_rows: f32[B, S, 8] = qlora_fx.masked_rows(%q_adapted, %masked_scatter_mask, %v_adapted, True)
 return (%masked_scatter_rows)
 """,
     )

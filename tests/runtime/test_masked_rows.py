@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from qlora_fx.errors import InputError
 from qlora_fx.runtime.masked_rows import masked_rows, rows_at
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def test_values_and_gradients(places: str, spare: int) -> None:
     x, mask, source = tensors(places, spare)
     true_x, true_source = (t.detach().clone().requires_grad_() for t in (x, source))
     expected = true_x.masked_scatter(mask[..., None], true_source)
-    found = masked_rows(x, mask, source)
+    found = masked_rows(x, mask, source, False)
     assert torch.equal(found, expected)
     grad = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     mine = torch.autograd.grad(found, (x, source), grad)
@@ -42,12 +43,22 @@ def test_values_and_gradients(places: str, spare: int) -> None:
 
 def test_places_without_a_row_are_refused() -> None:
     x, mask, source = tensors("some", 0)
-    with pytest.raises(RuntimeError, match="more places than the 3 rows that belong there"):
-        masked_rows(x.detach(), mask, source.detach()[:3])
+    with pytest.raises(InputError, match=f"has {len(source)} placeholders for the 3 features"):
+        masked_rows(x.detach(), mask, source.detach()[:3], False)
+
+
+@pytest.mark.parametrize("spare", [-1, 1])
+def test_rows_must_be_as_many_as_places_where_that_is_asked_for(spare: int) -> None:
+    """A text cut short has lost placeholders: features of one picture would go to the next."""
+    x, mask, source = (t.detach() for t in tensors("some", 1))
+    places = len(source) - 1
+    masked_rows(x, mask, source[:places], True)
+    with pytest.raises(InputError, match=f"has {places} placeholders for the {places + spare} "):
+        masked_rows(x, mask, source[: places + spare], True)
 
 
 def test_the_operators_pass_opcheck() -> None:
     x, mask, source = tensors("some", 1)
-    given: Any = (x, mask, source)
+    given: Any = (x, mask, source, False)
     torch.library.opcheck(masked_rows, given)
     torch.library.opcheck(rows_at, (x.detach(), mask, 5))
