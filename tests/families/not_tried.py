@@ -83,18 +83,18 @@ REASONS: dict[str, str] = {
         voxtral_realtime_encoder voxtral_realtime_text xclip_text_model xclip_vision_model
     """,
     "has several parts, with inputs that its processor makes": """
-        EvollaModel align audioflamingo3 bridgetower canary chameleon clap clipseg
+        EvollaModel align bridgetower canary chameleon clap clipseg
         cohere_asr colmodernvbert colpali colqwen2 cosmos3_edge cosmos3_omni deepseek_ocr2
-        deepseek_vl_hybrid ernie4_5_vl_moe evolla exaone4_5 flava florence2 fun_asr_nano
-        glm46v glm5_next glm_image glmasr glmga granite4_vision
+        deepseek_vl_hybrid ernie4_5_vl_moe evolla exaone4_5 flava fun_asr_nano
+        glm5_next glm_image glmasr glmga granite4_vision
         granite_docling granite_speech granite_speech_plus groupvit hunyuan_vl
         hyperclovax_vision_v2 idefics instructblipvideo janus kimi_k25 kosmos-2 kosmos-2.5
         kyutai_speech_to_text lxmert minicpm_ocr minicpmv4_6 minicpmv4_7 modernvbert molmo2
         moss_transcribe_diarize muse_glimmer muse_spark musicflamingo nemo_speechlm ovis2
         paddleocr_vl pe_audio pe_audio_video pe_video phi4_multimodal pi0 pix2struct
-        pp_formulanet qianfan_ocr qwen2_5_omni qwen2_audio qwen3_asr qwen3_omni_moe
+        pp_formulanet qianfan_ocr qwen2_5_omni qwen3_asr qwen3_omni_moe
         speech-encoder-decoder step3p7 tipsv2 udop ultravbert unlimited_ocr vibevoice_asr
-        video_llama_3 video_llava videoprism voxtral voxtral_realtime xclip
+        video_llama_3 video_llava videoprism voxtral_realtime xclip
     """,
     "predicts series of numbers": """
         autoformer decision_transformer informer patchtsmixer patchtst

@@ -101,6 +101,33 @@ def answered(rows: int, tokens: int) -> Tensors:
     return image_text(3, 30, 30)(rows, tokens) | {"labels": targets(rows, tokens)}
 
 
+def described(rows: int, tokens: int) -> Tensors:
+    """An image of 16 patches and their mean, and text, for an encoder; other text for a decoder."""
+    inputs = text(rows, tokens + 6)
+    take_places(inputs, ((row, 17, IMAGE) for row in range(rows)))
+    return inputs | {"pixel_values": floats(rows, 3, 32, 32), "labels": targets(rows, tokens)}
+
+
+def listened(rows: int, tokens: int) -> Tensors:
+    """Text with sound of one length in each row, four frames of which become a token."""
+    inputs = text(rows, tokens)
+    take_places(inputs, ((row, 8, IMAGE) for row in range(rows)))
+    return inputs | {"input_features": floats(rows, 20, 32)}
+
+
+def heard(mask: str) -> Batch:
+    """Text with sound of several lengths, filled up to one; ``mask`` is what the model calls the frames that are sound."""
+
+    def with_sounds(rows: int, tokens: int) -> Tensors:
+        inputs = text(rows, tokens)
+        lengths = [(32, 20, 28)[row % 3] for row in range(rows)]
+        take_places(inputs, ((row, length // 4, IMAGE) for row, length in enumerate(lengths)))
+        there = torch.arange(32) < torch.tensor(lengths)[:, None]
+        return inputs | {"input_features": floats(rows, 20, 32), mask: there.long()}
+
+    return with_sounds
+
+
 def questioned(rows: int, tokens: int) -> Tensors:
     """The text again, for the part that asks the image."""
     return image_text(3, 30, 30)(rows, tokens) | {"qformer_input_ids": ids(rows, tokens)}

@@ -179,6 +179,15 @@ OPT = (
 BERT = ENCODER | {"model_type": "bert"}
 CLIP_VISION = TOWER | {"model_type": "clip_vision_model"}
 SIGLIP_VISION = TOWER | {"vision_use_head": False, "model_type": "siglip_vision_model"}
+EARS = WIDE | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_mel_bins": 20,
+    "max_source_positions": 16,
+}
+"""A sound encoder: 32 frames become 8 tokens."""
 PIXTRAL_VISION = TOWER | HEAD | {"hidden_size": 64, "model_type": "pixtral"}
 LLAMA4: Settings = {
     "num_local_experts": 4,

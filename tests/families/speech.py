@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .batches import (
+    IMAGE,
     LABELS,
     VOCABULARY,
     fixed_speech,
@@ -14,7 +15,20 @@ from .batches import (
     waves,
 )
 from .build import Family, like
-from .settings import CONFORMER, CONVOLUTIONS, DROP, LONG, SIZES, SPEECH, STACKS, TOKENS, WIDE
+from .pictures import heard, listened
+from .settings import (
+    CONFORMER,
+    CONVOLUTIONS,
+    DROP,
+    EARS,
+    LLAMA,
+    LONG,
+    SIZES,
+    SPEECH,
+    STACKS,
+    TOKENS,
+    WIDE,
+)
 
 wav2vec2 = like("speech", SPEECH | CONVOLUTIONS, waves)
 
@@ -136,6 +150,46 @@ SPEECHES = (
             "decoder_start_token_id": 1,
         },
         long_waves,
+    ),
+    Family(
+        "voxtral",
+        "speech",
+        "VoxtralForConditionalGeneration",
+        {
+            "text_config": LLAMA | {"model_type": "llama"},
+            "audio_config": EARS | {"model_type": "voxtral_encoder"},
+            "audio_token_id": IMAGE,
+        },
+        listened,
+    ),
+    Family(
+        "audioflamingo3",
+        "speech",
+        "AudioFlamingo3ForConditionalGeneration",
+        {
+            "text_config": LLAMA | {"model_type": "qwen2"},
+            "audio_config": EARS | {"model_type": "audioflamingo3_encoder"},
+            "audio_token_id": IMAGE,
+        },
+        heard("input_features_mask"),
+    ),
+    Family(
+        "qwen2_audio",
+        "speech",
+        "Qwen2AudioForConditionalGeneration",
+        {
+            "text_config": LLAMA | {"model_type": "qwen2"},
+            "audio_config": EARS
+            | {
+                "d_model": 64,
+                "encoder_layers": 2,
+                "encoder_attention_heads": 4,
+                "encoder_ffn_dim": 128,
+                "model_type": "qwen2_audio_encoder",
+            },
+            "audio_token_index": IMAGE,
+        },
+        heard("feature_attention_mask"),
     ),
     Family(
         "parakeet_ctc",

@@ -121,6 +121,14 @@ PICTURES_OF_ANY_SIZE = (
         **GLM_TOKENS,
     ),
     composite(
+        "glm46v",
+        "Glm46VForConditionalGeneration",
+        patches,
+        text_config=DECODER | axes(2, 2, 2) | {"model_type": "glm4v_text"},
+        vision_config=TABLE | {"model_type": "glm4v_vision"},
+        **GLM_TOKENS,
+    ),
+    composite(
         "glm4v_moe",
         "Glm4vMoeForConditionalGeneration",
         patches,

@@ -7,6 +7,7 @@ from .build import Family, composite
 from .pictures import (
     TILES,
     attended_tiles,
+    described,
     frames,
     image_rows,
     image_text,
@@ -19,6 +20,7 @@ from .pictures import (
 )
 from .settings import (
     ALTERNATING,
+    BART,
     CLIP_VISION,
     DECODER,
     DENSE_THEN_SPARSE,
@@ -272,6 +274,26 @@ VISION_LANGUAGE = (
             ("llava_next", "LlavaNextForConditionalGeneration"),
             ("llava_next_video", "LlavaNextVideoForConditionalGeneration"),
         )
+    ),
+    composite(
+        "florence2",
+        "Florence2ForConditionalGeneration",
+        described,
+        text_config=BART | {"model_type": "bart"},
+        vision_config={
+            "depths": [1, 1],
+            "patch_size": [7, 3],
+            "patch_stride": [4, 2],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "embed_dim": [24, 48],
+            "num_heads": [2, 4],
+            "num_groups": [2, 4],
+            "window_size": 3,
+            "drop_path_rate": 0.0,
+            "projection_dim": 48,
+        },
+        image_token_id=IMAGE,
     ),
     composite(
         "llava_onevision",

@@ -12,6 +12,7 @@ from families import FAMILIES, build
 from families.batches import IMAGE
 from families.pictures import with_pictures
 from peft import LoraConfig
+from qlora_fx.errors import InputError
 from qlora_fx.passes.lowering.compiled_body import CompiledBody
 from qlora_fx.runtime.attention_kernels import devices
 from qlora_fx.testing.check import compare, randomize_adapter
@@ -111,6 +112,35 @@ def test_pictures_that_do_not_fit_are_told(change: Any, said: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "backend"),
+    [
+        ("llava", "eager"),
+        *(
+            pytest.param(model_type, "eager", marks=pytest.mark.slow)
+            for model_type in ("aria", "gemma3", "gemma4", "idefics3", "llama4", "paligemma")
+        ),
+        *(
+            pytest.param(model_type, "inductor", marks=pytest.mark.slow)
+            for model_type in ("llava", "qwen2_audio")
+        ),
+    ],
+)
+def test_a_row_that_was_cut_short_is_told_as_by_transformers(model_type: str, backend: str) -> None:
+    """Features of one picture would go to the places of the next."""
+    inputs = BY_TYPE[model_type].batch(3, 21)
+    model, qmodel = transformed(model_type, example_inputs=inputs, backend=backend)
+    there = int((inputs["input_ids"] == IMAGE).sum())
+    loss = qmodel(**inputs).loss
+    short = inputs | {"input_ids": inputs["input_ids"].clone()}
+    short["input_ids"][0, (short["input_ids"][0] == IMAGE).nonzero()[0]] = 7
+    with pytest.raises(ValueError, match="tokens do not match"):
+        model(**short)
+    with pytest.raises(InputError, match=f"has {there - 1} placeholders for the {there} features"):
+        qmodel(**short)
+    assert torch.equal(qmodel(**inputs).loss, loss)
+
+
 def test_tiles_of_pictures_are_free_of_the_rows() -> None:
     """InternVL: a row has none, one or several tiles of one size; that size is written into the graph."""
     model = build(BY_TYPE["internvl"]).train()
