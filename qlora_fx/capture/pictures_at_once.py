@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError
-from .padded_pictures import all_frames_at_once
+from .padded_pictures import TOWER, all_frames_at_once
 from .pictures import is_table, takes
 from .tiled_pictures import PACKERS, all_tiles_at_once
 
@@ -167,6 +167,7 @@ class AllAtOnce(TorchFunctionMode):
     def __init__(self, classes: Set[str]) -> None:
         super().__init__()
         self.split, self.listed = bool(classes & SPLIT), bool(classes & LISTED)
+        self.tables = bool(classes & (PACKERS | {TOWER}))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -178,11 +179,9 @@ class AllAtOnce(TorchFunctionMode):
             if self.split:
                 return (args[0],)
             return Whole(args[0], kwargs.get("dim", 0))
-        if is_table_of_any_length(args[0] if args else None):
-            if func is torch.Tensor.unbind and args[1:] == (0,):
-                return ()  # sizes that features are split by are made of them
-            if func is torch.Tensor.__len__:
-                return 0
+        if self.tables and func in LISTING and args[1:] in ((), (0,)):
+            if is_table_of_any_length(args[0]):  # features are split by what is made of its rows
+                return 0 if func is torch.Tensor.__len__ else ()
         if self.listed and func in LISTING and args[0].dim() == 3 and of_any_length(args[0]):
             return 1 if func is torch.Tensor.__len__ else (args[0].flatten(0, 1),)
         if func is torch.cat and type(args[0]) is Whole:
@@ -209,11 +208,10 @@ def of_any_length(tensor: torch.Tensor) -> bool:
     return isinstance(tensor.shape[0], torch.SymInt)
 
 
-def is_table_of_any_length(value: Any) -> bool:
+def is_table_of_any_length(value: torch.Tensor) -> bool:
     """True for what takes the place of pictures' sizes (pictures.py)."""
     return (
-        isinstance(value, torch.Tensor)
-        and value.dim() == 2
+        value.dim() == 2
         and of_any_length(value)
         and isinstance(value.shape[1], int)
         and is_table(value)

@@ -81,11 +81,13 @@ class Pictures(nn.Module):
             mask = mask.expand_as(x)
         if self.spelling == "per element":
             mask = x > 0
+        if self.spelling == "picked":
+            features = features + x[mask[..., 0]].mean(dim=0)
         if self.spelling == "counted":
             torch_compilable_check(mask.sum() * 8 == features.numel(), "not as many")
         if self.spelling == "counted anew":
             torch_compilable_check((first > 0).sum() == len(features), "not as many")
-        if self.spelling == "picked":
+        if self.spelling == "picked and counted":
             mask = mask.expand_as(x)
             features = features[features[:, 0] == 0]
             torch_compilable_check(x[mask].numel() == features.numel(), "not as many")
@@ -211,7 +213,7 @@ return (%scaled_dot_product_attention_result)
 FEATURES = {"x": torch.ones(2, 3, 8), "features": torch.zeros(6, 8)}
 
 
-@pytest.mark.parametrize("spelling", ["unsqueezed", "expanded"])
+@pytest.mark.parametrize("spelling", ["unsqueezed", "expanded", "picked"])
 def test_features_are_put_in_the_places_of_their_placeholders(
     config: Config, spelling: str
 ) -> None:
@@ -225,7 +227,7 @@ return (%masked_scatter_rows)
     )
 
 
-@pytest.mark.parametrize("spelling", ["counted", "counted anew", "picked"])
+@pytest.mark.parametrize("spelling", ["counted", "counted anew", "picked and counted"])
 def test_where_a_model_asserts_that_there_are_as_many_as_features_so_does_the_operator(
     config: Config, spelling: str
 ) -> None:
