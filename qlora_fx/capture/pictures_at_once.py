@@ -179,10 +179,12 @@ class AllAtOnce(TorchFunctionMode):
             if self.split:
                 return (args[0],)
             return Whole(args[0], kwargs.get("dim", 0))
-        if self.tables and func in LISTING and args[1:] in ((), (0,)):
-            if is_table_of_any_length(args[0]):  # features are split by what is made of its rows
-                return 0 if func is torch.Tensor.__len__ else ()
-        if self.listed and func in LISTING and args[0].dim() == 3 and of_any_length(args[0]):
+        of_rows = func in LISTING and args[1:] in ((), (0,))
+        if of_rows and self.tables and is_table_of_any_length(args[0]):
+            return (
+                0 if func is torch.Tensor.__len__ else ()
+            )  # features are split by what is made of them
+        if of_rows and self.listed and args[0].dim() == 3 and of_any_length(args[0]):
             return 1 if func is torch.Tensor.__len__ else (args[0].flatten(0, 1),)
         if func is torch.cat and type(args[0]) is Whole:
             return args[0].joined(kwargs.get("dim", args[1] if len(args) > 1 else 0))

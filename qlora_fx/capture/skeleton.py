@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..runtime.gpu import numbered
-from ..runtime.program import holds, size_of
+from ..runtime.program import holds
 from ..transformers_internals import experts_implementation, set_experts_implementation
 from .arguments import Call, bind_call, is_encoder_decoder, vocabulary_size
 from .cache import is_past
@@ -72,12 +72,6 @@ class Capture:
 
     def fits(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a call of these arguments has the sizes that the graph is written for."""
-        for node in self.gm.graph.find_nodes(op="placeholder"):
-            if "input" in node.meta:
-                wanted = map(size_of, node.meta["val"].shape)
-                pairs = zip(inputs[node.meta["input"]].shape, wanted, strict=True)
-                if any(isinstance(want, int) and size != want for size, want in pairs):
-                    return False
         return all(holds(guard, inputs) for guard in self.guards)
 
 

@@ -82,7 +82,9 @@ class Pictures(nn.Module):
         if self.spelling == "per element":
             mask = x > 0
         if self.spelling == "picked":
-            features = features + x[mask[..., 0]].mean(dim=0)
+            picked = x[mask[..., 0]]
+            torch_compilable_check(picked.shape[0] <= features.shape[0], "more")
+            features = features + picked.mean(dim=0)
         if self.spelling == "counted":
             torch_compilable_check(mask.sum() * 8 == features.numel(), "not as many")
         if self.spelling == "counted anew":

@@ -111,7 +111,6 @@ def test_pictures_that_do_not_fit_are_told(change: Any, said: str) -> None:
         qmodel(**change(FIRST))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "backend"),
     [
@@ -141,6 +140,7 @@ def test_a_row_that_was_cut_short_is_told_as_by_transformers(model_type: str, ba
     assert torch.equal(qmodel(**inputs).loss, loss)
 
 
+@pytest.mark.slow
 def test_tiles_of_pictures_are_free_of_the_rows() -> None:
     """InternVL: a row has none, one or several tiles of one size; that size is written into the graph."""
     model = build(BY_TYPE["internvl"]).train()
