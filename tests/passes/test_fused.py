@@ -82,7 +82,7 @@ class Pictures(nn.Module):
         if self.spelling == "per element":
             mask = x > 0
         if self.spelling == "picked":
-            picked = x[mask[..., 0]]
+            picked = x[first > 0]
             torch_compilable_check(picked.shape[0] <= features.shape[0], "more")
             features = features + picked.mean(dim=0)
         if self.spelling == "counted":
