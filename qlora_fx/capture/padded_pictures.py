@@ -17,27 +17,10 @@ from torch import nn
 
 from ..errors import InputError
 from ..transformers_internals import as_tower
-from .pictures import TABLE, PictureCounts, check_placeholders, takes
-from .tiled_pictures import TiledPictures, packer_of
+from .pictures import TABLE, check_placeholders, part_of
 
-TOWER = "PixtralVisionModel"
+TOWER = ("PixtralVisionModel",)
 MERGERS = ("Mistral3PatchMerger", "MistralLarge4PatchMerger", "LightOnOcrPatchMerger")
-
-
-def picture_counts(model: nn.Module) -> PictureCounts | PaddedPictures | TiledPictures:
-    """What counts the pictures of a call of the model."""
-    if packer_of(model) is not None:
-        return TiledPictures(model)
-    padded = tower_of(model) is not None and takes(model, TABLE)
-    return PaddedPictures(model) if padded else PictureCounts(model)
-
-
-def tower_of(model: nn.Module) -> Any:
-    return next((m for m in model.modules() if type(m).__name__ == TOWER), None)
-
-
-def merger_of(model: nn.Module) -> Any:
-    return next((m for m in model.modules() if type(m).__name__ in MERGERS), None)
 
 
 class PaddedPictures:
@@ -52,8 +35,8 @@ class PaddedPictures:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        merger = merger_of(model)
-        self.patch_size: int = tower_of(model).patch_size
+        merger = part_of(model, MERGERS)
+        self.patch_size: int = part_of(model, TOWER).patch_size
         self.side: int = 1 if merger is None else merger.spatial_merge_size
         self.patches_per_token = self.side**2
         token = getattr(getattr(model, "config", None), "image_token_id", None)
@@ -115,7 +98,7 @@ class PaddedPictures:
 @contextlib.contextmanager
 def all_frames_at_once(model: nn.Module) -> Iterator[None]:
     """Let the tower and what merges its patches take the table in place of ``image_sizes``."""
-    tower, merger = tower_of(model), merger_of(model)
+    tower, merger = part_of(model, TOWER), part_of(model, MERGERS)
     with contextlib.ExitStack() as stack:
         if tower is not None:
             stack.enter_context(mock.patch.object(type(tower), "forward", as_tower(of_all_frames)))

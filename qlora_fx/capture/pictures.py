@@ -10,7 +10,7 @@ own functions, and the graph takes pictures of any number and size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Container, Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -135,6 +135,11 @@ class PictureCounts:
         given = {k: values[k] for k in names if k in values}
         on_cpu = {k: t.cpu() if isinstance(t, torch.Tensor) else t for k, t in given.items()}
         return {"position_ids": self.text.get_rope_index(**on_cpu)[0]}  # type: ignore[operator]
+
+
+def part_of(model: nn.Module, classes: Container[str]) -> Any:
+    """The first of a model's modules whose class has one of these names, or None."""
+    return next((m for m in model.modules() if type(m).__name__ in classes), None)
 
 
 def takes(module: nn.Module, name: str) -> bool:

@@ -167,7 +167,7 @@ class AllAtOnce(TorchFunctionMode):
     def __init__(self, classes: Set[str]) -> None:
         super().__init__()
         self.split, self.listed = bool(classes & SPLIT), bool(classes & LISTED)
-        self.tables = bool(classes & (PACKERS | {TOWER}))
+        self.tables = bool(classes & {*PACKERS, *TOWER})
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -181,9 +181,8 @@ class AllAtOnce(TorchFunctionMode):
             return Whole(args[0], kwargs.get("dim", 0))
         of_rows = func in LISTING and args[1:] in ((), (0,))
         if of_rows and self.tables and is_table_of_any_length(args[0]):
-            return (
-                0 if func is torch.Tensor.__len__ else ()
-            )  # features are split by what is made of them
+            # Features are split by what is made of its rows.
+            return 0 if func is torch.Tensor.__len__ else ()
         if of_rows and self.listed and args[0].dim() == 3 and of_any_length(args[0]):
             return 1 if func is torch.Tensor.__len__ else (args[0].flatten(0, 1),)
         if func is torch.cat and type(args[0]) is Whole:

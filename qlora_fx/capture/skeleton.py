@@ -48,7 +48,7 @@ from .export_shortcuts import LongFormulaError
 from .flat_graph import Flattener
 from .holders import holders, transposed_stacks
 from .known_arguments import KnownArguments
-from .padded_pictures import picture_counts
+from .picture_counts import picture_counts
 from .positions import check_positions, longest_rows
 from .repeated_blocks import walked_once
 from .written_out import NotAlone

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError, InputError
-from .pictures import TABLE, check_placeholders
+from .pictures import TABLE, check_placeholders, part_of
 
 PACKERS = frozenset({"LlavaNextModel", "LlavaNextVideoModel", "LlavaOnevisionModel"})
 """Have ``pack_image_features``, which is linear in features."""
@@ -28,10 +28,6 @@ SHRINKING = frozenset({"LlavaOnevisionModel"})
 """Shrink large pictures, by bilinear interpolation: a token is mixed of four features."""
 CUT_IF_ALONE = "batch_num_images"
 """How many pictures each row of a batch has; several are not cut into tiles."""
-
-
-def packer_of(model: nn.Module) -> Any:
-    return next((m for m in model.modules() if type(m).__name__ in PACKERS), None)
 
 
 class TiledPictures:
@@ -50,7 +46,7 @@ class TiledPictures:
     patches_per_token = 1
 
     def __init__(self, model: nn.Module) -> None:
-        self.packer = packer_of(model)
+        self.packer = part_of(model, PACKERS)
         self.config = self.packer.config
         self.file: Any = sys.modules[type(self.packer).__module__]
         self.tile: int = self.config.vision_config.image_size
@@ -203,7 +199,7 @@ def joined_tiles(pictures: torch.Tensor, counts: list[int]) -> torch.Tensor:
 @contextlib.contextmanager
 def all_tiles_at_once(model: nn.Module) -> Iterator[None]:
     """Let tokens be mixed by the table, which is in the place of ``image_sizes``."""
-    packer = packer_of(model)
+    packer = part_of(model, PACKERS)
     if packer is None:
         yield
         return

@@ -47,7 +47,8 @@ def test_an_encoders_states_alone_are_an_output_of_any_encoder() -> None:
     assert output.router_logits is None
 
 
-def test_states_that_an_encoder_masks_stay_masked_for_further_tokens() -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_states_that_an_encoder_masks_stay_masked_for_further_tokens(backend: str) -> None:
     """Moonshine's states are fewer than what its mask of waves tells of."""
     family = next(f for f in FAMILIES if f.model_type == "moonshine")
     model = build(family).float()
@@ -56,7 +57,7 @@ def test_states_that_an_encoder_masks_stay_masked_for_further_tokens() -> None:
     labels = {"labels": waves.pop("labels")}
     waves["attention_mask"] = torch.ones(2, waves["input_values"].shape[1], dtype=torch.long)
     waves["attention_mask"][1, 2000:] = 0
-    told: dict[str, Any] = {"backend": "eager", "example_inputs": waves | labels}
+    told: dict[str, Any] = {"backend": backend, "example_inputs": waves | labels}
     qmodel, _ = ours(copy.deepcopy(model), adapter, LoraConfig(**LORA), **told)
     ids = {"decoder_input_ids": torch.full((2, 2), 7)}
     with torch.no_grad():

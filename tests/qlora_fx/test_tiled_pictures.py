@@ -42,11 +42,12 @@ def pass_for(model: Any, qmodel: Any, *batches: Any) -> None:
         assert min(line.norm for line in report.sites) > 0
 
 
-def test_one_capture_takes_pictures_that_shrink_or_are_not_cut() -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_one_capture_takes_pictures_that_shrink_or_are_not_cut(backend: str) -> None:
     """A token is mixed of four features; several pictures of a row are one tile each."""
     model = build(BY_TYPE["llava_onevision"]).train()
     first = with_tiles(3, 21, (0, *SHRUNK), (1, *TILED[0]), (2, *TILED[1]), together=True)
-    qmodel = transformed(model, example_inputs=first)
+    qmodel = transformed(model, example_inputs=first, backend=backend)
     whole = ((0, (60, 60), 1, 5), (0, (60, 30), 1, 5), (2, *TILED[2]))
     pass_for(
         model,
@@ -57,6 +58,8 @@ def test_one_capture_takes_pictures_that_shrink_or_are_not_cut() -> None:
         pictures_in_tiles(1, 30),
     )
     assert len(list(qmodel.programs)) == 1
+    for body in next(iter(qmodel.programs)).run.children():
+        assert backend == "eager" or (body.compilations == 1 and not body.warned)
 
 
 @pytest.mark.parametrize(
